@@ -1,0 +1,20 @@
+"""Decides what each step computes. Standard library only: the tensors live in `oasst_worker.runtime`."""
+
+from oasst_worker.engine.batch import Batch, Chunk, Executor, Sample, TokenLogprob
+from oasst_worker.engine.engine import Engine, EngineConfig, FinishReason, TokenOutput
+from oasst_worker.engine.params import GenerationParams
+from oasst_worker.engine.sequence import Sequence
+
+__all__ = [
+    "Batch",
+    "Chunk",
+    "Engine",
+    "EngineConfig",
+    "Executor",
+    "FinishReason",
+    "GenerationParams",
+    "Sample",
+    "Sequence",
+    "TokenLogprob",
+    "TokenOutput",
+]

@@ -1,0 +1,215 @@
+"""The engine's decisions, on an executor that needs no tensors: a token is a function of the tokens before it."""
+
+import random
+import zlib
+from array import array
+
+import pytest
+from oasst_worker.engine import (
+    Batch,
+    Engine,
+    EngineConfig,
+    FinishReason,
+    GenerationParams,
+    Sample,
+    Sequence,
+    TokenOutput,
+)
+
+EOS = 0
+VOCABULARY = 50
+
+
+def next_token(token_ids) -> int:
+    return zlib.crc32(array("q", token_ids).tobytes()) % VOCABULARY
+
+
+class ScriptedExecutor:
+    """Keeps a cache of token ids instead of keys and values, and draws only from what the cache holds."""
+
+    prefill_tile = 4
+
+    def __init__(self, num_blocks: int, block_size: int = 4) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.cache: list[int | None] = [None] * (num_blocks * block_size)
+        self.broken: set[str] = set()
+        self.batches: list[Batch] = []
+
+    def execute(self, batch: Batch) -> list[Sample]:
+        self.batches.append(batch)
+        samples = []
+        for chunk in batch.chunks:
+            places = [
+                block * self.block_size + offset
+                for block in chunk.sequence.table.blocks
+                for offset in range(self.block_size)
+            ][: chunk.end]
+            for position in range(chunk.start, chunk.end):
+                self.cache[places[position]] = chunk.sequence.token_ids[position]
+            if chunk.draws:
+                if chunk.sequence.sequence_id in self.broken:
+                    samples.append(Sample(None))
+                else:
+                    samples.append(Sample(next_token([self.cache[place] for place in places])))
+        return samples
+
+
+def make_engine(num_blocks=64, **config) -> tuple[Engine, ScriptedExecutor]:
+    executor = ScriptedExecutor(num_blocks)
+    settings = {"eos_token_id": EOS, "max_positions": 128, "max_sequences": 8, "step_tokens": 16} | config
+    return Engine(executor, EngineConfig(**settings)), executor
+
+
+def expected_tokens(prompt, params) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < params.max_new_tokens:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS and not params.ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def run_to_end(engine: Engine) -> dict[str, list[TokenOutput]]:
+    outputs: dict[str, list[TokenOutput]] = {}
+    while engine.has_work():
+        for output in engine.step():
+            outputs.setdefault(output.sequence_id, []).append(output)
+    return outputs
+
+
+def test_a_sequence_runs_to_its_length():
+    engine, _ = make_engine()
+    params = GenerationParams(max_new_tokens=10, ignore_eos=True)
+    engine.add(Sequence("a", [1, 2, 3], params))
+    outputs = run_to_end(engine)["a"]
+    assert [output.token_id for output in outputs] == expected_tokens([1, 2, 3], params)
+    assert [output.finish for output in outputs] == [None] * 9 + [FinishReason.LENGTH]
+    assert engine.kv_tokens_used == 0
+
+
+def test_end_of_text_ends_a_sequence_unless_it_is_ignored():
+    prompt = next([n] for n in range(999) if len(expected_tokens([n], GenerationParams(max_new_tokens=20))) < 20)
+    engine, _ = make_engine()
+    engine.add(Sequence("ends", prompt, GenerationParams(max_new_tokens=20)))
+    engine.add(Sequence("goes on", prompt, GenerationParams(max_new_tokens=20, ignore_eos=True)))
+    outputs = run_to_end(engine)
+    assert outputs["ends"][-1].finish is FinishReason.END_OF_TEXT
+    assert outputs["ends"][-1].token_id == EOS
+    assert len(outputs["goes on"]) == 20
+
+
+def test_a_stop_token_id_counts_only_after_the_least_number_of_tokens():
+    tokens = expected_tokens([7], GenerationParams(max_new_tokens=12, ignore_eos=True))
+    stop = frozenset([tokens[1], tokens[8]])
+    engine, _ = make_engine()
+    limits = {"max_new_tokens": 12, "ignore_eos": True, "stop_token_ids": stop}
+    engine.add(Sequence("early", [7], GenerationParams(**limits)))
+    engine.add(Sequence("late", [7], GenerationParams(**limits, min_new_tokens=5)))
+    outputs = run_to_end(engine)
+    assert (outputs["early"][-1].finish, len(outputs["early"])) == (
+        FinishReason.STOP_TOKEN,
+        tokens.index(tokens[1]) + 1,
+    )
+    assert (outputs["late"][-1].finish, len(outputs["late"])) == (FinishReason.STOP_TOKEN, 9)
+
+
+def test_a_long_prompt_comes_in_chunks_that_end_at_tiles_and_never_delays_who_decodes():
+    engine, executor = make_engine()
+    engine.add(Sequence("short", [5], GenerationParams(max_new_tokens=30, ignore_eos=True)))
+    engine.step()
+    engine.add(Sequence("long", range(1, 71), GenerationParams(max_new_tokens=2, ignore_eos=True)))
+    while engine.has_work():
+        before = {output.sequence_id for output in engine.step()}
+        if engine.num_running == 2:
+            assert "short" in before
+    ends = [chunk.end for batch in executor.batches for chunk in batch.chunks if chunk.sequence.sequence_id == "long"]
+    assert ends[-2:] == [70, 71]
+    assert all(end % executor.prefill_tile == 0 for end in ends[:-2])
+    assert max(batch.num_tokens for batch in executor.batches) <= engine.config.step_tokens
+
+
+def test_a_resumed_sequence_goes_on_where_it_stopped():
+    params = GenerationParams(max_new_tokens=20, ignore_eos=True)
+    whole = expected_tokens([3, 4], params)
+    engine, _ = make_engine()
+    engine.add(Sequence("a", [3, 4], params, output_ids=whole[:13]))
+    assert [output.token_id for output in run_to_end(engine)["a"]] == whole[13:]
+
+
+def test_numbers_that_are_not_finite_end_one_sequence_alone():
+    engine, executor = make_engine()
+    params = GenerationParams(max_new_tokens=5, ignore_eos=True)
+    for name in ("good", "bad"):
+        engine.add(Sequence(name, [1, 2], params))
+    executor.broken.add("bad")
+    outputs = run_to_end(engine)
+    assert [output.finish for output in outputs["bad"]] == [FinishReason.ERROR]
+    assert [output.token_id for output in outputs["good"]] == expected_tokens([1, 2], params)
+
+
+def test_a_removed_sequence_frees_its_blocks_and_says_no_more():
+    engine, _ = make_engine()
+    engine.add(Sequence("a", [1] * 9, GenerationParams(max_new_tokens=50, ignore_eos=True)))
+    engine.step()
+    assert engine.kv_tokens_used
+    engine.remove("a")
+    engine.remove("a")
+    assert (engine.kv_tokens_used, engine.has_work(), engine.step()) == (0, False, [])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_sequence_gives_its_own_tokens_under_preemption_and_random_arrival(seed):
+    rng = random.Random(seed)
+    engine, executor = make_engine(num_blocks=rng.randint(12, 40), max_sequences=rng.randint(1, 8))
+    jobs = {}
+    for number in range(25):
+        prompt = [rng.randrange(1, VOCABULARY) for _ in range(rng.randint(1, 30))]
+        params = GenerationParams(max_new_tokens=rng.randint(1, 18), ignore_eos=rng.random() < 0.5)
+        already = expected_tokens(prompt, params)
+        jobs[str(number)] = (prompt, params, already[: rng.randint(0, len(already) - 1)] if rng.random() < 0.3 else [])
+    arrivals = list(jobs)
+    outputs: dict[str, list[int]] = {name: list(already) for name, (_, _, already) in jobs.items()}
+    steps = 0
+    while arrivals or engine.has_work():
+        for _ in range(rng.randint(0, 4)):
+            if arrivals:
+                name = arrivals.pop()
+                prompt, params, already = jobs[name]
+                engine.add(Sequence(name, prompt, params, output_ids=already))
+        for output in engine.step():
+            outputs[output.sequence_id].append(output.token_id)
+        assert engine.num_running <= engine.max_sequences
+        steps += 1
+        assert steps < 2000, "the engine does not come to an end"
+    for name, (prompt, params, _) in jobs.items():
+        assert outputs[name] == expected_tokens(prompt, params)
+    assert engine.kv_tokens_used == 0
+    assert max(batch.num_tokens for batch in executor.batches) <= engine.config.step_tokens
+
+
+def test_some_of_those_runs_did_preempt():
+    engine, _ = make_engine(num_blocks=8)
+    for number in range(4):
+        engine.add(Sequence(str(number), [1, 2, 3], GenerationParams(max_new_tokens=20, ignore_eos=True)))
+    run_to_end(engine)
+    assert engine.num_preemptions > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "max_new_tokens", "message"),
+    [
+        (100, 29, "129 tokens do not fit the model's 128 positions"),
+        (60, 60, "120 tokens do not fit the KV cache of 80"),
+    ],
+)
+def test_a_sequence_that_could_never_end_is_refused(prompt_length, max_new_tokens, message):
+    engine, _ = make_engine(num_blocks=20)
+    with pytest.raises(ValueError, match=message):
+        engine.add(Sequence("a", [1] * prompt_length, GenerationParams(max_new_tokens=max_new_tokens)))
+
+
+def test_a_budget_too_small_for_its_sequences_is_refused():
+    with pytest.raises(ValueError, match="step_tokens must be at least max_sequences \\+ 4 = 12, not 11"):
+        make_engine(step_tokens=11)
+

@@ -1,0 +1,79 @@
+"""What one step computes, and what it gave: the words between the engine and its executor."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from oasst_worker.engine.sequence import Sequence
+
+__all__ = ["Batch", "Chunk", "Executor", "Sample", "TokenLogprob"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens [start, end) of one sequence, whose keys and values this step computes."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def draws(self) -> bool:
+        """The chunk ends with the sequence's last token, so the next one is drawn."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All chunks of one step, at most one per sequence."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A drawn token's log-probability by the raw logits, and the most likely tokens with theirs, best first."""
+
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a chunk that draws gave: a token, or None if its logits were not finite."""
+
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+
+
+class Executor(Protocol):
+    """Computes batches. The engine calls it from one thread."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of KV cache."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Positions in a block."""
+        ...
+
+    @property
+    def prefill_tile(self) -> int:
+        """A chunk that ends inside a prompt ends at a multiple of this.
+
+        So the tiles of a prompt are the same however it is cut into chunks, and so are its bits.
+        """
+        ...
+
+    def execute(self, batch: Batch) -> list[Sample]:
+        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
+        ...

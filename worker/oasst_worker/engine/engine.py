@@ -1,0 +1,155 @@
+"""The engine: schedule, execute, update, every step."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from oasst_worker.engine.batch import Batch, Chunk, Executor, Sample, TokenLogprob
+from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.engine.scheduler import Scheduler
+from oasst_worker.engine.sequence import Sequence
+
+__all__ = ["Engine", "EngineConfig", "FinishReason", "TokenOutput"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    eos_token_id: int
+    max_positions: int  # Prompt and generated tokens of one sequence.
+    max_sequences: int = 32  # Running at once.
+    step_tokens: int = 512  # Budget of one step, decoding and prefill together.
+
+
+class FinishReason(Enum):
+    """Why a sequence ended inside the engine."""
+
+    END_OF_TEXT = "end_of_text"
+    STOP_TOKEN = "stop_token"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What a step gave one sequence: a token, and the end of the sequence if this was its last."""
+
+    sequence_id: str
+    token_id: int | None  # None with FinishReason.ERROR only.
+    logprob: TokenLogprob | None = None
+    finish: FinishReason | None = None
+    error: str | None = None
+
+
+class Engine:
+    """Continuous batching over an executor. Not thread-safe: one thread owns it.
+
+    engine.add(Sequence("a", prompt_ids=[1, 2, 3], params=GenerationParams(max_new_tokens=16)))
+    while engine.has_work():
+        for output in engine.step():
+            ...
+    """
+
+    def __init__(self, executor: Executor, config: EngineConfig) -> None:
+        """
+        Raises:
+            ValueError: if the configuration contradicts itself.
+        """
+        self.config = config
+        self._executor = executor
+        self._scheduler = Scheduler(
+            BlockPool(executor.num_blocks, executor.block_size),
+            max_sequences=config.max_sequences,
+            step_tokens=config.step_tokens,
+            prefill_tile=executor.prefill_tile,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self.last_batch = Batch(())
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def max_sequences(self) -> int:
+        return self._scheduler.max_sequences
+
+    @property
+    def kv_tokens_used(self) -> int:
+        return self._scheduler.kv_tokens_used
+
+    @property
+    def kv_tokens_total(self) -> int:
+        return self._scheduler.kv_tokens_total
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._scheduler.num_preemptions
+
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """The sequence waits for its first step.
+
+        Raises:
+            ValueError: if its id is taken, or it could never end within the model's positions or the KV cache.
+        """
+        params = sequence.params
+        longest = sequence.num_prompt_tokens + params.max_new_tokens
+        if sequence.sequence_id in self._sequences:
+            raise ValueError(f"sequence {sequence.sequence_id} is in the engine already")
+        if sequence.num_output_tokens >= params.max_new_tokens:
+            raise ValueError(f"sequence {sequence.sequence_id} has all {params.max_new_tokens} tokens already")
+        if longest > self.config.max_positions:
+            raise ValueError(f"{longest} tokens do not fit the model's {self.config.max_positions} positions")
+        if longest > self.kv_tokens_total:
+            raise ValueError(f"{longest} tokens do not fit the KV cache of {self.kv_tokens_total}")
+        self._sequences[sequence.sequence_id] = sequence
+        self._scheduler.add(sequence)
+
+    def remove(self, sequence_id: str) -> None:
+        """The sequence is gone and its blocks are free; an unknown id changes nothing."""
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    def step(self) -> list[TokenOutput]:
+        """One turn. Sequences that finished in it are removed already."""
+        batch = self._scheduler.schedule()
+        self.last_batch = batch
+        if not batch.chunks:
+            return []
+        samples = self._executor.execute(batch)
+        return self._update(batch, samples)
+
+    def _update(self, batch: Batch, samples: list[Sample]) -> list[TokenOutput]:
+        drawing = [chunk for chunk in batch.chunks if chunk.draws]
+        for chunk in batch.chunks:
+            chunk.sequence.num_computed = chunk.end
+        return [self._append(chunk, sample) for chunk, sample in zip(drawing, samples, strict=True)]
+
+    def _append(self, chunk: Chunk, sample: Sample) -> TokenOutput:
+        sequence = chunk.sequence
+        if sample.token_id is None:
+            self.remove(sequence.sequence_id)
+            return TokenOutput(
+                sequence.sequence_id, None, finish=FinishReason.ERROR, error="the logits are not finite numbers"
+            )
+        sequence.append(sample.token_id)
+        finish = self._finish_reason(sequence, sample.token_id)
+        if finish is not None:
+            self.remove(sequence.sequence_id)
+        return TokenOutput(sequence.sequence_id, sample.token_id, sample.logprob, finish)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.params
+        if token_id in params.stop_token_ids and sequence.num_output_tokens > params.min_new_tokens:
+            return FinishReason.STOP_TOKEN
+        if token_id == self.config.eos_token_id and not params.ignore_eos:
+            return FinishReason.END_OF_TEXT
+        if sequence.num_output_tokens >= params.max_new_tokens:
+            return FinishReason.LENGTH
+        return None

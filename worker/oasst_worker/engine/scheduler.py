@@ -1,0 +1,126 @@
+"""Decides what each step computes.
+
+One rule: a sequence has tokens computed and tokens to compute, and a step hands out a budget of tokens so that the
+first catch up with the second. Decoding is a gap of one, prefill a large one, a preempted sequence one that starts
+from zero again.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from oasst_worker.engine.batch import Batch, Chunk
+from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.engine.sequence import Sequence
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Owns the sequences that wait and run, and the blocks they hold.
+
+    - Sequences that decode come first: a long prompt never delays them by more than the step's budget.
+    - What is left of the budget goes to prompts, oldest first, in chunks.
+    - A sequence is admitted when a slot is free and all its tokens fit into free blocks.
+    - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
+      front; it is computed again later. The oldest is never preempted for a younger one, so it always ends.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_sequences: int, step_tokens: int, prefill_tile: int) -> None:
+        """
+        Raises:
+            ValueError: if a step's budget cannot hold a token of every sequence beside one tile of a prompt.
+        """
+        if max_sequences < 1:
+            raise ValueError(f"max_sequences must be at least 1, not {max_sequences}")
+        if step_tokens < max_sequences + prefill_tile:
+            raise ValueError(
+                f"step_tokens must be at least max_sequences + {prefill_tile} = {max_sequences + prefill_tile},"
+                f" not {step_tokens}"
+            )
+        self.max_sequences = max_sequences
+        self.num_preemptions = 0
+        self._pool = pool
+        self._step_tokens = step_tokens
+        self._prefill_tile = prefill_tile
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # Oldest first.
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def kv_tokens_total(self) -> int:
+        return self._pool.num_blocks * self._pool.block_size
+
+    @property
+    def kv_tokens_used(self) -> int:
+        return (self._pool.num_blocks - self._pool.num_free) * self._pool.block_size
+
+    def sequences(self) -> Iterable[Sequence]:
+        """Every sequence that runs or waits."""
+        yield from self._running
+        yield from self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence neither runs nor waits, and its blocks are free."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._pool.release(sequence.table)
+
+    def schedule(self) -> Batch:
+        """The next step's work; empty if there is none."""
+        chunks: dict[Sequence, Chunk] = {}
+        budget = self._step_tokens
+        decoding = [sequence for sequence in self._running if sequence.num_to_compute == 1]
+        prefilling = [sequence for sequence in self._running if sequence.num_to_compute > 1]
+        for sequence in decoding + prefilling:
+            if sequence in self._running:  # Not preempted meanwhile.
+                budget -= self._give_chunk(sequence, budget, chunks)
+        while self._waiting and budget >= self._prefill_tile and self._admits(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            budget -= self._give_chunk(sequence, budget, chunks)
+        return Batch(tuple(chunks.values()))
+
+    def _admits(self, sequence: Sequence) -> bool:
+        needed = self._pool.blocks_for(sequence.num_tokens)
+        return len(self._running) < self.max_sequences and needed <= self._pool.num_free
+
+    def _give_chunk(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Enters the sequence's chunk, if budget and blocks allow one; returns how many tokens it takes."""
+        end = self._chunk_end(sequence, budget)
+        if end <= sequence.num_computed:
+            return 0
+        freed = 0
+        while not self._pool.grow(sequence.table, end):
+            victim = self._running[-1]
+            self._preempt(victim)
+            withdrawn = chunks.pop(victim, None)
+            freed += withdrawn.num_tokens if withdrawn else 0
+            if victim is sequence:
+                return -freed
+        chunks[sequence] = Chunk(sequence, sequence.num_computed, end)
+        return end - sequence.num_computed - freed
+
+    def _chunk_end(self, sequence: Sequence, budget: int) -> int:
+        end = min(sequence.num_tokens, sequence.num_computed + budget)
+        if end < sequence.num_prompt_tokens:
+            end -= end % self._prefill_tile
+        return end
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._pool.release(sequence.table)
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1

@@ -1,0 +1,87 @@
+"""One choice of one job, inside the engine."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+from oasst_worker.engine.blocks import BlockTable
+from oasst_worker.engine.params import GenerationParams
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """A prompt and what was generated for it, and how far its keys and values are computed.
+
+        |<------------- token_ids ------------>|
+        |  prompt_ids   |      output_ids      |
+        |<-- num_computed -->|<- to compute -->|
+
+    A step computes the keys and values of some of the tokens to compute. Once none is left the next token is drawn and
+    appended, which leaves one. A prompt, a chunk of it, a resumed job and a preempted sequence are the same thing: a
+    gap between `num_computed` and `num_tokens`.
+
+    The owner of a sequence is the engine it was added to: nobody else changes it.
+    """
+
+    __slots__ = ("_prompt_length", "_token_ids", "num_computed", "output_counts", "params", "sequence_id", "table")
+
+    def __init__(
+        self,
+        sequence_id: str,
+        prompt_ids: Iterable[int],
+        params: GenerationParams,
+        output_ids: Iterable[int] = (),
+    ) -> None:
+        """A sequence that has computed nothing yet.
+
+        `output_ids` are tokens it generated elsewhere before: it goes on after them.
+
+        Raises:
+            ValueError: if the prompt is empty.
+        """
+        self.sequence_id = sequence_id
+        self.params = params
+        self.num_computed = 0
+        self.table = BlockTable()
+        # Generated token id -> how often; for the presence and frequency penalties.
+        self.output_counts: dict[int, int] = {}
+        self._token_ids = list(prompt_ids)
+        self._prompt_length = len(self._token_ids)
+        if not self._prompt_length:
+            raise ValueError("a sequence needs at least one prompt token")
+        for token_id in output_ids:
+            self.append(token_id)
+
+    @property
+    def token_ids(self) -> Items[int]:
+        """Prompt and generated tokens. Not to be changed by the caller."""
+        return self._token_ids
+
+    @property
+    def prompt_ids(self) -> Items[int]:
+        return self._token_ids[: self._prompt_length]
+
+    @property
+    def output_ids(self) -> Items[int]:
+        return self._token_ids[self._prompt_length :]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._prompt_length
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self._token_ids) - self._prompt_length
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self._token_ids) - self.num_computed
+
+    def append(self, token_id: int) -> None:
+        """The token stands at the end of the generated ones, its keys and values still to compute."""
+        self._token_ids.append(token_id)
+        self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1

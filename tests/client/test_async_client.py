@@ -1,0 +1,169 @@
+"""The asyncio client against a real server: what differs from the synchronous one, and that the rest is the same."""
+
+import asyncio
+import inspect
+
+import pytest
+from oasst_client import (
+    AsyncClient,
+    AsyncCompletionStream,
+    AsyncConversation,
+    Client,
+    CompletionStream,
+    Conversation,
+    DeadlineExceededError,
+    InternalError,
+    NotFoundError,
+    OverloadedError,
+    RequestCancelledError,
+)
+
+TEXT = "An idea that spreads."
+
+
+@pytest.fixture
+async def async_client(server):
+    async with AsyncClient(server.address) as client:
+        yield client
+
+
+def waits_for_its_caller(server):
+    def script(request, context):
+        yield server.accepted(request)
+        yield server.delta(0, "Well, ")
+        server.ended.wait(timeout=30)
+
+    return script
+
+
+async def server_saw_the_end(server) -> bool:
+    return await asyncio.to_thread(server.ended.wait, 5)
+
+
+@pytest.mark.parametrize(
+    ("sync_class", "async_class"),
+    [(Client, AsyncClient), (CompletionStream, AsyncCompletionStream), (Conversation, AsyncConversation)],
+)
+def test_both_shells_have_the_same_calls(sync_class, async_class):
+    def calls(cls):
+        return {
+            name: list(inspect.signature(member).parameters.values())
+            for name, member in inspect.getmembers(cls, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    def without_types(parameters):
+        return [(each.name, each.kind, each.default) for each in parameters]
+
+    sync_calls, async_calls = calls(sync_class), calls(async_class)
+    assert sync_calls.keys() == async_calls.keys()
+    for name in sync_calls:
+        assert without_types(sync_calls[name]) == without_types(async_calls[name]), name
+
+
+def test_a_client_made_outside_of_a_loop_says_so(server):
+    with pytest.raises(RuntimeError, match="event loop"):
+        AsyncClient(server.address)
+
+
+async def test_chat_and_stream_give_the_same_completion(async_client):
+    completion = await async_client.chat("What is a meme?", request_id="mine")
+    assert completion.text == TEXT
+    async with async_client.stream("What is a meme?", request_id="mine") as stream:
+        assert [text async for text in stream] == ["An ", "idea ", "that ", "spreads."]
+    assert await stream.completion() == completion
+
+
+async def test_many_streams_run_at_once_on_one_connection(async_client):
+    completions = await asyncio.gather(*(async_client.stream("Hi").completion() for _ in range(6)))
+    assert {completion.text for completion in completions} == {TEXT}
+
+
+async def test_leaving_a_stream_early_cancels_the_request(server, async_client):
+    server.script = waits_for_its_caller(server)
+    async with async_client.stream("Tell me everything.") as stream:
+        async for text in stream:
+            assert text == "Well, "
+            break
+    assert await server_saw_the_end(server)
+    with pytest.raises(RequestCancelledError):
+        await stream.completion()
+
+
+async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(server, async_client):
+    server.script = waits_for_its_caller(server)
+    started = asyncio.Event()
+
+    async def read():
+        async with async_client.stream("Tell me everything.") as stream:
+            async for _ in stream:
+                started.set()
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await server_saw_the_end(server)
+
+
+async def test_closing_a_stream_under_its_reader_is_no_cancellation_of_the_reader(server, async_client):
+    server.script = waits_for_its_caller(server)
+    stream = async_client.stream("Tell me everything.")
+    started = asyncio.Event()
+
+    async def read():
+        async for _ in stream:
+            started.set()
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    stream.close()
+    with pytest.raises(RequestCancelledError):
+        await task
+
+
+async def test_errors_are_the_same_as_the_synchronous_ones(server, async_client):
+    def full(request, context):
+        server.refuse(context, 8, "full", server.error_info("QUEUE_FULL"))
+        yield
+
+    server.script = full
+    with pytest.raises(OverloadedError):
+        await async_client.chat("Hi")
+    with pytest.raises(OverloadedError):
+        await async_client.stream("Hi").completion()
+
+    server.script = waits_for_its_caller(server)
+    server.ended.clear()
+    with pytest.raises(DeadlineExceededError):
+        await async_client.stream("Hi", timeout_s=0.2).completion()
+
+    def broken(request, context):
+        yield server.accepted(request)
+        server.refuse(context, 13, "broken", server.error_info("NUMERIC"))
+
+    server.script = broken
+    with pytest.raises(InternalError):
+        await async_client.stream("Hi").completion()
+
+
+async def test_queries_answer_as_the_synchronous_ones_do(client, async_client):
+    assert await async_client.models() == client.models()
+    assert await async_client.model() == client.model()
+    assert await async_client.tokenize("Hi") == client.tokenize("Hi")
+    assert await async_client.detokenize([72]) == client.detokenize([72])
+    assert await async_client.load() == client.load()
+    assert await async_client.cancel("known") == client.cancel("known")
+    with pytest.raises(NotFoundError):
+        await async_client.cancel("unknown")
+
+
+async def test_a_conversation_remembers(server, async_client):
+    conversation = AsyncConversation(async_client, system="Be brief.")
+    await conversation.ask("What is a meme?")
+    async with conversation.ask_stream("And who coined the word?") as stream:
+        await stream.completion()
+    asked = [message.content for message in server.requests[1].conversation.messages]
+    assert asked == ["Be brief.", "What is a meme?", TEXT, "And who coined the word?"]
+    assert len(conversation.messages) == 5

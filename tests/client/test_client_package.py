@@ -1,0 +1,38 @@
+"""The package as a whole: what importing it costs, and that its examples are true."""
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import oasst_client
+import pytest
+
+MODULES = ["oasst_client", *(f"oasst_client.{each.name}" for each in pkgutil.iter_modules(oasst_client.__path__))]
+
+
+def test_importing_the_client_loads_nothing_heavy():
+    heavy = ["torch", "redis", "typer", "rich", "numpy", "tokenizers", "pydantic", "prometheus_client"]
+    code = f"import sys, oasst_client; print([each for each in {heavy} if each in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_all_names_exactly_what_is_imported_from_the_modules_beside():
+    public = {name for name in vars(oasst_client) if not name.startswith("_") and name not in sys.modules}
+    assert sorted(oasst_client.__all__) == sorted(public)
+
+
+@pytest.mark.parametrize("module_name", MODULES)
+def test_examples_in_docstrings_are_true(module_name, server, client):
+    module = importlib.import_module(module_name)
+    names = {"client": client, "address": server.address}
+    result = doctest.testmod(module, extraglobs=names)
+    assert result.failed == 0
+
+
+def test_there_are_examples_to_check():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(examples) >= 8

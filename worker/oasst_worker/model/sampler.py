@@ -1,0 +1,191 @@
+"""From logits to tokens: penalties, bans, the draw, log-probabilities.
+
+A row's outcome depends on that row alone: neither the other rows nor their number change it.
+
+Order of processing, as in transformers: repetition penalty, presence and frequency penalty, logit bias, bans,
+temperature, top_k, top_p, min_p, typical_p. Temperature 0 takes the most likely token, the lowest id of equals.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from oasst_worker.model.philox import uniform_for
+from oasst_worker.model.shortcuts import Columns, draw_from_bucket, draw_from_prefix
+from oasst_worker.model.warpers import SamplingSpec, draw, warp
+
+__all__ = [
+    "Sampled",
+    "Sampler",
+    "SamplingRow",
+    "SamplingSpec",
+    "TokenLogprob",
+    "processed_probabilities",
+    "uniform_for",
+]
+
+# Lengths of the prefix tried one after the other; most rows are decided by the first.
+_PREFIX_SIZES = (64, 1024, 4096)
+
+# Colder is greedy: dividing logits by less would overflow fp32.
+_COLDEST_TEMPERATURE = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What one row's draw depends on, besides its logits. Token ids must lie within the vocabulary."""
+
+    params: SamplingSpec
+    uniform: float  # The row's random number in [0, 1), see `uniform_for`; greedy rows ignore it.
+    # Prompt and generated ids, for the repetition penalty; repeats do no harm.
+    seen_ids: Tensor | Sequence[int] = ()
+    # Generated id -> how often, for the presence and frequency penalties.
+    output_counts: Mapping[int, int] = field(default_factory=dict)
+    # Not to be drawn this time, such as end-of-text before min_new_tokens.
+    banned_ids: Iterable[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A drawn token's log-probability by the raw logits, and the most likely tokens with theirs, best first."""
+
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a batch drew, one entry per row."""
+
+    # None where the row's logits are not finite, or no token is left to draw.
+    token_ids: list[int | None]
+    # None where the row asked for none or drew nothing.
+    logprobs: list[TokenLogprob | None]
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """Rows that drew nothing."""
+        return [row for row, token_id in enumerate(self.token_ids) if token_id is None]
+
+
+class Sampler:
+    """Draws the next token of many rows at once."""
+
+    def __init__(self, vocab_size: int, banned_token_ids: Iterable[int], device: torch.device | str = "cpu") -> None:
+        """`banned_token_ids` are never drawn by any row: padding rows of the embedding, control ids."""
+        self._vocab_size = vocab_size
+        self._banned_token_ids = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """Returns one token per row of `logits` [rows, vocab] fp32, which are overwritten."""
+        if logits.shape != (len(rows), self._vocab_size):
+            raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
+        bad_rows = _rows_not_finite(logits)
+        logits[bad_rows] = 0.0  # Keeps them out of the way; their tokens are dropped below.
+        asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None and row not in bad_rows]
+        log_probabilities = logits[asking].log_softmax(dim=1)
+
+        _penalize(logits, rows)
+        logits.index_fill_(1, self._banned_token_ids, -torch.inf)
+        drawn = _draw(logits, rows)
+        is_drawable = logits[range(len(rows)), drawn].isfinite().tolist()
+        token_ids = [
+            token_id if is_drawable[row] and row not in bad_rows else None for row, token_id in enumerate(drawn)
+        ]
+        logprobs: list[TokenLogprob | None] = [None] * len(rows)
+        for row, of_row in zip(asking, log_probabilities, strict=True):
+            logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
+        return Sampled(token_ids, logprobs)
+
+
+def processed_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Returns the distribution [rows, vocab] from which each row is drawn, by the plain path; `logits` stay as is."""
+    logits = logits.clone()
+    _penalize(logits, rows)
+    probabilities = torch.zeros_like(logits)
+    for of_row, scores, row in zip(probabilities, logits, rows, strict=True):
+        if _is_greedy(row.params):
+            of_row[scores.argmax()] = 1.0
+        else:
+            of_row.copy_(warp(scores, row.params).softmax(dim=0))
+    return probabilities
+
+
+def _is_greedy(params: SamplingSpec) -> bool:
+    return params.temperature < _COLDEST_TEMPERATURE
+
+
+def _rows_not_finite(logits: Tensor) -> list[int]:
+    """Returns the rows that hold a NaN or an infinity."""
+    # An infinity or NaN always reaches the sum; a finite row's sum may overflow, so suspects are looked at closely.
+    suspects = (~logits.sum(dim=1).isfinite()).nonzero().flatten().tolist()
+    return [row for row in suspects if not logits[row].isfinite().all()]
+
+
+def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Applies penalties, logit bias and the rows' own bans in place."""
+    for row, scores in zip(rows, logits, strict=True):
+        params = row.params
+        if params.repetition_penalty != 1 and len(row.seen_ids):
+            ids = torch.as_tensor(row.seen_ids, dtype=torch.int64, device=logits.device)
+            seen = scores[ids]
+            scores[ids] = torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
+        if (params.presence_penalty or params.frequency_penalty) and row.output_counts:
+            ids = torch.tensor(list(row.output_counts), device=logits.device)
+            counts = torch.tensor(list(row.output_counts.values()), device=logits.device)
+            scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=scores.dtype, device=logits.device)
+        if banned_ids := list(row.banned_ids):
+            scores[banned_ids] = -torch.inf
+
+
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Returns each row's token."""
+    greedy = [index for index, row in enumerate(rows) if _is_greedy(row.params)]
+    token_ids = dict(zip(greedy, _take(logits, greedy).argmax(dim=1).tolist(), strict=True))
+    for size in _PREFIX_SIZES:
+        tried = [index for index, row in enumerate(rows) if index not in token_ids and _fits(row.params, size)]
+        if not tried:
+            continue
+        params, uniforms = [rows[index].params for index in tried], [rows[index].uniform for index in tried]
+        columns = Columns.of(params, uniforms, logits.device)
+        drawn, decided = draw_from_prefix(_take(logits, tried), columns, size)
+        for index, token_id, is_decided in zip(tried, drawn.tolist(), decided.tolist(), strict=True):
+            if is_decided:
+                token_ids[index] = token_id
+    for index, row in enumerate(rows):
+        if index not in token_ids:
+            token_ids[index] = _draw_row(logits[index], row)
+    return [token_ids[index] for index in range(len(rows))]
+
+
+def _fits(params: SamplingSpec, size: int) -> bool:
+    """Whether a prefix of this size can decide such a row, and does it for less than the plain path."""
+    plain_path_sorts = params.top_p < 1 or params.typical_p < 1
+    return params.top_k < size and (size == _PREFIX_SIZES[0] or params.top_k > 0 or plain_path_sorts)
+
+
+def _draw_row(scores: Tensor, row: SamplingRow) -> int:
+    warped = warp(scores, row.params)
+    token_id = draw_from_bucket(warped, row.uniform)
+    return draw(warped, row.uniform) if token_id is None else token_id
+
+
+def _take(logits: Tensor, rows: list[int]) -> Tensor:
+    """Returns these rows, without a copy if they are all."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _describe(log_probabilities: Tensor, token_id: int | None, num_alternatives: int) -> TokenLogprob | None:
+    if token_id is None:
+        return None
+    best = log_probabilities.topk(min(num_alternatives, len(log_probabilities)))
+    return TokenLogprob(
+        logprob=float(log_probabilities[token_id]),
+        alternatives=tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+    )

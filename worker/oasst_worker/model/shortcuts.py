@@ -1,0 +1,229 @@
+"""The draw without sorting the vocabulary: the fast paths.
+
+*Prefix*: what a row draws almost always lies among its few most likely (or most typical) tokens. These are selected,
+put in order and filtered in float64; the rest of the row enters only as a sum. *Bucket*: where many tokens share the
+mass, a histogram over the scores tells in which bucket the draw falls, and only that bucket is put in order.
+
+Both decide a row only if no comparison was so close that the rounding of the plain path (`warpers`) could turn it. So
+a decided row has the plain path's token; the others are left to the next path, the plain one last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oasst_worker.model.warpers import SamplingSpec
+
+__all__ = ["Columns", "draw_from_bucket", "draw_from_prefix"]
+
+# Wider than the error of a sum of fp32 probabilities, ours or the plain path's.
+_MASS_MARGIN = 2e-6
+# Wider than the error of an fp32 log-probability or entropy.
+_DISTANCE_MARGIN = 2e-5
+# Wider than the difference between two orders of a float64 sum over a vocabulary.
+_SUM_MARGIN = 1e-10
+# Weights below e^-200 are 0 in fp32; the bound keeps 0 * -inf away.
+_LOG_NOTHING = -200.0
+
+# Buckets are this wide, in nats, and reach this far down from the most likely token; the last holds all below.
+_BUCKET_WIDTH = 1 / 128
+_NUM_BUCKETS = 32 * 128
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The parameters of a batch, one row each, [rows, 1]."""
+
+    temperature: Tensor  # fp32, as the plain path divides
+    top_k: Tensor  # int64
+    top_p: Tensor  # float64, as all below
+    min_p: Tensor
+    typical_p: Tensor
+    uniform: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingSpec], uniforms: Sequence[float], device: torch.device) -> "Columns":
+        values = [
+            [row.temperature, row.top_k, row.top_p, row.min_p, row.typical_p, uniform]
+            for row, uniform in zip(params, uniforms, strict=True)
+        ]
+        temperature, top_k, *others = torch.tensor(values, dtype=torch.float64).to(device).T.unsqueeze(2).unbind()
+        return cls(temperature.float(), top_k.long(), *others)
+
+    def take(self, rows: Tensor) -> "Columns":
+        """Returns the columns of these rows only."""
+        return Columns(
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.min_p[rows],
+            self.typical_p[rows],
+            self.uniform[rows],
+        )
+
+    @property
+    def is_cut(self) -> Tensor:
+        """Whether a filter by likelihood keeps only the head of a row."""
+        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+
+    @property
+    def is_typical(self) -> Tensor:
+        return self.typical_p < 1
+
+
+def draw_from_prefix(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
+    """Returns the drawn token ids [rows] and which rows are decided [rows]; the ids of others mean nothing.
+
+    `logits` [rows, vocab] have penalties and bans applied, temperature not. `size` is the length of the prefix.
+    """
+    size = min(size, logits.shape[1])
+    token_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    decided = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    by_typicality = (columns.is_typical & ~columns.is_cut).flatten()
+    for group, draw in ((~by_typicality, _draw_from_head), (by_typicality, _draw_from_typical)):
+        rows = group.nonzero().flatten()
+        if len(rows) == len(logits):
+            return draw(logits, columns, size)
+        if len(rows):
+            token_ids[rows], decided[rows] = draw(logits[rows], columns.take(rows), size)
+    return token_ids, decided
+
+
+def draw_from_bucket(scores: Tensor, uniform: float) -> int | None:
+    """Returns the token that `warpers.draw` draws from one row's final scores [vocab], or None if it is too close."""
+    depths = scores.amax().double() - scores
+    weights = (-depths).exp()
+    buckets = (depths / _BUCKET_WIDTH).clamp_(max=_NUM_BUCKETS - 1).long()
+    sums = torch.bincount(buckets, weights, minlength=_NUM_BUCKETS).cumsum(0)
+    total = float(sums[-1])
+    target = uniform * total
+    bucket = int((sums <= target).sum().clamp(max=_NUM_BUCKETS - 1))
+
+    members = (buckets == bucket).nonzero().flatten().flip(0)  # Of equals the highest id first.
+    order = depths[members].sort(stable=True).indices
+    sums_within = weights[members[order]].cumsum(0) + (sums[bucket - 1] if bucket else 0.0)
+    drawn = int((sums_within <= target).sum())
+    is_close = bool(((sums_within - target).abs() < _SUM_MARGIN * total).any())
+    return None if is_close or drawn == len(members) else int(members[order[drawn]])
+
+
+@dataclass(slots=True)
+class _Prefix:
+    """Some tokens of each row, most likely first; of equals the highest id first, as `warpers.draw` orders them."""
+
+    ids: Tensor  # [rows, size] int64
+    scores: Tensor  # [rows, size] float64, after temperature
+    peak: Tensor  # [rows, 1], the highest score of the whole row
+    weights: Tensor  # [rows, size], e^(score - peak); 0 once a token is removed
+    doubtful: Tensor  # [rows, 1], whether some comparison was too close
+
+    @classmethod
+    def of(cls, scores: Tensor, ids: Tensor, peak: Tensor) -> "_Prefix":
+        ids, order = ids.sort(dim=1)
+        scores, order = scores.gather(1, order).sort(dim=1, stable=True)
+        ids, scores = ids.gather(1, order).flip(1), scores.flip(1).double()
+        return cls(ids, scores, peak, (scores - peak).exp(), torch.zeros_like(peak, dtype=torch.bool))
+
+    def total(self) -> Tensor:
+        """Returns the weight of all tokens still kept, [rows, 1]."""
+        return self.weights.sum(dim=1, keepdim=True)
+
+    def lowest_score(self) -> Tensor:
+        """Returns the score of the least likely token still kept, [rows, 1]."""
+        return self.scores.masked_fill(self.weights == 0, torch.inf).amin(dim=1, keepdim=True)
+
+    def distances(self, total: Tensor, entropy: Tensor) -> Tensor:
+        """Returns how far each token's information content lies from `entropy`, if all tokens weigh `total`."""
+        surprise = self.peak + total.log() - self.scores
+        return (surprise - entropy).abs().masked_fill(self.weights == 0, torch.inf)
+
+    def keep(self, kept: Tensor, where: Tensor, close: Tensor | None = None) -> None:
+        """In rows `where` [rows, 1] only `kept` tokens stay; a row with any `close` comparison becomes doubtful."""
+        self.weights = self.weights.where(kept | ~where, 0.0)
+        if close is not None:
+            self.doubtful |= where & close.any(dim=1, keepdim=True)
+
+    def keep_top_p(self, top_p: Tensor, total: Tensor, where: Tensor) -> None:
+        before = (self.weights.cumsum(dim=1) - self.weights) / total
+        self.keep(before < top_p, where, close=(before - top_p).abs() < _MASS_MARGIN)
+
+    def keep_min_p(self, min_p: Tensor, where: Tensor) -> None:
+        self.keep(self.weights >= min_p, where, close=(self.weights - min_p).abs() < _MASS_MARGIN * min_p)
+
+    def keep_typical(self, distances: Tensor, mass: Tensor, total: Tensor, where: Tensor) -> Tensor:
+        """Keeps the tokens of smallest distance up to `mass`; returns the largest distance kept, [rows, 1]."""
+        ascending, order = distances.sort(dim=1)
+        sums = (self.weights / total).gather(1, order).cumsum(dim=1)
+        last = (sums < mass).sum(dim=1, keepdim=True).clamp(max=sums.shape[1] - 1)
+        limit = ascending.gather(1, last)
+        # Equal scores have equal distances on both paths; only others can change sides.
+        others = self.scores != self.scores.gather(1, order.gather(1, last))
+        close = others & ((distances - limit).abs() < _DISTANCE_MARGIN) | ((sums - mass).abs() < _MASS_MARGIN)
+        self.keep(distances <= limit, where, close)
+        return limit
+
+    def draw(self, uniform: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns token ids [rows] and which are beyond doubt [rows], if all tokens weigh `total` [rows, 1]."""
+        sums = self.weights.cumsum(dim=1)
+        target = uniform * total
+        drawn = (sums <= target).sum(dim=1, keepdim=True)
+        close = ((sums - target).abs() <= _MASS_MARGIN * total).any(dim=1, keepdim=True)
+        in_prefix = drawn < sums.shape[1]
+        token_ids = self.ids.gather(1, drawn.clamp(max=sums.shape[1] - 1))
+        return token_ids.squeeze(1), (in_prefix & ~close & ~self.doubtful).squeeze(1)
+
+
+def _draw_from_head(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
+    """Draws from the `size` most likely tokens, with any filters or none."""
+    # Temperature keeps the order, so the prefix can be chosen before it.
+    logit_values, ids = logits.topk(size)
+    scores = logit_values / columns.temperature
+    prefix = _Prefix.of(scores, ids, peak=scores[:, :1].double())
+    # No token outside the prefix has a higher score than this.
+    outside = prefix.scores[:, -1:] if size < logits.shape[1] else torch.full_like(prefix.peak, -torch.inf)
+    has_top_k, has_top_p, has_min_p = columns.top_k > 0, columns.top_p < 1, columns.min_p > 0
+
+    kth_score = prefix.scores.gather(1, (columns.top_k - 1).clamp(0, size - 1))
+    prefix.keep(prefix.scores >= kth_score, where=has_top_k)
+    # A row is closed once no token outside the prefix can be kept.
+    closed = (outside == -torch.inf) | (has_top_k & (columns.top_k <= size) & (kth_score > outside))
+
+    total = prefix.total()
+    needs_whole_row = ~closed & ~has_top_k & (has_top_p | ~columns.is_cut)
+    if needs_whole_row.any():
+        rows = slice(None) if needs_whole_row.all() else needs_whole_row.flatten().nonzero().flatten()
+        scaled = logits[rows] / columns.temperature[rows]
+        total[rows] = scaled.sub_(scores[rows, :1]).exp_().sum(dim=1, keepdim=True).double()
+    prefix.keep_top_p(columns.top_p, total, where=has_top_p)
+    prefix.keep_min_p(columns.min_p, where=has_min_p)
+    closed |= ~has_top_k & (has_top_p | has_min_p) & (prefix.lowest_score() > outside)
+
+    if columns.is_typical.any():
+        kept_total = prefix.total()
+        probabilities = prefix.weights / kept_total
+        entropy = -(probabilities * probabilities.log().clamp(min=_LOG_NOTHING)).sum(dim=1, keepdim=True)
+        distances = prefix.distances(kept_total, entropy)
+        prefix.keep_typical(distances, columns.typical_p, kept_total, where=columns.is_typical)
+    prefix.doubtful |= columns.is_cut & ~closed
+    return prefix.draw(columns.uniform, torch.where(closed, prefix.total(), total))
+
+
+def _draw_from_typical(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
+    """Draws from the `size` most typical tokens, in rows without any other filter."""
+    scaled = logits / columns.temperature
+    peak = scaled.amax(dim=1, keepdim=True)
+    shifted = (scaled - peak).clamp_(min=_LOG_NOTHING)
+    weights = shifted.exp()
+    total = weights.sum(dim=1, keepdim=True).double()
+    entropy = total.log() - weights.mul_(shifted).sum(dim=1, keepdim=True).double() / total
+    typical_score = peak.double() + total.log() - entropy
+    ids = torch.sub(scaled, typical_score.float(), out=shifted).abs_().topk(size, largest=False).indices
+    prefix = _Prefix.of(scaled.gather(1, ids), ids, peak.double())
+
+    distances = prefix.distances(total, entropy)
+    limit = prefix.keep_typical(distances, columns.typical_p, total, where=columns.is_typical)
+    if size < logits.shape[1]:
+        prefix.doubtful |= limit > distances.amax(dim=1, keepdim=True) - _DISTANCE_MARGIN
+    return prefix.draw(columns.uniform, prefix.total())

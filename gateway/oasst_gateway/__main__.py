@@ -1,0 +1,93 @@
+"""Runs one gateway as a process: `python -m oasst_gateway --help`."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from oasst_jobs import QueueError
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from oasst_gateway.errors import StartError
+from oasst_gateway.gateway import running_gateway
+from oasst_gateway.model import ServedModel, load_model
+from oasst_gateway.settings import GatewaySettings, read_settings
+
+__all__ = ["main"]
+
+_EXIT_FAILED = 1
+_EXIT_BAD_OPTION = 2
+
+
+def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
+    """Serves until SIGTERM or SIGINT; the process's exit code."""
+    try:
+        settings = read_settings(arguments)
+        model = load_model(
+            settings.model,
+            name=settings.model_name,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_new_tokens=settings.max_new_tokens,
+            max_choices=settings.max_choices,
+        )
+    except StartError as error:
+        print(f"oasst_gateway: {error}", file=sys.stderr)
+        return _EXIT_BAD_OPTION
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(settings, model))
+    except (StartError, QueueError) as error:
+        print(f"oasst_gateway: {error}", file=sys.stderr)
+        return _EXIT_FAILED
+    except asyncio.CancelledError:
+        print("oasst_gateway: asked to stop twice, open chats were cut off", file=sys.stderr)
+        return _EXIT_FAILED
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where the platform has it; asyncio's own does the same, slower."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.new_event_loop
+    return new_event_loop
+
+
+async def _serve(settings: GatewaySettings, model: ServedModel) -> None:
+    asked_to_stop = asyncio.Event()
+    serving = asyncio.current_task()
+
+    def stop() -> None:
+        if asked_to_stop.is_set() and serving is not None:
+            serving.cancel()
+        asked_to_stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+    registry = CollectorRegistry()
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    async with running_gateway(settings, model, registry) as addresses:
+        event = {
+            "event": "serving",
+            "role": "gateway",
+            "id": settings.gateway_id,
+            "listen": addresses.listen,
+            "metrics": addresses.metrics,
+        }
+        print(json.dumps(event), flush=True)
+        await asked_to_stop.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What the gateway refuses, in its own words. `status` gives each its gRPC code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oasst.v1 import chat_pb2
+
+__all__ = [
+    "ChatFailedError",
+    "GatewayError",
+    "InvalidRequestError",
+    "StartError",
+    "TooManyChatsError",
+    "UnimplementedRpcError",
+    "UnknownChatError",
+    "Violation",
+]
+
+
+class StartError(Exception):
+    """The gateway cannot start; the message is one sentence that says why."""
+
+
+class GatewayError(Exception):
+    """A request cannot be served. The message is shown to the caller and never repeats the caller's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field that is not as the API allows."""
+
+    field: str  # Its path in the request, for example "limits.stop[3]".
+    description: str  # What is allowed.
+
+
+class InvalidRequestError(GatewayError):
+    """The request itself is wrong; sending it again does not help."""
+
+    def __init__(self, violations: Sequence[Violation], *, reason: str = "INVALID_FIELD") -> None:
+        super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
+        self.violations = tuple(violations)
+        self.reason = reason
+
+
+class UnknownChatError(GatewayError):
+    """No such request is known to this caller, or it ended longer ago than results are kept."""
+
+    def __init__(self) -> None:
+        super().__init__("no such request is known, or it ended longer ago than results are kept")
+
+
+class TooManyChatsError(GatewayError):
+    """This gateway has as many open chats as it may."""
+
+    def __init__(self, max_open: int, *, retry_after_s: float) -> None:
+        super().__init__(f"this gateway already has its {max_open} open chats")
+        self.retry_after_s = retry_after_s
+
+
+class UnimplementedRpcError(GatewayError):
+    """The API has this RPC, this server does not."""
+
+    def __init__(self, rpc: str) -> None:
+        super().__init__(f"{rpc} is not implemented by this server")
+
+
+class ChatFailedError(GatewayError):
+    """A request was accepted and ended without finishing."""
+
+    def __init__(self, failed: chat_pb2.Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed

@@ -1,0 +1,144 @@
+"""One gateway, from its parts: what starts first stops last."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, connect
+from prometheus_client import CollectorRegistry, start_http_server
+
+from oasst_gateway.chats import Chats
+from oasst_gateway.errors import StartError
+from oasst_gateway.health import Health
+from oasst_gateway.interceptors import RpcInterceptor
+from oasst_gateway.metrics import GatewayMetrics
+from oasst_gateway.model import ServedModel
+from oasst_gateway.monitor import QueueMonitor, measure_loop_lag
+from oasst_gateway.server import create_server
+from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
+from oasst_gateway.settings import GatewaySettings
+
+__all__ = ["Addresses", "running_gateway"]
+
+logger = logging.getLogger(__name__)
+
+# What an RPC that has just ended needs to get its status out.
+_FLUSH_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a gateway serves, as HOST:PORT."""
+
+    listen: str
+    metrics: str
+
+
+@asynccontextmanager
+async def running_gateway(
+    settings: GatewaySettings, model: ServedModel, registry: CollectorRegistry
+) -> AsyncIterator[Addresses]:
+    """A gateway serves as long as the context is open; open chats may then go on for the drain's grace.
+
+    Raises:
+        StartError: if Redis does not answer in time, or an address is taken.
+    """
+    metrics = GatewayMetrics(registry)
+    async with AsyncExitStack() as stack:
+        metrics_port = stack.enter_context(_serving_metrics(settings.metrics_listen, registry))
+        redis = connect(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        client = QueueClient(redis)
+        limits = QueueLimits(max_waiting_jobs=settings.max_waiting_jobs)
+        submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits)
+        inbox = Inbox(client, gateway_id=settings.gateway_id)
+        health = Health()
+        await health.start()
+        monitor = QueueMonitor(submitter, metrics=metrics, on_change=health.set_queue_available)
+        await stack.enter_async_context(
+            _running(inbox.run(), Sweeper(client).run(), monitor.run(), measure_loop_lag(metrics))
+        )
+        await monitor.wait_available(settings.redis_wait_s)
+        await client.check_server()
+        chats = Chats(
+            model=model,
+            submitter=submitter,
+            inbox=inbox,
+            monitor=monitor,
+            metrics=metrics,
+            resume_secret=_resume_secret(settings),
+            max_open=settings.max_open_chats,
+        )
+        stack.push_async_callback(chats.aclose)
+        server, port = create_server(
+            listen=settings.listen,
+            chat_servicer=ChatServicer(chats, model),
+            model_servicer=ModelServicer(chats, model),
+            scoring_servicer=ScoringServicer(),
+            health=health,
+            interceptor=RpcInterceptor(metrics),
+            max_message_bytes=settings.max_message_bytes,
+            reuse_port=settings.reuse_port,
+            with_reflection=settings.reflection,
+        )
+        await server.start()
+        stack.push_async_callback(_drain, server, chats, health, grace_s=settings.drain_grace_s)
+        yield Addresses(
+            listen=_with_port(settings.listen, port), metrics=_with_port(settings.metrics_listen, metrics_port)
+        )
+
+
+async def _drain(server: grpc.aio.Server, chats: Chats, health: Health, *, grace_s: float) -> None:
+    """New callers go elsewhere, open chats end or are left to the queue, the server has stopped."""
+    await health.leave()
+    # Health watchers never end by themselves, so the server's own grace cannot tell when the last chat has ended.
+    stopping = asyncio.create_task(server.stop(grace_s + _FLUSH_S))
+    if not await chats.wait_idle(grace_s):
+        logger.warning("chats are still open after the grace, they go on in the queue grace_s=%g", grace_s)
+    chats.abandon()
+    await server.stop(_FLUSH_S)
+    await stopping
+
+
+@asynccontextmanager
+async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """The services run as long as the context is open; if one fails, so does the context, for the same reason."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(service) for service in services]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+
+
+@contextmanager
+def _serving_metrics(listen: str, registry: CollectorRegistry) -> Iterator[int]:
+    """Prometheus can read `registry` at the port that is returned."""
+    host, _, port = listen.rpartition(":")
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise StartError(f"cannot listen on {listen} for metrics: {error.strerror}") from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _resume_secret(settings: GatewaySettings) -> bytes:
+    if settings.resume_secret is None:
+        return secrets.token_bytes(32)
+    return settings.resume_secret.get_secret_value().encode()
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -1,0 +1,109 @@
+"""What happens around every RPC of ours: its request is decoded, its errors are translated, its outcome is counted."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError, Message
+
+from oasst_gateway.errors import InvalidRequestError, Violation
+from oasst_gateway.metrics import GatewayMetrics
+from oasst_gateway.status import UNFORESEEN, status_of
+from oasst_gateway.wire import find_invalid_text
+
+__all__ = ["RpcInterceptor"]
+
+logger = logging.getLogger(__name__)
+
+_OURS = "/oasst.v1."
+
+# Any: grpc types neither the requests nor the contexts of handlers it has not generated.
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Behavior = Callable[[Any, _Context], Awaitable[Any]]
+
+
+class RpcInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every `oasst.v1` RPC. Its handlers take one request and are coroutines; streams write to their context."""
+
+    def __init__(self, metrics: GatewayMetrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        rpc = handler_call_details.method
+        if handler is None or not rpc.startswith(_OURS):
+            return handler
+        # Without a deserializer the behavior is handed the bytes, and can tell what is wrong with them.
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._wrap(rpc, handler.unary_stream, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._wrap(rpc, handler.unary_unary, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrap(self, rpc: str, behavior: _Behavior, parse: Callable[[bytes], Message]) -> _Behavior:
+        descriptor = descriptor_pool.Default().FindMethodByName(rpc[1:].replace("/", ".")).input_type
+
+        async def wrapped(data: bytes, context: _Context) -> Any:
+            async with self._observed(rpc, context), self._translated(rpc, context):
+                return await behavior(_decode(data, parse, descriptor), context)
+
+        return wrapped
+
+    @asynccontextmanager
+    async def _observed(self, rpc: str, context: _Context) -> AsyncIterator[None]:
+        name = rpc.removeprefix(_OURS)
+        started_s = time.perf_counter()
+        code = grpc.StatusCode.OK
+        self._metrics.requests_in_flight.labels(name).inc()
+        try:
+            yield
+        except asyncio.CancelledError:
+            has_expired = context.time_remaining() == 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if has_expired else grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = context.code()
+            raise
+        finally:
+            self._metrics.requests_in_flight.labels(name).dec()
+            self._metrics.requests.labels(name, code.name).inc()
+            self._metrics.request_seconds.labels(name).observe(time.perf_counter() - started_s)
+
+    @asynccontextmanager
+    async def _translated(self, rpc: str, context: _Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as error:  # The top of every RPC: whatever it was, its caller is told.
+            status = status_of(error)
+            if isinstance(error, InvalidRequestError):
+                self._metrics.invalid_requests.labels(error.reason).inc()
+            if status.reason == UNFORESEEN:
+                logger.exception("failed rpc=%s", rpc)
+            else:
+                logger.info("refused rpc=%s code=%s reason=%s", rpc, status.code.name, status.reason)
+            await context.abort(status.code, status.message, trailing_metadata=status.trailing_metadata())
+
+
+def _decode(data: bytes, parse: Callable[[bytes], Message], descriptor: Descriptor) -> Message:
+    try:
+        return parse(data)
+    except DecodeError as error:
+        field = find_invalid_text(data, descriptor)
+        if field is None:
+            violation = Violation("request", f"must be a {descriptor.full_name}")
+            raise InvalidRequestError([violation], reason="MALFORMED") from error
+        raise InvalidRequestError([Violation(field, "must be UTF-8")], reason="INVALID_UTF8") from error

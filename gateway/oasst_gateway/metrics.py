@@ -1,0 +1,102 @@
+"""Every metric of the gateway, declared once, in base units. No label holds anything a caller chose."""
+
+import time
+from collections.abc import Callable
+
+from oasst.v1 import chat_pb2, generation_pb2
+from oasst_jobs import QueueLoad
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["ChatMeter", "GatewayMetrics"]
+
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
+_REQUEST_SECONDS = (0.005, 0.025, 0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_LAG_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class GatewayMetrics:
+    """The gateway's metrics in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"oasst_gateway_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"oasst_gateway_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"oasst_gateway_{name}", text, labels, buckets=buckets, registry=registry)
+
+        self.requests = counter("requests_total", "RPCs that ended, by their gRPC code.", "rpc", "code")
+        self.requests_in_flight = gauge("requests_in_flight", "RPCs that are open.", "rpc")
+        self.request_seconds = histogram(
+            "request_duration_seconds", "From an RPC's first byte to its status.", _REQUEST_SECONDS, "rpc"
+        )
+        self.invalid_requests = counter("invalid_requests_total", "Requests refused as invalid, by reason.", "reason")
+
+        self.time_to_first_token_seconds = histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_SECONDS
+        )
+        self.inter_token_seconds = histogram(
+            "inter_token_latency_seconds", "Between two consecutive deltas of a choice.", _TOKEN_SECONDS
+        )
+        self.time_per_output_token_seconds = histogram(
+            "time_per_output_token_seconds", "Mean time per token after the first, by request.", _TOKEN_SECONDS
+        )
+        self.queue_wait_seconds = histogram(
+            "queue_wait_seconds", "From a request's acceptance to a worker's claim.", _REQUEST_SECONDS
+        )
+        self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
+
+        self.redis_up = gauge("redis_up", "1 while the queue answers.")
+        self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")
+        self.waiting_tokens = gauge("queue_waiting_tokens", "Tokens that those requests ask for, prompts included.")
+        self.running_jobs = gauge("queue_running_jobs", "Requests that workers run, over all gateways.")
+        self.workers = gauge("workers", "Workers that told of themselves lately.")
+        self.event_loop_lag_seconds = histogram(
+            "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _LAG_SECONDS
+        )
+
+    def record_load(self, load: QueueLoad) -> None:
+        """The queue's gauges show `load`."""
+        self.waiting_jobs.set(load.waiting_jobs)
+        self.waiting_tokens.set(load.waiting_tokens)
+        self.running_jobs.set(load.running_jobs)
+        self.workers.set(len(load.workers))
+
+
+class ChatMeter:
+    """Measures one chat from the moment it is made."""
+
+    def __init__(self, metrics: GatewayMetrics, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._started_s = clock()
+        self._first_token_s: float | None = None
+        self._last_delta_s: dict[int, float] = {}  # By choice.
+        self._num_tokens = 0
+
+    def elapsed_s(self) -> float:
+        """Since the request's arrival."""
+        return self._clock() - self._started_s
+
+    def saw_delta(self, delta: generation_pb2.Delta) -> None:
+        """The caller is sent `delta` now."""
+        now_s = self._clock()
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+            self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s)
+        if delta.choice in self._last_delta_s:
+            self._metrics.inter_token_seconds.observe(now_s - self._last_delta_s[delta.choice])
+        self._last_delta_s[delta.choice] = now_s
+        self._num_tokens += len(delta.token_ids)
+        self._metrics.generated_tokens.inc(len(delta.token_ids))
+
+    def saw_finished(self, finished: chat_pb2.Finished) -> None:
+        """The chat has run to its end."""
+        self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)
+        if self._first_token_s is not None and self._num_tokens > 1:
+            per_token_s = (self._clock() - self._first_token_s) / (self._num_tokens - 1)
+            self._metrics.time_per_output_token_seconds.observe(per_token_s)

@@ -1,0 +1,151 @@
+"""From a request to the job that is put into the queue: valid, formatted, tokenized, every value concrete. Pure."""
+
+import functools
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oasst.jobs.v1 import job_pb2
+from oasst.prompt import Turn, drop_oldest, format_prompt
+from oasst.v1 import chat_pb2, generation_pb2
+from oasst_jobs import JOB_VERSION, job_id_for
+
+from oasst_gateway.errors import InvalidRequestError, Violation
+from oasst_gateway.model import ModelLimits, ServedModel
+from oasst_gateway.presets import preset_max_new_tokens, resolve_sampling
+from oasst_gateway.tokenizer import ControlTokenInTextError
+from oasst_gateway.validation import check_chat, duration_ms, split_system
+
+__all__ = ["PreparedChat", "prepare_chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A job and what the gateway must know to watch over it."""
+
+    job: job_pb2.Job
+    digest: bytes  # Of the request as its client sent it: the same id with another digest is another request.
+    timeout_ms: int | None
+    detach_grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    field: str  # The request's field it came from.
+    token_ids: Sequence[int]
+    dropped_turns: int = 0
+
+
+def prepare_chat(
+    request: chat_pb2.ChatRequest, model: ServedModel, *, tenant: str, request_id: str, remaining_s: float | None = None
+) -> PreparedChat:
+    """The job of `request`, whose RPC has `remaining_s` left.
+
+    Raises:
+        InvalidRequestError: if a field is not as the API allows, or the prompt does not fit.
+    """
+    check_chat(request, model_name=model.name, limits=model.limits)
+    prompt = _build_prompt(request, model)
+    job = job_pb2.Job(
+        version=JOB_VERSION,
+        job_id=job_id_for(tenant, request_id),
+        tenant=tenant,
+        model=model.name,
+        prompt_token_ids=prompt.token_ids,
+        sampling=resolve_sampling(request.sampling, seed=secrets.randbits(64)),
+        limits=_resolve_limits(request, prompt, model.limits),
+        n=request.n if request.HasField("n") else 1,
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        priority=request.priority or chat_pb2.PRIORITY_NORMAL,
+        dropped_turns=prompt.dropped_turns,
+        request_id=request_id,
+    )
+    return PreparedChat(
+        job=job,
+        digest=_digest(request),
+        timeout_ms=_timeout_ms(request, remaining_s),
+        detach_grace_s=duration_ms(request.detach_grace) / 1000,
+    )
+
+
+def _digest(request: chat_pb2.ChatRequest) -> bytes:
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+
+
+def _timeout_ms(request: chat_pb2.ChatRequest, remaining_s: float | None) -> int | None:
+    """The request's own timeout or what its RPC has left, the smaller."""
+    timeouts_ms = [duration_ms(request.timeout)] if request.HasField("timeout") else []
+    if remaining_s is not None:
+        timeouts_ms.append(max(1, int(remaining_s * 1000)))
+    return min(timeouts_ms, default=None)
+
+
+def _build_prompt(request: chat_pb2.ChatRequest, model: ServedModel) -> _Prompt:
+    # A preset's max_new_tokens is a cap, not a wish: only what the request itself asks for must fit.
+    new_tokens = request.limits.max_new_tokens if request.limits.HasField("max_new_tokens") else 1
+    budget = min(model.limits.max_prompt_tokens, model.limits.max_positions - new_tokens)
+    match request.WhichOneof("input"):
+        case "prompt":
+            prompt = _Prompt("prompt", model.tokenizer.encode_prompt(request.prompt))
+        case "token_ids":
+            prompt = _Prompt("token_ids", request.token_ids.ids)
+        case _:
+            prompt = _format_conversation(request, model, budget)
+    if len(prompt.token_ids) > budget:
+        raise _prompt_too_long(prompt, new_tokens, model.limits)
+    return prompt
+
+
+def _format_conversation(request: chat_pb2.ChatRequest, model: ServedModel, budget: int) -> _Prompt:
+    """All turns of the conversation, or the newest that fit if the oldest may be dropped."""
+    system, all_turns = split_system(request.conversation)
+    turns: Sequence[Turn] = all_turns
+    may_drop = request.truncation == chat_pb2.TRUNCATION_DROP_OLDEST_TURNS
+    if may_drop:
+        turns = _drop_hopeless(turns, model.limits, budget)
+    encode_part = functools.cache(model.tokenizer.encode_part)
+    while True:
+        try:
+            token_ids = [token_id for part in format_prompt(turns, system=system) for token_id in encode_part(part)]
+        except ControlTokenInTextError as error:
+            raise InvalidRequestError([Violation("conversation", "must not encode to control tokens")]) from error
+        shorter = drop_oldest(turns)
+        if len(token_ids) <= budget or not may_drop or not shorter:
+            return _Prompt("conversation", token_ids, dropped_turns=len(all_turns) - len(turns))
+        turns = shorter
+
+
+def _drop_hopeless(turns: Sequence[Turn], limits: ModelLimits, budget: int) -> Sequence[Turn]:
+    """The newest turns that might fit, so that a long history is not tokenized only to be dropped."""
+    # A turn is at least its speaker, its end and what its characters must take.
+    least_tokens = [2 + len(turn.text) // limits.longest_token for turn in turns]
+    num_tokens = sum(least_tokens)
+    while num_tokens > budget and (shorter := drop_oldest(turns)):
+        num_tokens -= sum(least_tokens[-len(turns) : -len(shorter)])
+        turns = shorter
+    return turns
+
+
+def _prompt_too_long(prompt: _Prompt, new_tokens: int, limits: ModelLimits) -> InvalidRequestError:
+    description = (
+        f"has {len(prompt.token_ids)} tokens: with {new_tokens} to generate it must fit {limits.max_positions}"
+        f" positions, and at most {limits.max_prompt_tokens} may be prompt"
+    )
+    return InvalidRequestError([Violation(prompt.field, description)], reason="PROMPT_TOO_LONG")
+
+
+def _resolve_limits(
+    request: chat_pb2.ChatRequest, prompt: _Prompt, limits: ModelLimits
+) -> generation_pb2.GenerationLimits:
+    resolved = generation_pb2.GenerationLimits()
+    resolved.CopyFrom(request.limits)
+    if not resolved.HasField("max_new_tokens"):
+        left = min(limits.max_positions - len(prompt.token_ids), limits.max_new_tokens)
+        resolved.max_new_tokens = min(left, preset_max_new_tokens(request.sampling.preset) or left)
+    if not resolved.HasField("min_new_tokens"):
+        resolved.min_new_tokens = 0
+    if resolved.min_new_tokens > resolved.max_new_tokens:
+        allowed = f"must be at most {resolved.max_new_tokens}, the tokens that can be generated"
+        raise InvalidRequestError([Violation("limits.min_new_tokens", allowed)])
+    return resolved

@@ -1,0 +1,82 @@
+"""The gRPC server, listening but not started."""
+
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # without stubs
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # without stubs
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
+
+from oasst_gateway.errors import StartError
+from oasst_gateway.health import Health
+from oasst_gateway.interceptors import RpcInterceptor
+from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
+
+__all__ = ["create_server"]
+
+_SERVICES = [
+    *(
+        file.services_by_name[name].full_name
+        for file, name in (
+            (chat_pb2.DESCRIPTOR, "ChatService"),
+            (model_pb2.DESCRIPTOR, "ModelService"),
+            (scoring_pb2.DESCRIPTOR, "ScoringService"),
+        )
+    ),
+    "grpc.health.v1.Health",
+    reflection.SERVICE_NAME,
+]
+
+
+def create_server(
+    *,
+    listen: str,
+    chat_servicer: ChatServicer,
+    model_servicer: ModelServicer,
+    scoring_servicer: ScoringServicer,
+    health: Health,
+    interceptor: RpcInterceptor,
+    max_message_bytes: int,
+    reuse_port: bool,
+    with_reflection: bool,
+) -> tuple[grpc.aio.Server, int]:
+    """A server bound to `listen`, and its port (a free one was taken for port 0). It serves once it is started.
+
+    Raises:
+        StartError: if it cannot listen there.
+    """
+    server = grpc.aio.server(
+        interceptors=[interceptor],
+        options=_options(max_message_bytes=max_message_bytes, reuse_port=reuse_port),
+    )
+    chat_pb2_grpc.add_ChatServiceServicer_to_server(chat_servicer, server)  # type: ignore[no-untyped-call]  # generated
+    model_pb2_grpc.add_ModelServiceServicer_to_server(model_servicer, server)  # type: ignore[no-untyped-call]  # generated
+    scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring_servicer, server)  # type: ignore[no-untyped-call]  # generated
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    if with_reflection:
+        reflection.enable_server_reflection(_SERVICES, server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise StartError(f"cannot listen on {listen}: is it in use?") from error
+    return server, port
+
+
+def _options(*, max_message_bytes: int, reuse_port: bool) -> Sequence[tuple[str, int]]:
+    return [
+        # Off unless asked for: with it, two gateways started by mistake on one port would share its callers unnoticed.
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_metadata_size", 16 * 1024),
+        # More streams of one connection wait in their client.
+        ("grpc.max_concurrent_streams", 1024),
+        # A caller whose machine vanished is noticed within 40 s, and its work given up.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Connections are renewed now and then, so that callers find new gateways. Open streams may end first.
+        ("grpc.max_connection_age_ms", 300_000),
+        ("grpc.max_connection_idle_ms", 900_000),
+    ]

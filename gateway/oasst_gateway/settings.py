@@ -1,0 +1,96 @@
+"""The gateway's options: flags, or environment variables named OASST_GATEWAY_ and the flag. Read once, at the start."""
+
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from oasst_gateway.errors import StartError
+
+__all__ = ["GatewaySettings", "read_settings"]
+
+
+def _draw_gateway_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _check_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    return address
+
+
+def _check_redis_url(url: str) -> str:
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must begin with redis://, rediss:// or unix://")
+    return url
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+
+
+class GatewaySettings(BaseSettings):
+    """Serves the chat API over gRPC and puts its requests into Redis."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OASST_GATEWAY_",
+        cli_prog_name="python -m oasst_gateway",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        frozen=True,
+    )
+
+    model: str = Field(description="Checkpoint folder or hub id; only its config and tokenizer are read.")
+    model_name: str | None = Field(None, description="Name callers know the model by. Unset: hub id or folder name.")
+    redis_url: Annotated[str, AfterValidator(_check_redis_url)] = Field(
+        "redis://127.0.0.1:6379/0", description="Where the queue is."
+    )
+    listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
+    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of Prometheus metrics.")
+    gateway_id: str = Field(
+        default_factory=_draw_gateway_id,
+        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        description="This process among all gateways. Unset: host, process and a random part.",
+    )
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Unset: what the model's positions allow.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Unset: what the model's positions allow.")
+    max_choices: int = Field(8, ge=1, le=128, description="Most completions of one request.")
+    max_waiting_jobs: int = Field(1024, ge=1, description="Requests that may wait for workers, over all gateways.")
+    max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on this gateway.")
+    max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
+    resume_secret: SecretStr | None = Field(
+        None, min_length=16, description="Proves resume tokens; the same on all gateways. Unset: random at each start."
+    )
+    reflection: bool = Field(True, description="Whether the server describes its API to callers.")
+    reuse_port: bool = Field(False, description="Lets several gateways of one machine share a port.")
+    redis_wait_s: float = Field(60.0, ge=0, description="How long the start waits for Redis before it fails.")
+    drain_grace_s: float = Field(30.0, ge=0, description="How long open chats may go on once asked to stop.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def read_settings(arguments: Sequence[str]) -> GatewaySettings:
+    """The settings of these command line arguments and the environment; arguments win.
+
+    Raises:
+        StartError: with one sentence that names the option that is unknown, missing or wrong.
+    """
+    try:
+        return GatewaySettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
+    except SettingsError as error:
+        raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
+    except ValidationError as error:
+        raise StartError("; ".join(_explain(str(e["loc"][0]), e["msg"], e["type"]) for e in error.errors())) from error
+
+
+def _explain(field: str, message: str, kind: str) -> str:
+    flag = f"--{field.replace('_', '-')}"
+    if kind == "missing":
+        return f"{flag} (or OASST_GATEWAY_{field.upper()}) is required"
+    return f"{flag}: {message.removeprefix('Value error, ')}"

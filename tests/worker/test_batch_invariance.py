@@ -1,0 +1,206 @@
+"""On the CPU a sequence's logits do not depend, to the last bit, on what else runs or on how it came to run."""
+
+import random
+
+import pytest
+import torch
+from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
+from oasst_worker.model.config import NeoXConfig
+from oasst_worker.model.linear import PackedLinear, PlainLinear, TiledLinear, build_linear, is_row_exact
+from oasst_worker.model.neox import NeoX
+from oasst_worker.model.weights import LayerWeights, NeoXWeights
+from oasst_worker.runtime.runner import ModelRunner
+
+NUM_SEQUENCES = 32
+SHAPES = {
+    "heads of 64": {"hidden_size": 256, "num_heads": 4, "num_layers": 2, "vocab_size": 1000},
+    "heads of 40, odd vocabulary": {"hidden_size": 80, "num_heads": 2, "num_layers": 3, "vocab_size": 301},
+    "heads of 128, sequential": {
+        "hidden_size": 256,
+        "num_heads": 2,
+        "num_layers": 2,
+        "vocab_size": 500,
+        "parallel_residual": False,
+    },
+}
+
+
+def make_model(dtype: torch.dtype, **shape) -> NeoX:
+    fields = {"parallel_residual": True} | shape
+    hidden, vocab = fields["hidden_size"], fields["vocab_size"]
+    config = NeoXConfig(
+        head_dim=hidden // fields["num_heads"],
+        intermediate_size=4 * hidden,
+        rotary_dim=hidden // fields["num_heads"] // 4 // 2 * 2,
+        rotary_base=10000.0,
+        max_positions=512,
+        layer_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        hidden_act="gelu",
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=1,
+        dtype=dtype,
+        **fields,
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def random_tensor(*size: int) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator) * 0.1).to(dtype)
+
+    def norm() -> torch.Tensor:
+        return torch.ones(hidden, dtype=dtype)
+
+    layers = tuple(
+        LayerWeights(
+            norm1_weight=norm(),
+            norm1_bias=random_tensor(hidden),
+            norm2_weight=norm(),
+            norm2_bias=random_tensor(hidden),
+            qkv_weight=random_tensor(3 * hidden, hidden),
+            qkv_bias=random_tensor(3 * hidden),
+            dense_weight=random_tensor(hidden, hidden),
+            dense_bias=random_tensor(hidden),
+            mlp_in_weight=random_tensor(4 * hidden, hidden),
+            mlp_in_bias=random_tensor(4 * hidden),
+            mlp_out_weight=random_tensor(hidden, 4 * hidden),
+            mlp_out_bias=random_tensor(hidden),
+        )
+        for _ in range(config.num_layers)
+    )
+    return NeoX(
+        config,
+        NeoXWeights(
+            embed_in=random_tensor(vocab, hidden),
+            layers=layers,
+            final_norm_weight=norm(),
+            final_norm_bias=random_tensor(hidden),
+            head=random_tensor(vocab, hidden),
+        ),
+    )
+
+
+class RecordingRunner(ModelRunner):
+    """Keeps the logits each sequence drew from."""
+
+    def __init__(self, model: NeoX, num_blocks: int) -> None:
+        super().__init__(model, num_blocks=num_blocks)
+        self.logits: dict[str, list[torch.Tensor]] = {}
+
+    def execute(self, batch: Batch) -> list[Sample]:
+        logits = self._forward(batch)
+        for row, chunk in zip(logits, [chunk for chunk in batch.chunks if chunk.draws], strict=True):
+            self.logits.setdefault(chunk.sequence.sequence_id, []).append(row.clone())
+        return [Sample(token_id) for token_id in logits.argmax(dim=1).tolist()]
+
+
+def make_jobs(vocab_size: int) -> dict[str, tuple[list[int], int]]:
+    """Sequence id -> (prompt, tokens to generate), around and across the prefill tile."""
+    rng = random.Random(0)
+    lengths = [1, 2, 15, 63, 64, 65, 100, 128, 129, 180]
+    return {
+        str(number): ([rng.randrange(1, vocab_size) for _ in range(rng.choice(lengths))], rng.randint(6, 20))
+        for number in range(NUM_SEQUENCES)
+    }
+
+
+def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_tokens=512):
+    """Logits of each sequence, and how often one was preempted."""
+    runner = RecordingRunner(model, num_blocks)
+    config = EngineConfig(eos_token_id=0, max_positions=512, max_sequences=NUM_SEQUENCES, step_tokens=step_tokens)
+    engine = Engine(runner, config)
+    waiting = sorted(jobs, key=lambda name: (arrivals or {}).get(name, 0))
+    step = 0
+    while waiting or engine.has_work():
+        while waiting and (arrivals or {}).get(waiting[0], 0) <= step:
+            name = waiting.pop(0)
+            prompt, max_new_tokens = jobs[name]
+            params = GenerationParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+            engine.add(Sequence(name, prompt, params, output_ids=(resumed or {}).get(name, ())))
+        engine.step()
+        step += 1
+    return runner.logits, engine.num_preemptions
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def scene(request):
+    """(model, jobs, logits of every sequence run alone)."""
+    model = make_model(torch.float32, **SHAPES[request.param])
+    jobs = make_jobs(model.config.vocab_size)
+    alone = {}
+    for name, job in jobs.items():
+        alone |= run(model, {name: job})[0]
+    return model, jobs, alone
+
+
+def assert_same_bits(logits, expected):
+    for name, rows in expected.items():
+        assert len(logits[name]) == len(rows)
+        for position, (row, other) in enumerate(zip(logits[name], rows, strict=True)):
+            assert torch.equal(row, other), f"sequence {name}, token {position}"
+
+
+def random_arrivals(jobs):
+    rng = random.Random(1)
+    return {name: rng.randint(0, 25) for name in jobs}
+
+
+def test_among_31_others_admitted_at_random_steps(scene):
+    model, jobs, alone = scene
+    logits, _ = run(model, jobs, arrivals=random_arrivals(jobs))
+    assert_same_bits(logits, alone)
+
+
+def test_with_prompts_in_chunks(scene):
+    model, jobs, alone = scene
+    logits, _ = run(model, jobs, arrivals=random_arrivals(jobs), step_tokens=NUM_SEQUENCES + 64)
+    assert_same_bits(logits, alone)
+
+
+def test_after_preemption_in_scattered_blocks(scene):
+    model, jobs, alone = scene
+    logits, num_preemptions = run(model, jobs, arrivals=random_arrivals(jobs), num_blocks=48)
+    assert num_preemptions > 0
+    assert_same_bits(logits, alone)
+
+
+def test_resumed_in_the_middle(scene):
+    model, jobs, alone = scene
+    resumed = {
+        name: [int(row.argmax()) for row in rows[: 1 + int(name) % (len(rows) - 1)]] for name, rows in alone.items()
+    }
+    logits, _ = run(model, jobs, resumed=resumed)
+    assert_same_bits(logits, {name: rows[len(resumed[name]) :] for name, rows in alone.items()})
+
+
+def test_in_bf16_too():
+    model = make_model(torch.bfloat16, **SHAPES["heads of 40, odd vocabulary"])
+    jobs = dict(list(make_jobs(model.config.vocab_size).items())[:10])
+    alone = {}
+    for name, job in jobs.items():
+        alone |= run(model, {name: job})[0]
+    logits, num_preemptions = run(model, jobs, num_blocks=20)
+    assert num_preemptions > 0
+    assert_same_bits(logits, alone)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(192, 64), (1000, 80), (64, 256), (301, 40)])
+@pytest.mark.parametrize("kind", [PackedLinear, TiledLinear])
+def test_a_linear_layers_rows_do_not_depend_on_each_other(kind, shape, activation):
+    weight, bias = torch.randn(*shape), torch.randn(shape[0])
+    assert is_row_exact(kind(weight, bias, activation), shape[1], torch.float32)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+def test_the_fast_linear_layer_equals_the_plain_one(activation):
+    weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(700, 64)
+    expected = PlainLinear(weight, bias, activation)(x)
+    for rows in (1, 2, 33, 512, 700):
+        for fast in (build_linear(weight, bias, activation), TiledLinear(weight, bias, activation)):
+            torch.testing.assert_close(fast(x[:rows]), expected[:rows], rtol=1e-5, atol=1e-5)
+
+
+def test_the_check_of_rows_finds_a_layer_whose_rows_do_depend():
+    assert not is_row_exact(lambda x: x + x.sum() * 1e-6, 64, torch.float32)

@@ -1,0 +1,81 @@
+"""Executes the engine's batches on one device."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from oasst_worker.engine import Batch, Chunk, GenerationParams, Sample, Sequence, TokenLogprob
+from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.model.neox import NeoX
+from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
+from oasst_worker.runtime.tensors import make_inputs
+
+__all__ = ["ModelRunner"]
+
+BLOCK_SIZE = 16
+PREFILL_TILE = 64
+
+
+class ModelRunner:
+    """A model, its KV cache and its sampler: an `oasst_worker.engine.Executor`.
+
+    The cache is [layers, 2, heads, positions, head_dim]: a sequence whose blocks follow each other is read as a plain
+    view of every head, without copying. On the CPU its pages are taken from the system only once they are written.
+    """
+
+    block_size = BLOCK_SIZE
+    prefill_tile = PREFILL_TILE
+
+    def __init__(self, model: NeoX, *, num_blocks: int, banned_token_ids: Iterable[int] = ()) -> None:
+        """`banned_token_ids` are never drawn: padding rows of the vocabulary, control tokens other than end-of-text."""
+        config = model.config
+        self.num_blocks = num_blocks
+        self._model = model
+        self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
+        self._cache = torch.zeros(
+            (config.num_layers, 2, config.num_heads, num_blocks * BLOCK_SIZE, config.head_dim),
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def execute(self, batch: Batch) -> list[Sample]:
+        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
+        logits = self._forward(batch)
+        rows = [self._sampling_row(chunk) for chunk in batch.chunks if chunk.draws]
+        return _samples(self._sampler.sample(logits, rows)) if rows else []
+
+    def prompt_logits(self, token_ids: list[int]) -> Tensor:
+        """The logits after each token of a prompt, [tokens, vocab] fp32. The cache must be idle."""
+        sequence = Sequence("prompt", token_ids, GenerationParams(max_new_tokens=1))
+        BlockPool(self.num_blocks, BLOCK_SIZE).grow(sequence.table, len(token_ids))
+        chunk = Chunk(sequence, 0, len(token_ids))
+        return self._forward(Batch((chunk,)), every_row=True)
+
+    def _forward(self, batch: Batch, *, every_row: bool = False) -> Tensor:
+        inputs = make_inputs(
+            batch,
+            block_size=BLOCK_SIZE,
+            prefill_tile=PREFILL_TILE,
+            device=self._model.device,
+            every_row=every_row,
+        )
+        return self._model.forward(inputs, self._cache)
+
+    def _sampling_row(self, chunk: Chunk) -> SamplingRow:
+        sequence, params = chunk.sequence, chunk.sequence.params
+        may_end = sequence.num_output_tokens >= params.min_new_tokens
+        return SamplingRow(
+            params,
+            uniform_for(params.seed, params.choice, sequence.num_output_tokens) if params.temperature else 0.0,
+            seen_ids=sequence.token_ids if params.repetition_penalty != 1 else (),
+            output_counts=sequence.output_counts,
+            banned_ids=() if may_end else (self._model.config.eos_token_id,),
+        )
+
+
+def _samples(sampled: Sampled) -> list[Sample]:
+    return [
+        Sample(token_id, TokenLogprob(logprob.logprob, logprob.alternatives) if logprob else None)
+        for token_id, logprob in zip(sampled.token_ids, sampled.logprobs, strict=True)
+    ]

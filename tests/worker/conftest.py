@@ -1,0 +1,45 @@
+"""Tiny random GPT-NeoX checkpoints, as transformers makes and saves them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture
+def make_model() -> Callable[..., GPTNeoXForCausalLM]:
+    """Makes a random model: `make_model(tie_word_embeddings=True)` overrides fields of `GPTNeoXConfig`."""
+
+    def make(**fields) -> GPTNeoXForCausalLM:
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**TINY | fields))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)  # Biases and norms too: their defaults would hide mistakes.
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_checkpoint(make_model, tmp_path) -> Callable[..., Path]:
+    """Saves a random model as safetensors and returns its folder; `max_shard_size` splits it."""
+
+    def make(*, max_shard_size="1GB", **fields) -> Path:
+        folder = tmp_path / "checkpoint"
+        make_model(**fields).save_pretrained(folder, max_shard_size=max_shard_size)
+        return folder
+
+    return make

@@ -64,7 +64,7 @@ class TiledLinear:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         padded = F.pad(x, (0, 0, 0, -rows % _TILE_ROWS))
-        return torch.cat([self._plain(tile) for tile in padded.split(_TILE_ROWS)])[:rows]
+        return torch.cat([self._plain(tile) for tile in torch.split(padded, _TILE_ROWS)])[:rows]
 
 
 class PackedLinear:
@@ -84,7 +84,7 @@ class PackedLinear:
         if rows < MIN_ROWS:
             return self._product(F.pad(x, (0, 0, 0, MIN_ROWS - rows)))[:rows]
         if rows > MAX_ROWS:
-            return torch.cat([self(tile) for tile in x.split(MAX_ROWS)])
+            return torch.cat([self(tile) for tile in torch.split(x, MAX_ROWS)])
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def build_linear(weight: Tensor, bias: Tensor | None, activation: Activation | N
     """
     if weight.device.type != "cpu":
         return PlainLinear(weight, bias, activation)
-    if weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
+    if weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         try:
             return PackedLinear(weight, bias, activation)
         except (RuntimeError, AttributeError):  # No kernel on this processor, or not in this build of PyTorch.
@@ -109,6 +109,7 @@ def build_linear(weight: Tensor, bias: Tensor | None, activation: Activation | N
     return TiledLinear(weight, bias, activation)
 
 
+@torch.inference_mode()
 def is_row_exact(linear: Linear, in_features: int, dtype: torch.dtype) -> bool:
     """Rows come out the same, bit for bit, at several numbers of rows and in another order, here and now."""
     generator = torch.Generator().manual_seed(0)

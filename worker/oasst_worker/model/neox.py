@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oasst_worker.model.attention import attend_prompt_tile, attend_token
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.linear import Linear, build_linear
+from oasst_worker.model.linear import Linear, build_linear, is_row_exact
 from oasst_worker.model.weights import LayerWeights, NeoXWeights
 
 __all__ = ["AttentionSpan", "NeoX", "StepInputs"]
@@ -67,6 +67,14 @@ class NeoX:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
+    def is_row_exact(self) -> bool:
+        """On this machine no row's bits depend on the rows beside it; tried on one layer's products and the head."""
+        hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
+        return all(
+            is_row_exact(linear, in_features, self.dtype)
+            for linear, in_features in [*self._layers[0].linears(hidden, intermediate), (self._head, hidden)]
+        )
+
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, cache: Tensor) -> Tensor:
         """Writes every row's keys and values and returns the drawing rows' logits.
@@ -90,6 +98,15 @@ class _Layer:
         self._dense = make_linear(weights.dense_weight, weights.dense_bias)
         self._mlp_in = make_linear(weights.mlp_in_weight, weights.mlp_in_bias, config.hidden_act)
         self._mlp_out = make_linear(weights.mlp_out_weight, weights.mlp_out_bias)
+
+    def linears(self, hidden: int, intermediate: int) -> list[tuple[Linear, int]]:
+        """The layer's products with their numbers of input features."""
+        return [
+            (self._qkv, hidden),
+            (self._dense, hidden),
+            (self._mlp_in, hidden),
+            (self._mlp_out, intermediate),
+        ]
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, inputs: StepInputs, cache: Tensor) -> Tensor:
         attended = self._dense(self._attend(self._norm1(hidden), cos, sin, inputs, cache))

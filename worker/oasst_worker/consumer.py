@@ -1,0 +1,353 @@
+"""Between queue and engine: claims jobs while there is room, logs what the engine gives, tells how jobs end.
+
+Log before show: what the engine generates reaches the queue's log and the gateways in one call, once per step for all
+jobs. While a call is under way the engine goes on; what comes meanwhile is merged into the next one.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from oasst.jobs.v1.job_pb2 import Outcome
+from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError
+
+from oasst_worker.choice import Choice
+from oasst_worker.intake import Intake, JobRefusedError
+from oasst_worker.loop import EngineLoop, StepReport
+from oasst_worker.metrics import WorkerMetrics
+from oasst_worker.running import RunningJob
+
+__all__ = ["Consumer"]
+
+logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+
+# How long to wait for word of new work before looking anyway.
+_LISTEN_S = 1.0
+# More tokens than any job asks for: an idle worker takes the next job whatever its size.
+_ANY_SIZE = 2**50
+# KV cache kept free for the next tokens of each running choice, so that a claim does not preempt at once.
+_LOOKAHEAD_TOKENS = 64
+_MIN_BACKOFF_S = 0.05
+_MAX_BACKOFF_S = 2.0
+
+
+class Consumer:
+    """Keeps an engine busy with the queue's jobs.
+
+    Owns every job from its claim until its outcome is logged, it is lost, or it is given back. The engine's loop is
+    started and stopped here.
+    """
+
+    def __init__(
+        self,
+        claimer: Claimer,
+        loop: EngineLoop,
+        intake: Intake,
+        metrics: WorkerMetrics,
+        *,
+        lease_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._claimer = claimer
+        self._loop = loop
+        self._intake = intake
+        self._metrics = metrics
+        # A job of which the queue has not heard for this long is told of, news or none.
+        self._renew_after_s = lease_s / 3
+        self._clock = clock
+        self._jobs: dict[str, RunningJob] = {}
+        self._owners: dict[Choice, RunningJob] = {}  # Choices that belong in the engine.
+        self._head_does_not_fit = False  # The next waiting job needs more room than there is; until room is made.
+        self._drain_ends_s = float("inf")
+        self._queue_is_reachable = True
+        # Wake-ups. Each is set by whoever changes something, and cleared by the one task that waits for it.
+        self._claim_now = asyncio.Event()
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._job_left = asyncio.Event()
+        # One-way: no claims after the first, no pushes after the second.
+        self._draining = asyncio.Event()
+        self._closing = asyncio.Event()
+
+    @property
+    def num_sequences(self) -> int:
+        """Choices that run or wait in the engine."""
+        return len(self._owners)
+
+    @property
+    def queue_is_reachable(self) -> bool:
+        """Whether the last call to the queue was answered."""
+        return self._queue_is_reachable
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining.is_set()
+
+    def drain(self, budget_s: float) -> None:
+        """No job is claimed any more; `run` ends when those at hand have, or after `budget_s`.
+
+        A later call can only shorten the time.
+        """
+        self._drain_ends_s = min(self._drain_ends_s, self._clock() + budget_s)
+        for event in (self._draining, self._claim_now, self._job_left):
+            event.set()
+
+    async def run(self) -> None:
+        """Serves jobs until drained. Then every job has its outcome, or waits in the queue for another worker.
+
+        If the queue cannot be reached by then, the leases lapse and other workers go on all the same.
+        """
+        asyncio_loop = asyncio.get_running_loop()
+        self._loop.start(lambda: asyncio_loop.call_soon_threadsafe(self._news.set))
+        self._note_more_room()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                listening = tasks.create_task(self._listen(), name="listen")
+                claiming = tasks.create_task(self._claim_until_draining(), name="claim")
+                tasks.create_task(self._push_until_closing(), name="push")
+                await self._draining.wait()
+                # A claim under way is not cancelled: its jobs would be nobody's for the length of a lease.
+                await claiming
+                listening.cancel()
+                await self._wait_until_drained()
+                self._closing.set()
+                self._news.set()
+        finally:
+            self._loop.stop()
+        await self._release_jobs()
+
+    # --- Claiming
+
+    async def _listen(self) -> None:
+        """Has the claiming task look whenever there may be work, while there is room for it."""
+        while True:
+            await self._room.wait()
+            await self._reach("wait", lambda: self._claimer.wait_for_work(_LISTEN_S), give_up=self._draining)
+            self._claim_now.set()
+
+    async def _claim_until_draining(self) -> None:
+        while not self._draining.is_set():
+            await self._claim_now.wait()
+            self._claim_now.clear()
+            while not self._draining.is_set() and await self._claim():
+                pass
+
+    async def _claim(self) -> bool:
+        """Takes in the next jobs there is room for; False once there is nothing more to take now."""
+        max_jobs, max_tokens = self._room_for()
+        if max_jobs < 1 or max_tokens < 1:
+            return False
+        started_s = self._clock()
+        claimed_jobs = await self._reach(
+            "claim", lambda: self._claimer.claim(max_jobs=max_jobs, max_tokens=max_tokens), give_up=self._draining
+        )
+        if not claimed_jobs:
+            return False
+        self._metrics.claim_seconds.observe(self._clock() - started_s)
+        for index, claimed in enumerate(claimed_jobs):
+            if self._jobs and claimed.job.n > self._loop.max_sequences - self.num_sequences:
+                await self._return_unfit(claimed_jobs[index:])
+                return False
+            await self._take_in(claimed)
+        return True
+
+    def _room_for(self) -> tuple[int, int]:
+        """How many jobs may be claimed, and of how many tokens in all.
+
+        An idle worker takes one job whatever its size: so one that can never fit is told so, and one that needs the
+        whole worker gets it.
+        """
+        if not self._jobs:
+            return 1, _ANY_SIZE
+        if self._head_does_not_fit:
+            return 0, 0
+        expected_tokens = sum(job.kv_tokens_expected(_LOOKAHEAD_TOKENS) for job in self._jobs.values())
+        return self._loop.max_sequences - self.num_sequences, self._loop.kv_tokens_total - expected_tokens
+
+    async def _return_unfit(self, claimed_jobs: Sequence[ClaimedJob]) -> None:
+        """Jobs whose choices have no room here go back to their places; the next claim waits until room is made."""
+        self._head_does_not_fit = True
+        self._room.clear()
+        await self._reach("release", lambda: self._claimer.release(claimed_jobs), give_up=self._draining)
+
+    async def _take_in(self, claimed: ClaimedJob) -> None:
+        self._metrics.record_claim(claimed)
+        try:
+            resumed = self._intake.accept(claimed)
+        except JobRefusedError as error:
+            await self._refuse(claimed, error)
+            return
+        lost = self._jobs.get(claimed.job_id)
+        if lost is not None:  # Its lease had lapsed, unknown to us; this claim is its successor.
+            self._drop(lost, PushStatus.FENCED)
+        job = RunningJob(claimed, resumed, now_s=self._clock())
+        self._jobs[job.job_id] = job
+        for choice in job.live_choices:
+            self._owners[choice] = job
+            self._loop.add(choice)
+        if job.has_ended:
+            self._news.set()
+        self._note_room()
+        logger.info(
+            "job claimed job_id=%s attempt=%d prompt_tokens=%d logged_tokens=%d choices=%d waited_ms=%d",
+            job.job_id,
+            claimed.attempt,
+            len(claimed.job.prompt_token_ids),
+            claimed.end_position,
+            claimed.job.n,
+            claimed.waited_ms,
+        )
+
+    async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError) -> None:
+        outcome = Outcome(failed=error.failed)
+        with suppress(FencedError):  # Cancelled meanwhile: it has ended either way.
+            await self._reach("finish", lambda: self._claimer.finish(claimed, outcome), give_up=self._draining)
+        self._metrics.jobs.labels("refused").inc()
+        logger.warning("job refused job_id=%s reason=%s message=%s", claimed.job_id, error.failed.reason, error)
+
+    # --- Pushing
+
+    async def _push_until_closing(self) -> None:
+        while not self._closing.is_set():
+            await _wait_at_most(self._news, self._renew_after_s / 4)
+            self._news.clear()
+            for report in self._loop.take():
+                self._take(report)
+            due_s = self._clock() - self._renew_after_s
+            jobs = [job for job in self._jobs.values() if job.has_news or job.told_s < due_s]
+            if jobs:
+                await self._push(jobs)
+
+    def _take(self, report: StepReport) -> None:
+        self._metrics.record_step(report)
+        for output in report.outputs:
+            job = self._owners.get(output.choice)
+            if job is None:
+                continue  # Dropped since.
+            job.take(output, now_s=report.ended_s)
+            if output.error is not None:
+                self._evict(job)
+            elif output.finish is not None:
+                del self._owners[output.choice]
+                self._note_more_room()
+
+    async def _push(self, jobs: Sequence[RunningJob]) -> None:
+        """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
+        started_s = self._clock()
+        items = [job.next_item(now_s=started_s) for job in jobs]
+        statuses = await self._reach("push", lambda: self._claimer.push(items), give_up=self._closing)
+        if statuses is None:
+            return
+        self._metrics.push_seconds.observe(self._clock() - started_s)
+        for job, status in zip(jobs, statuses, strict=True):
+            if self._jobs.get(job.job_id) is not job:
+                continue  # Claimed anew meanwhile.
+            if status is not PushStatus.OK:
+                self._drop(job, status)
+            elif job.has_ended:
+                self._finish(job)
+
+    def _finish(self, job: RunningJob) -> None:
+        self._forget(job)
+        self._metrics.record_end(job)
+        if job.failed is None:
+            logger.info("job finished job_id=%s new_tokens=%d", job.job_id, job.num_new_tokens)
+        else:
+            logger.error("job failed job_id=%s reason=%s", job.job_id, job.failed.reason)
+
+    def _drop(self, job: RunningJob, status: PushStatus) -> None:
+        """The job is not ours any more: nothing of it is left here."""
+        self._evict(job)
+        self._forget(job)
+        self._metrics.record_drop(status)
+        logger.info("job dropped job_id=%s status=%s new_tokens=%d", job.job_id, status.value, job.num_new_tokens)
+
+    def _evict(self, job: RunningJob) -> None:
+        """The engine holds none of the job's choices."""
+        for choice in [choice for choice, owner in self._owners.items() if owner is job]:
+            del self._owners[choice]
+            self._loop.remove(choice)
+
+    def _forget(self, job: RunningJob) -> None:
+        del self._jobs[job.job_id]
+        self._job_left.set()
+        self._note_more_room()
+
+    # --- Leaving
+
+    async def _wait_until_drained(self) -> None:
+        while self._jobs and (left_s := self._drain_ends_s - self._clock()) > 0:
+            self._job_left.clear()
+            await _wait_at_most(self._job_left, left_s)
+
+    async def _release_jobs(self) -> None:
+        jobs = list(self._jobs.values())
+        if not jobs:
+            return
+        try:
+            await self._claimer.release([job.claimed for job in jobs])
+        except QueueUnavailableError as error:
+            logger.warning("jobs not released, their leases will lapse jobs=%d error=%s", len(jobs), error)
+            return
+        for job in jobs:
+            self._metrics.jobs.labels("released").inc()
+            logger.info("job released job_id=%s new_tokens=%d", job.job_id, job.num_new_tokens)
+
+    # --- The queue's moods, and room
+
+    async def _reach(
+        self, operation: str, call: Callable[[], Awaitable[_Answer]], *, give_up: asyncio.Event
+    ) -> _Answer | None:
+        """The call's answer, asked for until there is one; None if `give_up` is set before."""
+        for delay_s in _backoff():
+            try:
+                answer = await call()
+            except QueueUnavailableError as error:
+                self._metrics.queue_errors.labels(operation).inc()
+                if self._queue_is_reachable:
+                    logger.warning("queue away, waiting for it operation=%s error=%s", operation, error)
+                self._queue_is_reachable = False
+            else:
+                if not self._queue_is_reachable:
+                    logger.info("queue back operation=%s", operation)
+                self._queue_is_reachable = True
+                return answer
+            if await _wait_at_most(give_up, delay_s):
+                break
+        return None
+
+    def _note_room(self) -> None:
+        """Lets the listening task listen only while there is room: a wake-up it takes is one that others miss."""
+        max_jobs, max_tokens = self._room_for()
+        if max_jobs > 0 and max_tokens > 0:
+            self._room.set()
+        else:
+            self._room.clear()
+
+    def _note_more_room(self) -> None:
+        """What did not fit before may fit now."""
+        self._head_does_not_fit = False
+        self._note_room()
+        self._claim_now.set()
+
+
+def _backoff() -> Iterator[float]:
+    """Delays before each further try, growing, and spread so that workers do not come back all at once."""
+    delay_s = _MIN_BACKOFF_S
+    while True:
+        yield delay_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        delay_s = min(2 * delay_s, _MAX_BACKOFF_S)
+
+
+async def _wait_at_most(event: asyncio.Event, timeout_s: float) -> bool:
+    """Whether the event was set in time."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()

@@ -1,0 +1,263 @@
+"""The engine's own thread: step after step, tokens to text, reports to whoever takes them."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from oasst_worker.choice import Choice, ChoiceError, ChoiceOutput
+from oasst_worker.engine import Batch, Engine, TokenOutput
+
+__all__ = ["EngineLoad", "EngineLoop", "EngineStalledError", "StepReport", "StepWatchdog"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How full the engine is."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_tokens_used: int = 0
+    num_preemptions: int = 0  # Since the start.
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one turn of the loop gave, and what it took."""
+
+    outputs: tuple[ChoiceOutput, ...]
+    ended_s: float  # By the loop's clock.
+    step_s: float = 0.0
+    num_sequences: int = 0  # In the batch; 0 if no step was taken.
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own; nobody else touches the engine.
+
+    Others hand in choices, take reports, and are told by a callback when there are some. The loop runs ahead of
+    them by at most `max_steps_ahead` reports, then waits: so a queue that cannot be reached holds the engine back
+    without losing a token, and memory stays bounded.
+
+        start -> ( wait for commands or room -> apply commands -> step -> report )* -> stop
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_steps_ahead: int = 32,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_sequences = engine.max_sequences
+        self.kv_tokens_total = engine.kv_tokens_total
+        # Done when the thread has ended: with the exception that ended it, or with None after `stop`.
+        self.ended: Future[None] = Future()
+        self.load = EngineLoad()  # As of the last turn.
+        self._engine = engine
+        self._max_steps_ahead = max_steps_ahead
+        self._on_report: Callable[[], object] = lambda: None
+        self._clock = clock
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._choices: dict[str, Choice] = {}  # Sequence id -> what the engine holds; this thread's own.
+        self._num_steps = 0
+        self._step_in_progress: int | None = None
+        # Guarded by `_changed`, which is notified whenever one of them changes.
+        self._changed = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._reports: deque[StepReport] = deque()
+        self._stopping = False
+
+    @property
+    def step_in_progress(self) -> int | None:
+        """The number of the step that is being computed now."""
+        return self._step_in_progress
+
+    def start(self, on_report: Callable[[], object]) -> None:
+        """Turns begin. The engine's thread calls `on_report` when there are reports to take after there were none."""
+        self._on_report = on_report
+        self.ended.set_running_or_notify_cancel()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No step is begun any more."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the thread's end; False if it is still in a step by then."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def add(self, choice: Choice) -> None:
+        """The choice runs from the next turn on. If the engine cannot take it, a report tells its error."""
+        self._command(lambda: self._admit(choice))
+
+    def remove(self, choice: Choice) -> None:
+        """The choice is gone from the next turn on. Reports made before may still hold outputs of it."""
+        self._command(lambda: self._evict(choice))
+
+    def take(self) -> list[StepReport]:
+        """All reports made since the last call, oldest first."""
+        with self._changed:
+            reports = list(self._reports)
+            self._reports.clear()
+            self._changed.notify()
+        return reports
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            self._turn_until_stopped()
+        except BaseException as error:
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(None)
+
+    def _turn_until_stopped(self) -> None:
+        while (commands := self._next_commands()) is not None:
+            for command in commands:
+                command()
+            report = self._step() if self._can_step() else None
+            self.load = self._measure_load()
+            if report is not None:
+                self._report(report)
+
+    def _next_commands(self) -> list[Callable[[], None]] | None:
+        """Waits until there is something to do; None when that is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._commands or self._can_step())
+            if self._stopping:
+                return None
+            commands, self._commands = self._commands, []
+            return commands
+
+    def _can_step(self) -> bool:
+        return self._engine.has_work() and len(self._reports) < self._max_steps_ahead
+
+    def _report(self, report: StepReport) -> None:
+        with self._changed:
+            is_first = not self._reports
+            self._reports.append(report)
+        if is_first:  # Whoever was told of an earlier one will find this one beside it.
+            self._on_report()
+
+    def _admit(self, choice: Choice) -> None:
+        try:
+            self._engine.add(choice.sequence)
+        except ValueError as error:
+            refused = ChoiceOutput(choice, error=ChoiceError("INTERNAL", str(error)))
+            self._report(StepReport((refused,), ended_s=self._clock()))
+        else:
+            self._choices[choice.sequence.sequence_id] = choice
+
+    def _evict(self, choice: Choice) -> None:
+        sequence_id = choice.sequence.sequence_id
+        if self._choices.get(sequence_id) is choice:
+            del self._choices[sequence_id]
+            self._engine.remove(sequence_id)
+
+    def _step(self) -> StepReport:
+        self._num_steps += 1
+        self._step_in_progress = self._num_steps
+        started_s = self._clock()
+        outputs = self._engine.step()
+        ended_s = self._clock()
+        self._step_in_progress = None
+        batch = self._engine.last_batch
+        num_decode_tokens = _num_decode_tokens(batch)
+        return StepReport(
+            outputs=tuple(self._read(output) for output in outputs),
+            ended_s=ended_s,
+            step_s=ended_s - started_s,
+            num_sequences=len(batch.chunks),
+            num_prefill_tokens=batch.num_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens,
+        )
+
+    def _read(self, output: TokenOutput) -> ChoiceOutput:
+        """The output with its text. A choice that ended here, by its text or by an error, leaves the engine."""
+        choice = self._choices[output.sequence_id]
+        try:
+            read = choice.take(output)
+        except Exception:  # One choice's text must not end the others'.
+            logger.exception("reading a token failed sequence_id=%s", output.sequence_id)
+            read = ChoiceOutput(choice, error=ChoiceError("INTERNAL", "a token could not be turned into text"))
+        if read.finish is not None or read.error is not None:
+            self._evict(choice)
+        return read
+
+    def _measure_load(self) -> EngineLoad:
+        engine = self._engine
+        return EngineLoad(engine.num_running, engine.num_waiting, engine.kv_tokens_used, engine.num_preemptions)
+
+
+def _num_decode_tokens(batch: Batch) -> int:
+    """Tokens computed for sequences that had everything else computed: chunks of one token."""
+    return sum(chunk.num_tokens == 1 for chunk in batch.chunks)
+
+
+class EngineStalledError(RuntimeError):
+    """A step took longer than any step should."""
+
+
+class StepWatchdog:
+    """Notices a step that does not end.
+
+    The limit is `floor_s` or ten times the 99th percentile of recent steps, the larger. Time counts as observed here,
+    at most `max_gap_s` from one observation to the next: a process that was stopped and goes on has not stalled.
+    """
+
+    _FACTOR = 10
+    _NUM_RECENT_STEPS = 1000
+
+    def __init__(self, *, floor_s: float, max_gap_s: float = 2.0) -> None:
+        self._floor_s = floor_s
+        self._max_gap_s = max_gap_s
+        self._recent_s: deque[float] = deque(maxlen=self._NUM_RECENT_STEPS)
+        self._step: int | None = None
+        self._stuck_s = 0.0
+        self._observed_at: float | None = None
+
+    @property
+    def stuck_s(self) -> float:
+        """How long the step in progress has been seen in progress."""
+        return self._stuck_s
+
+    @property
+    def limit_s(self) -> float:
+        """How long a step may take now."""
+        if not self._recent_s:
+            return self._floor_s
+        slow_s = sorted(self._recent_s)[len(self._recent_s) * 99 // 100]
+        return max(self._floor_s, self._FACTOR * slow_s)
+
+    def record(self, step_s: float) -> None:
+        """A step ended and took this long."""
+        self._recent_s.append(step_s)
+
+    def observe(self, step: int | None, now_s: float) -> None:
+        """Looks at the number of the step in progress.
+
+        Raises:
+            EngineStalledError: if that step has been in progress for longer than the limit.
+        """
+        gap_s = 0.0 if self._observed_at is None else min(now_s - self._observed_at, self._max_gap_s)
+        self._observed_at = now_s
+        self._stuck_s = self._stuck_s + gap_s if step is not None and step == self._step else 0.0
+        self._step = step
+        if self._stuck_s > self.limit_s:
+            raise EngineStalledError(
+                f"step {step} has not ended after {self._stuck_s:.1f} s; {self.limit_s:.1f} s is the limit"
+            )

@@ -1,0 +1,97 @@
+"""The worker's options: flags, or environment variables named OASST_WORKER_ and the flag. Read once, at the start."""
+
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+__all__ = ["BadOptionError", "WorkerSettings", "read_settings"]
+
+
+class BadOptionError(Exception):
+    """The worker cannot start with these options; the message is one sentence that says why."""
+
+
+def _draw_worker_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _check_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    return address
+
+
+def _check_redis_url(url: str) -> str:
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must begin with redis://, rediss:// or unix://")
+    return url
+
+
+class WorkerSettings(BaseSettings):
+    """Holds a model and generates what the queue in Redis asks for."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OASST_WORKER_",
+        cli_prog_name="python -m oasst_worker",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        frozen=True,
+    )
+
+    model: str = Field(description="Checkpoint folder or hub id.")
+    model_name: str | None = Field(None, description="Name jobs call the model by. Unset: hub id or folder name.")
+    redis_url: Annotated[str, AfterValidator(_check_redis_url)] = Field(
+        "redis://127.0.0.1:6379/0", description="Where the queue is."
+    )
+    metrics_listen: Annotated[str, AfterValidator(_check_address)] = Field(
+        "127.0.0.1:9465", description="HOST:PORT of /metrics, /healthz and /readyz; port 0 takes a free one."
+    )
+    worker_id: str = Field(
+        default_factory=_draw_worker_id,
+        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        description="This process among all workers. Unset: host, process and a random part.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
+    max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")
+    kv_tokens: int | None = Field(None, ge=1, description="Positions of KV cache. Unset: what memory allows.")
+    step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, prompts and decoding together.")
+    max_steps_ahead: int = Field(32, ge=1, description="Steps the engine may be ahead of the queue.")
+    lease_s: float = Field(10.0, ge=0.1, le=120, description="How long a silent worker keeps its jobs.")
+    step_limit_s: float = Field(20.0, gt=0, description="A step that takes longer, and 10x the usual, ends the worker.")
+    redis_wait_s: float = Field(60.0, ge=0, description="How long the start waits for Redis before it fails.")
+    drain_s: float = Field(30.0, ge=0, description="How long running jobs may go on once asked to stop.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def read_settings(arguments: Sequence[str]) -> WorkerSettings:
+    """The settings of these command line arguments and the environment; arguments win.
+
+    Raises:
+        BadOptionError: with one sentence that names the option that is unknown, missing or wrong.
+    """
+    try:
+        return WorkerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
+    except SettingsError as error:
+        raise BadOptionError(str(error).removeprefix("error parsing CLI: ")) from error
+    except ValidationError as error:
+        explained = [_explain(str(fault["loc"][0]), fault["msg"], fault["type"]) for fault in error.errors()]
+        raise BadOptionError("; ".join(explained)) from error
+
+
+def _explain(field: str, message: str, kind: str) -> str:
+    flag = f"--{field.replace('_', '-')}"
+    if kind == "missing":
+        return f"{flag} (or OASST_WORKER_{field.upper()}) is required"
+    return f"{flag}: {message.removeprefix('Value error, ')}"

@@ -1,0 +1,64 @@
+"""The Redis contract between gateway and worker: a queue of jobs, their leases and their token logs.
+
+A gateway submits jobs and reads their news (Submitter, Inbox); a worker claims them and pushes tokens (Claimer);
+either keeps the queue in order (Sweeper). `keys.py` names everything that is stored, `functions.lua` is everything
+that changes it.
+"""
+
+from oasst_jobs.claimer import Claimer
+from oasst_jobs.connection import connect
+from oasst_jobs.errors import (
+    FencedError,
+    QueueError,
+    QueueFullError,
+    QueueUnavailableError,
+    RequestConflictError,
+    UnavailableReason,
+    UnsupportedServerError,
+)
+from oasst_jobs.functions import JOB_VERSION, QueueClient, job_size
+from oasst_jobs.inbox import Inbox, Subscription
+from oasst_jobs.records import (
+    ClaimedJob,
+    JobSnapshot,
+    JobState,
+    LogSnapshot,
+    PushItem,
+    PushStatus,
+    QueueLimits,
+    QueueLoad,
+    Submitted,
+    SweepReport,
+)
+from oasst_jobs.submitter import Submitter, job_id_for
+from oasst_jobs.sweeper import Sweeper
+
+__all__ = [
+    "JOB_VERSION",
+    "ClaimedJob",
+    "Claimer",
+    "FencedError",
+    "Inbox",
+    "JobSnapshot",
+    "JobState",
+    "LogSnapshot",
+    "PushItem",
+    "PushStatus",
+    "QueueClient",
+    "QueueError",
+    "QueueFullError",
+    "QueueLimits",
+    "QueueLoad",
+    "QueueUnavailableError",
+    "RequestConflictError",
+    "Submitted",
+    "Submitter",
+    "Subscription",
+    "SweepReport",
+    "Sweeper",
+    "UnavailableReason",
+    "UnsupportedServerError",
+    "connect",
+    "job_id_for",
+    "job_size",
+]

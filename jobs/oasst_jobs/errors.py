@@ -1,0 +1,128 @@
+"""What the queue can refuse or fail with, and the one table that translates Redis's errors."""
+
+from enum import StrEnum
+
+import redis.exceptions
+
+__all__ = [
+    "FencedError",
+    "LibraryMissingError",
+    "QueueError",
+    "QueueFullError",
+    "QueueUnavailableError",
+    "RequestConflictError",
+    "UnavailableReason",
+    "UnsupportedServerError",
+    "translate",
+]
+
+
+class UnavailableReason(StrEnum):
+    """Why the queue cannot be used now. Each may pass by itself."""
+
+    UNREACHABLE = "QUEUE_UNREACHABLE"
+    TIMEOUT = "QUEUE_TIMEOUT"
+    ACCESS_DENIED = "QUEUE_ACCESS_DENIED"
+    LOADING = "QUEUE_LOADING"
+    BUSY = "QUEUE_BUSY"
+    READ_ONLY = "QUEUE_READ_ONLY"
+    TOO_FEW_REPLICAS = "QUEUE_TOO_FEW_REPLICAS"
+    STORAGE_FULL = "QUEUE_STORAGE_FULL"
+    MEMORY_FULL = "QUEUE_MEMORY_FULL"
+    CLUSTER_DOWN = "QUEUE_CLUSTER_DOWN"
+
+
+class QueueError(Exception):
+    """Anything that went wrong between us and the queue."""
+
+
+class QueueUnavailableError(QueueError):
+    """Redis cannot do it now. Whether it did is unknown; every call may be made again with the same arguments."""
+
+    def __init__(self, reason: UnavailableReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnsupportedServerError(QueueError):
+    """The server is too old, or set up so that it may drop jobs."""
+
+
+class LibraryMissingError(QueueError):
+    """The server does not have our functions; for QueueClient, which then loads them."""
+
+
+class QueueFullError(QueueError):
+    """As many jobs wait as are allowed to."""
+
+    def __init__(self, waiting_jobs: int, retry_after_s: float) -> None:
+        super().__init__(f"{waiting_jobs} jobs wait already; come back in {retry_after_s:.1f} s")
+        self.waiting_jobs = waiting_jobs
+        self.retry_after_s = retry_after_s
+
+
+class RequestConflictError(QueueError):
+    """The same id was used before with another request."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"job {job_id} exists and came from a different request")
+        self.job_id = job_id
+
+
+class FencedError(QueueError):
+    """The claim is no longer this worker's: its lease was lost, or the job has ended."""
+
+    def __init__(self, job_id: str, status: str) -> None:
+        super().__init__(f"job {job_id} is no longer ours: {status}")
+        self.job_id = job_id
+        self.status = status
+
+
+# How a server says that it does not have a function, or functions at all (Redis 6).
+_MISSING_LIBRARY = ("function not found", "unknown command")
+
+# First word of an error reply -> why it says that the queue is unavailable.
+_REASON_OF_REPLY = {
+    "BUSY": UnavailableReason.BUSY,
+    "CLUSTERDOWN": UnavailableReason.CLUSTER_DOWN,
+    "LOADING": UnavailableReason.LOADING,
+    "MASTERDOWN": UnavailableReason.CLUSTER_DOWN,
+    "MISCONF": UnavailableReason.STORAGE_FULL,
+    "NOAUTH": UnavailableReason.ACCESS_DENIED,
+    "NOPERM": UnavailableReason.ACCESS_DENIED,
+    "NOREPLICAS": UnavailableReason.TOO_FEW_REPLICAS,
+    "OOM": UnavailableReason.MEMORY_FULL,
+    "READONLY": UnavailableReason.READ_ONLY,
+    "TRYAGAIN": UnavailableReason.CLUSTER_DOWN,
+    "UNBLOCKED": UnavailableReason.READ_ONLY,
+    "WRONGPASS": UnavailableReason.ACCESS_DENIED,
+}
+
+# The client library turns some replies into classes of their own and cuts the first word off. Subclasses come first.
+_REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReason], ...] = (
+    (redis.exceptions.AuthenticationError, UnavailableReason.ACCESS_DENIED),
+    (redis.exceptions.AuthorizationError, UnavailableReason.ACCESS_DENIED),
+    (redis.exceptions.NoPermissionError, UnavailableReason.ACCESS_DENIED),
+    (redis.exceptions.BusyLoadingError, UnavailableReason.LOADING),
+    (redis.exceptions.ReadOnlyError, UnavailableReason.READ_ONLY),
+    (redis.exceptions.OutOfMemoryError, UnavailableReason.MEMORY_FULL),
+    (redis.exceptions.ClusterDownError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.MasterDownError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.TryAgainError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.TimeoutError, UnavailableReason.TIMEOUT),
+    (redis.exceptions.ConnectionError, UnavailableReason.UNREACHABLE),
+)
+
+
+def translate(error: redis.exceptions.RedisError) -> QueueError:
+    """Our error for one of the client library's; a plain QueueError is a defect, not a state of the server."""
+    message = f"Redis: {str(error) or type(error).__name__}"
+    for error_class, reason in _REASON_OF_CLASS:
+        if isinstance(error, error_class):
+            return QueueUnavailableError(reason, message)
+    if str(error).lower().startswith(_MISSING_LIBRARY):
+        return LibraryMissingError(message)
+    first_word = str(error).partition(" ")[0]
+    if first_word in _REASON_OF_REPLY:
+        return QueueUnavailableError(_REASON_OF_REPLY[first_word], message)
+    return QueueError(message)

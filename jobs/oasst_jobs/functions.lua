@@ -1,0 +1,556 @@
+-- The job queue: every change to it is one of these functions, whole or not at all.
+--
+-- The loader (functions.py) puts two lines on top: the shebang that names the library, and `local VERSION`, a hash of
+-- this text. Libraries of several versions live beside each other while a fleet is being replaced.
+--
+-- KEYS[1] is always the shard's root, such as `oasst:{0}`. All other keys begin with it, so they lie in its slot.
+-- keys.py says what each key and each field of a job holds.
+--
+-- Rules every function keeps:
+--   * time is Redis's own; callers only name durations;
+--   * the job hash is the truth; an index that disagrees with it is corrected where it is met;
+--   * finished, cancelled, expired and failed are final;
+--   * applied twice, a function leaves what it left the first time and gives an answer that is still true.
+
+local PLACES_PER_PRIORITY = 2 ^ 50 -- a place stays an exact double: three priorities of 2^50 arrivals each
+local CLAIM_WINDOW = 256           -- waiting jobs that one claim looks at
+local MAX_LEASE_MS = 120000        -- a lease that ends later than this from now comes from a clock that jumped
+local WAKE_TTL_MS = 10000
+local UPDATES_KEPT = 10000         -- batches in a gateway's stream; who falls behind further reads the logs
+local UPDATES_TTL_MS = 60000
+local WORKER_TTL_MS = 15000
+
+-- Fields of a job by what they are read for. Push reads its own, few: it runs for every job at every step.
+local PUSH_FIELDS = { 'state', 'fence', 'end_position', 'deadline_ms', 'watchers' }
+local QUEUE_FIELDS = { 'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place' }
+local STATUS_FIELDS = { 'state', 'end_position', 'outcome', 'prompt_tokens', 'model' }
+
+------------------------------------------------------------------------------------------------------------------------
+-- Parts
+
+-- A shard at one moment. `news` gathers what its gateways are to hear: gateway -> list of framed JobUpdates.
+local function open_shard(keys)
+  local time = redis.call('TIME')
+  return { root = keys[1], now_ms = time[1] * 1000 + math.floor(time[2] / 1000), news = {} }
+end
+
+local function key_of(shard, kind, name)
+  if name then
+    return shard.root .. ':' .. kind .. ':' .. name
+  end
+  return shard.root .. ':' .. kind
+end
+
+-- The named fields of a job's hash, and its id. Absent ones are false; no `state` means no such job.
+local function get_job(shard, id, names)
+  local values = redis.call('HMGET', key_of(shard, 'job', id), unpack(names))
+  local job = { id = id }
+  for index, name in ipairs(names) do
+    job[name] = values[index]
+  end
+  return job
+end
+
+local function is_final(state)
+  return state ~= 'waiting' and state ~= 'running'
+end
+
+local function is_overdue(shard, job)
+  return job.deadline_ms and tonumber(job.deadline_ms) <= shard.now_ms
+end
+
+local function tell(shard, watchers, update)
+  for gateway in string.gmatch(watchers, '%S+') do
+    local batch = shard.news[gateway] or {}
+    batch[#batch + 1] = update
+    shard.news[gateway] = batch
+  end
+end
+
+-- Hands each gateway what `tell` gathered, as one UpdateBatch: framed updates in a row are one.
+local function send_news(shard)
+  for gateway, batch in pairs(shard.news) do
+    local updates = key_of(shard, 'updates', gateway)
+    redis.call('XADD', updates, 'MAXLEN', '~', UPDATES_KEPT, '*', 'batch', table.concat(batch))
+    redis.call('PEXPIRE', updates, UPDATES_TTL_MS)
+  end
+end
+
+-- A framed JobUpdate that holds a job's id and no news: its reader looks the job up. Ids are far shorter than 126
+-- bytes, so each length is one byte.
+local function notice_of(id)
+  local update = '\10' .. string.char(#id) .. id
+  return '\10' .. string.char(#update) .. update
+end
+
+local function add_watcher(shard, id, gateway)
+  local job_key = key_of(shard, 'job', id)
+  local watchers = redis.call('HGET', job_key, 'watchers')
+  if not string.find(' ' .. watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then
+    redis.call('HSET', job_key, 'watchers', watchers .. ' ' .. gateway)
+  end
+end
+
+-- One token in the list wakes one worker; that one's claim wakes the next if there is more to do.
+local function wake_worker(shard, model)
+  local wake = key_of(shard, 'wake', model)
+  if redis.call('EXISTS', wake) == 0 then
+    redis.call('LPUSH', wake, '1')
+  end
+  redis.call('PEXPIRE', wake, WAKE_TTL_MS)
+end
+
+local function enter_waiting(shard, id, model, size, place)
+  redis.call('ZADD', key_of(shard, 'waiting', model), place, id)
+  redis.call('HINCRBY', key_of(shard, 'waiting_tokens'), model, size)
+  wake_worker(shard, model)
+end
+
+local function leave_waiting(shard, id, model, size)
+  local waiting = key_of(shard, 'waiting', model)
+  if redis.call('ZREM', waiting, id) == 0 then
+    return
+  end
+  if redis.call('EXISTS', waiting) == 0 then
+    redis.call('HDEL', key_of(shard, 'waiting_tokens'), model)
+  else
+    redis.call('HINCRBY', key_of(shard, 'waiting_tokens'), model, -size)
+  end
+end
+
+-- Jobs ahead of a waiting one; 0 for any other.
+local function position_of(shard, id, job)
+  return job.state == 'waiting' and redis.call('ZRANK', key_of(shard, 'waiting', job.model), id) or 0
+end
+
+local function set_lease(shard, id, lease_ms)
+  redis.call('ZADD', key_of(shard, 'leases'), shard.now_ms + lease_ms, id)
+end
+
+-- The job is in a final state, in no index, and goes after its retention. `update` is what its gateways hear.
+local function end_job(shard, job, state, update)
+  local job_key = key_of(shard, 'job', job.id)
+  local about = redis.call('HMGET', job_key, 'model', 'size', 'retention_ms')
+  if job.state == 'waiting' then
+    leave_waiting(shard, job.id, about[1], about[2])
+  end
+  redis.call('ZREM', key_of(shard, 'leases'), job.id)
+  redis.call('ZREM', key_of(shard, 'deadlines'), job.id)
+  redis.call('HSET', job_key, 'state', state)
+  redis.call('PEXPIRE', job_key, about[3])
+  redis.call('PEXPIRE', key_of(shard, 'log', job.id), about[3])
+  tell(shard, job.watchers, update)
+end
+
+-- A running job waits again, at its old place, and nobody holds it.
+local function requeue(shard, job)
+  local job_key = key_of(shard, 'job', job.id)
+  redis.call('ZREM', key_of(shard, 'leases'), job.id)
+  redis.call('HSET', job_key, 'state', 'waiting')
+  redis.call('HDEL', job_key, 'fence')
+  enter_waiting(shard, job.id, job.model, job.size, job.place)
+end
+
+-- The entries of a job's log behind position `after`, as LogEntry bytes.
+local function entries_after(shard, id, after)
+  local entries = {}
+  for index, entry in ipairs(redis.call('XRANGE', key_of(shard, 'log', id), '(' .. after .. '-0', '+')) do
+    entries[index] = entry[2][2]
+  end
+  return entries
+end
+
+------------------------------------------------------------------------------------------------------------------------
+-- The gateway's side
+
+-- ARGV  1 job id   2 Job bytes   3 digest   4 model   5 job version   6 prompt tokens   7 size
+--       8 lane: 0 for the most urgent priority, then 1, 2   9 timeout_ms, empty for none
+--       10 retention_ms   11 most jobs that may wait for the model   12 gateway
+-- Returns {'accepted', 1 if new else 0, state, jobs ahead}, {'conflict'} or {'full'}.
+local function enqueue(keys, args)
+  local shard = open_shard(keys)
+  local id, model, size, gateway = args[1], args[4], args[7], args[12]
+  local job_key = key_of(shard, 'job', id)
+
+  local known = get_job(shard, id, { 'state', 'digest', 'model' })
+  if known.state then
+    if known.digest ~= args[3] then
+      return { 'conflict' }
+    end
+    add_watcher(shard, id, gateway)
+    return { 'accepted', 0, known.state, position_of(shard, id, known) }
+  end
+
+  if redis.call('ZCARD', key_of(shard, 'waiting', model)) >= tonumber(args[11]) then
+    return { 'full' }
+  end
+
+  local arrival = redis.call('HINCRBY', key_of(shard, 'counters'), 'arrivals', 1)
+  local place = string.format('%.0f', args[8] * PLACES_PER_PRIORITY + arrival)
+  redis.call('HSET', job_key,
+    'state', 'waiting', 'job', args[2], 'digest', args[3], 'model', model, 'version', args[5],
+    'prompt_tokens', args[6], 'size', size, 'place', place, 'end_position', 0, 'watchers', gateway,
+    'enqueued_ms', shard.now_ms, 'retention_ms', args[10])
+  if args[9] ~= '' then
+    local deadline_ms = shard.now_ms + args[9]
+    redis.call('HSET', job_key, 'deadline_ms', deadline_ms)
+    redis.call('ZADD', key_of(shard, 'deadlines'), deadline_ms, id)
+  end
+  enter_waiting(shard, id, model, size, place)
+  return { 'accepted', 1, 'waiting', redis.call('ZRANK', key_of(shard, 'waiting', model), id) }
+end
+
+local function snapshot_of(shard, id)
+  local job = get_job(shard, id, STATUS_FIELDS)
+  if not job.state then
+    return false
+  end
+  local bytes = redis.call('HGET', key_of(shard, 'job', id), 'job')
+  return { job.state, position_of(shard, id, job), tonumber(job.end_position), job.outcome, bytes }
+end
+
+-- ARGV  1 job id   2 gateway, which watches the job from now on
+-- Returns {state, jobs ahead, end position, Outcome bytes or nil, Job bytes}, or nil if there is no such job.
+local function attach(keys, args)
+  local shard = open_shard(keys)
+  if redis.call('EXISTS', key_of(shard, 'job', args[1])) == 1 then
+    add_watcher(shard, args[1], args[2])
+  end
+  return snapshot_of(shard, args[1])
+end
+
+-- ARGV  1 job id
+-- Returns the same as attach.
+local function status(keys, args)
+  return snapshot_of(open_shard(keys), args[1])
+end
+
+-- ARGV  1 job id   2 position
+-- Returns {state, end position, Outcome bytes or nil, prompt tokens, {LogEntry bytes behind the position ...}}, or nil.
+local function read(keys, args)
+  local shard = open_shard(keys)
+  local job = get_job(shard, args[1], STATUS_FIELDS)
+  if not job.state then
+    return false
+  end
+  return {
+    job.state, tonumber(job.end_position), job.outcome, tonumber(job.prompt_tokens),
+    entries_after(shard, args[1], args[2]),
+  }
+end
+
+-- ARGV  1 job id
+-- Returns the state the job is in now, or nil. Its worker learns of the end from its next push.
+local function cancel(keys, args)
+  local shard = open_shard(keys)
+  local job = get_job(shard, args[1], QUEUE_FIELDS)
+  if not job.state or is_final(job.state) then
+    return job.state
+  end
+  end_job(shard, job, 'cancelled', notice_of(job.id))
+  send_news(shard)
+  return 'cancelled'
+end
+
+-- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, {WorkerStatus bytes, its age in ms, ...}}.
+local function load(keys)
+  local shard = open_shard(keys)
+  local waiting_jobs, waiting_tokens = 0, 0
+  local by_model = redis.call('HGETALL', key_of(shard, 'waiting_tokens'))
+  for index = 1, #by_model, 2 do
+    waiting_jobs = waiting_jobs + redis.call('ZCARD', key_of(shard, 'waiting', by_model[index]))
+    waiting_tokens = waiting_tokens + by_model[index + 1]
+  end
+
+  local workers = {}
+  local heard_since_ms = shard.now_ms - WORKER_TTL_MS
+  local heard = redis.call('ZRANGEBYSCORE', key_of(shard, 'heartbeats'), heard_since_ms, '+inf', 'WITHSCORES')
+  for index = 1, #heard, 2 do
+    workers[#workers + 1] = redis.call('HGET', key_of(shard, 'workers'), heard[index])
+    workers[#workers + 1] = shard.now_ms - heard[index + 1]
+  end
+  return { waiting_jobs, waiting_tokens, redis.call('ZCARD', key_of(shard, 'leases')), workers }
+end
+
+------------------------------------------------------------------------------------------------------------------------
+-- The worker's side
+
+-- What a worker needs to run a job it has just claimed.
+local function describe_claim(shard, id)
+  local job = get_job(shard, id,
+    { 'fence', 'job', 'end_position', 'lost_leases', 'enqueued_ms', 'claimed_ms', 'deadline_ms' })
+  return {
+    id, job.fence, job.job, entries_after(shard, id, 0), tonumber(job.end_position),
+    1 + (tonumber(job.lost_leases) or 0), job.claimed_ms - job.enqueued_ms,
+    job.deadline_ms and math.max(0, job.deadline_ms - shard.now_ms),
+  }
+end
+
+-- The ids of the jobs that this very claim took before, if it was made before; else nil.
+local function ids_of_repeated_claim(shard, worker, claim_id)
+  local words = string.gmatch(redis.call('GET', key_of(shard, 'claim', worker)) or '', '%S+')
+  if words() ~= claim_id then
+    return nil
+  end
+  local ids = {}
+  for id in words do
+    local job = get_job(shard, id, { 'state', 'fence' })
+    if job.state == 'running' and string.sub(job.fence, -#claim_id) == claim_id then
+      ids[#ids + 1] = id
+    end
+  end
+  return ids
+end
+
+local function take(shard, job, claim_id, lease_ms)
+  local job_key = key_of(shard, 'job', job.id)
+  local fence = redis.call('HINCRBY', job_key, 'fences', 1) .. '-' .. claim_id
+  redis.call('HSET', job_key, 'state', 'running', 'fence', fence, 'lease_ms', lease_ms)
+  redis.call('HSETNX', job_key, 'claimed_ms', shard.now_ms)
+  leave_waiting(shard, job.id, job.model, job.size)
+  set_lease(shard, job.id, lease_ms)
+end
+
+-- Takes jobs in the queue's order and returns their ids. Stops at the first that does not fit; passes over those of a
+-- version this worker does not know.
+local function take_jobs(shard, model, claim_id, lease_ms, max_jobs, max_tokens, max_version)
+  local waiting = key_of(shard, 'waiting', model)
+  local ids = {}
+  for _, id in ipairs(redis.call('ZRANGE', waiting, 0, CLAIM_WINDOW - 1)) do
+    if #ids == max_jobs then
+      break
+    end
+    local job = get_job(shard, id, QUEUE_FIELDS)
+    if job.state ~= 'waiting' then
+      redis.call('ZREM', waiting, id)
+    elseif is_overdue(shard, job) then
+      end_job(shard, job, 'expired', notice_of(id))
+    elseif tonumber(job.version) <= max_version then
+      if tonumber(job.size) > max_tokens then
+        break
+      end
+      max_tokens = max_tokens - job.size
+      take(shard, job, claim_id, lease_ms)
+      ids[#ids + 1] = id
+    end
+  end
+  return ids
+end
+
+-- ARGV  1 worker   2 claim id, new for each claim, the same when a claim is repeated because its answer was lost
+--       3 model   4 lease_ms   5 most jobs   6 most tokens   7 newest job version the worker knows
+-- Returns a list of {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms,
+-- remaining_ms or nil}.
+local function claim(keys, args)
+  local shard = open_shard(keys)
+  local worker, claim_id, model, lease_ms = args[1], args[2], args[3], tonumber(args[4])
+
+  local ids = ids_of_repeated_claim(shard, worker, claim_id)
+  if not ids then
+    ids = take_jobs(shard, model, claim_id, lease_ms, tonumber(args[5]), tonumber(args[6]), tonumber(args[7]))
+    if #ids > 0 then
+      redis.call('SET', key_of(shard, 'claim', worker), claim_id .. ' ' .. table.concat(ids, ' '), 'PX', lease_ms)
+      if redis.call('EXISTS', key_of(shard, 'waiting', model)) == 1 then
+        wake_worker(shard, model)
+      end
+    end
+    send_news(shard)
+  end
+
+  local claims = {}
+  for index, id in ipairs(ids) do
+    claims[index] = describe_claim(shard, id)
+  end
+  return claims
+end
+
+-- Why a push for this job is refused, 'ok' if it was applied before, nil if it is to be applied now.
+--
+-- Three guards stand before the log: the fence, the position, and the stream's own rule that ids grow (push_one).
+local function verdict(shard, job, item)
+  if job.state == 'cancelled' or job.state == 'expired' then
+    return job.state
+  end
+  if not job.state or job.fence ~= item.fence then
+    return 'fenced'
+  end
+  local logged = tonumber(job.end_position)
+  if job.state ~= 'running' then
+    return logged == item.stop and 'ok' or 'position'
+  end
+  if is_overdue(shard, job) then
+    end_job(shard, job, 'expired', notice_of(job.id))
+    return 'expired'
+  end
+  if logged == item.start then
+    return nil
+  end
+  return logged == item.stop and 'ok' or 'position'
+end
+
+local function push_one(shard, item, lease_ms)
+  local job = get_job(shard, item.id, PUSH_FIELDS)
+  if item.entry == '' and item.outcome == '' then
+    item.start = tonumber(job.end_position) -- only the lease is renewed; no position is claimed
+    item.stop = item.start
+  end
+  local refusal = verdict(shard, job, item)
+  if refusal and refusal ~= 'ok' then
+    return refusal
+  end
+
+  if not refusal and item.entry ~= '' then
+    local log = key_of(shard, 'log', item.id)
+    local reply = redis.pcall('XADD', log, item.stop .. '-0', 'entry', item.entry)
+    if type(reply) == 'table' and reply.err then
+      return 'position'
+    end
+    redis.call('HSET', key_of(shard, 'job', item.id), 'end_position', item.stop)
+    tell(shard, job.watchers, item.entry_head .. item.entry)
+  end
+  if not refusal and item.outcome ~= '' then
+    redis.call('HSET', key_of(shard, 'job', item.id), 'outcome', item.outcome)
+    end_job(shard, job, item.final_state, item.outcome_head .. item.outcome)
+  elseif job.state == 'running' then
+    set_lease(shard, item.id, lease_ms)
+  end
+  return 'ok'
+end
+
+-- ARGV  1 lease_ms, then nine for each job:
+--       1 job id   2 fence   3 start position   4 end position   5 head of the entry's JobUpdate   6 LogEntry bytes
+--       7 head of the outcome's JobUpdate   8 Outcome bytes   9 state the outcome means
+--       Entry and outcome with their heads are empty when there is none; with neither, only the lease is renewed.
+--       A head is everything of a framed JobUpdate before the entry or outcome itself.
+-- Returns one of 'ok', 'fenced', 'cancelled', 'expired', 'position' for each job.
+local function push(keys, args)
+  local shard = open_shard(keys)
+  local lease_ms = tonumber(args[1])
+  local statuses = {}
+  for base = 1, #args - 1, 9 do
+    statuses[#statuses + 1] = push_one(shard, {
+      id = args[base + 1], fence = args[base + 2],
+      start = tonumber(args[base + 3]), stop = tonumber(args[base + 4]),
+      entry_head = args[base + 5], entry = args[base + 6],
+      outcome_head = args[base + 7], outcome = args[base + 8], final_state = args[base + 9],
+    }, lease_ms)
+  end
+  send_news(shard)
+  return statuses
+end
+
+-- ARGV  job id and fence, for each job to give back
+-- Returns how many wait again now. No attempt is charged.
+local function release(keys, args)
+  local shard = open_shard(keys)
+  local released = 0
+  for index = 1, #args, 2 do
+    local job = get_job(shard, args[index], QUEUE_FIELDS)
+    if job.state == 'running' and job.fence == args[index + 1] then
+      requeue(shard, job)
+      released = released + 1
+    end
+  end
+  return released
+end
+
+-- ARGV  1 worker   2 WorkerStatus bytes
+-- Returns nothing. Workers that have been silent for long are forgotten.
+local function heartbeat(keys, args)
+  local shard = open_shard(keys)
+  local workers, heartbeats = key_of(shard, 'workers'), key_of(shard, 'heartbeats')
+  redis.call('HSET', workers, args[1], args[2])
+  redis.call('ZADD', heartbeats, shard.now_ms, args[1])
+  for _, silent in ipairs(redis.call('ZRANGEBYSCORE', heartbeats, '-inf', shard.now_ms - WORKER_TTL_MS)) do
+    redis.call('HDEL', workers, silent)
+    redis.call('ZREM', heartbeats, silent)
+  end
+  redis.call('PEXPIRE', workers, WORKER_TTL_MS)
+  redis.call('PEXPIRE', heartbeats, WORKER_TTL_MS)
+end
+
+------------------------------------------------------------------------------------------------------------------------
+-- Upkeep
+
+-- Gives every lease its whole length again, counted from now. Returns how many there are.
+local function grant_amnesty(shard)
+  local ids = redis.call('ZRANGE', key_of(shard, 'leases'), 0, -1)
+  for _, id in ipairs(ids) do
+    set_lease(shard, id, redis.call('HGET', key_of(shard, 'job', id), 'lease_ms') or 0)
+  end
+  return #ids
+end
+
+-- Shortens leases that would outlive any honest one, as after Redis's clock was set back.
+local function cap_leases(shard, limit)
+  local leases, latest_ms = key_of(shard, 'leases'), shard.now_ms + MAX_LEASE_MS
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '(' .. latest_ms, '+inf', 'LIMIT', 0, limit)) do
+    redis.call('ZADD', leases, latest_ms, id)
+  end
+end
+
+-- ARGV  1 attempts a job has   2 stall_ms: a longer pause between sweeps means that nobody could renew a lease
+--       3 most jobs to look at in each index
+-- Returns {requeued, expired, poisoned, leases extended by amnesty, 1 if there is more to do else 0}.
+local function sweep(keys, args)
+  local shard = open_shard(keys)
+  local max_attempts, stall_ms, limit = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
+  local leases, deadlines, counters = key_of(shard, 'leases'), key_of(shard, 'deadlines'), key_of(shard, 'counters')
+  local requeued, expired, poisoned, amnestied = 0, 0, 0, 0
+
+  local swept_ms = tonumber(redis.call('HGET', counters, 'swept_ms'))
+  redis.call('HSET', counters, 'swept_ms', shard.now_ms)
+  if swept_ms and shard.now_ms - swept_ms > stall_ms then
+    amnestied = grant_amnesty(shard)
+  end
+  cap_leases(shard, limit)
+
+  local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', shard.now_ms, 'LIMIT', 0, limit)
+  for _, id in ipairs(overdue) do
+    local job = get_job(shard, id, QUEUE_FIELDS)
+    if job.state and not is_final(job.state) then
+      end_job(shard, job, 'expired', notice_of(id))
+      expired = expired + 1
+    else
+      redis.call('ZREM', deadlines, id)
+    end
+  end
+
+  local lost = redis.call('ZRANGEBYSCORE', leases, '-inf', shard.now_ms, 'LIMIT', 0, limit)
+  for _, id in ipairs(lost) do
+    local job = get_job(shard, id, QUEUE_FIELDS)
+    if job.state ~= 'running' then
+      redis.call('ZREM', leases, id)
+    elseif redis.call('HINCRBY', key_of(shard, 'job', id), 'lost_leases', 1) < max_attempts then
+      requeue(shard, job)
+      requeued = requeued + 1
+    else
+      redis.call('HDEL', key_of(shard, 'job', id), 'fence')
+      end_job(shard, job, 'failed', notice_of(id))
+      poisoned = poisoned + 1
+    end
+  end
+
+  send_news(shard)
+  local is_cut_off = #overdue == limit or #lost == limit
+  return { requeued, expired, poisoned, amnestied, is_cut_off and 1 or 0 }
+end
+
+------------------------------------------------------------------------------------------------------------------------
+
+-- `allow-oom`: when memory is full, no new job comes in, and those that are in go on to their end.
+local function register(name, callback, flags)
+  redis.register_function{ function_name = 'oasst_' .. name .. '_' .. VERSION, callback = callback, flags = flags }
+end
+
+register('enqueue', enqueue, {})
+register('attach', attach, { 'allow-oom' })
+register('status', status, { 'no-writes' })
+register('read', read, { 'no-writes' })
+register('cancel', cancel, { 'allow-oom' })
+register('load', load, { 'no-writes' })
+register('claim', claim, { 'allow-oom' })
+register('push', push, { 'allow-oom' })
+register('release', release, { 'allow-oom' })
+register('heartbeat', heartbeat, { 'allow-oom' })
+register('sweep', sweep, { 'allow-oom' })

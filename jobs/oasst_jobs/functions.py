@@ -1,0 +1,308 @@
+"""One typed call for each function of `functions.lua`, and the library's own loading."""
+
+import asyncio
+import hashlib
+import importlib.resources
+from collections.abc import Coroutine, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
+
+import redis.asyncio
+from oasst.jobs.v1 import job_pb2
+from oasst.v1 import chat_pb2
+
+from oasst_jobs.connection import MAX_BLOCK_S, check_server, translated
+from oasst_jobs.errors import LibraryMissingError, QueueError, RequestConflictError
+from oasst_jobs.framing import update_head
+from oasst_jobs.keys import ShardKeys
+from oasst_jobs.outcomes import outcome_of, state_of
+from oasst_jobs.records import (
+    JobSnapshot,
+    JobState,
+    LogSnapshot,
+    PushItem,
+    PushStatus,
+    QueueLoad,
+    Submitted,
+    SweepReport,
+)
+
+__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "ClaimReply", "QueueClient", "job_size"]
+
+T = TypeVar("T")
+
+# The version of the Job message this package writes, and the newest it reads.
+JOB_VERSION = 1
+
+# A call over more items would keep Redis from everyone else for too long.
+PUSH_ITEMS_PER_CALL = 128
+
+# Jobs that one sweep looks at in each index before it lets others in.
+_SWEEP_LIMIT = 100
+
+# Most batches one read of a gateway's stream brings.
+_UPDATES_PER_READ = 256
+
+_SOURCE = importlib.resources.files("oasst_jobs").joinpath("functions.lua").read_text(encoding="utf-8")
+_VERSION = hashlib.sha256(_SOURCE.encode()).hexdigest()[:16]
+_LIBRARY = f"#!lua name=oasst_jobs_{_VERSION}\nlocal VERSION = '{_VERSION}'\n{_SOURCE}"
+
+# Priority -> lane; jobs in a lower lane go first.
+_LANES = {
+    chat_pb2.PRIORITY_HIGH: 0,
+    chat_pb2.PRIORITY_NORMAL: 1,
+    chat_pb2.PRIORITY_UNSPECIFIED: 1,
+    chat_pb2.PRIORITY_BULK: 2,
+}
+
+# What a function takes and a command sends.
+Argument = str | bytes | int
+
+
+class ClaimReply(NamedTuple):
+    """A claimed job as Redis tells it; ClaimedJob says what the fields mean."""
+
+    job_id: str
+    fence: str
+    job: bytes
+    log: Sequence[bytes]
+    end_position: int
+    attempt: int
+    waited_ms: int
+    remaining_ms: int | None
+
+
+def job_size(job: job_pb2.Job) -> int:
+    """Positions a job may come to hold: its prompt, and all the tokens each of its choices may generate.
+
+    Tokens already logged are among those, so a job that is resumed has the size it always had.
+    """
+    return len(job.prompt_token_ids) + max(job.n, 1) * job.limits.max_new_tokens
+
+
+class QueueClient:
+    """Calls the functions of one shard.
+
+    The library is loaded when the server does not have it: at the first call, or after its functions were flushed.
+    A call that has begun is carried to its end even if its caller is cancelled, and only then does the cancellation
+    go on: no reply is ever left on a connection, and whoever cancels a submit knows that a later cancel finds the job.
+
+    Every method raises QueueUnavailableError when Redis cannot serve it now. Whether the call was applied is then
+    unknown, and it may be made again with the same arguments.
+    """
+
+    def __init__(self, redis: redis.asyncio.Redis, shard: int = 0) -> None:
+        self.keys = ShardKeys(shard)
+        self._redis = redis
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    async def check_server(self) -> None:
+        """The server is new enough, keeps what it is given, and has the functions.
+
+        Raises:
+            UnsupportedServerError: with a sentence that says what to change.
+        """
+        await self._carry_out(self._load_library())
+
+    async def enqueue(
+        self,
+        job: job_pb2.Job,
+        *,
+        digest: bytes,
+        timeout_ms: int | None,
+        retention_ms: int,
+        max_waiting_jobs: int,
+        gateway_id: str,
+    ) -> Submitted | None:
+        """Puts a job into the queue, or adds the gateway to the watchers of the one that is there. None: it is full.
+
+        Raises:
+            RequestConflictError: if the one that is there came from another request.
+        """
+        verdict, *about = await self._call(
+            "enqueue",
+            job.job_id,
+            job.SerializeToString(),
+            digest,
+            job.model,
+            job.version,
+            len(job.prompt_token_ids),
+            job_size(job),
+            _LANES[job.priority],
+            "" if timeout_ms is None else timeout_ms,
+            retention_ms,
+            max_waiting_jobs,
+            gateway_id,
+        )
+        if verdict == b"conflict":
+            raise RequestConflictError(job.job_id)
+        if verdict == b"full":
+            return None
+        is_new, state, queue_position = about
+        return Submitted(is_new=bool(is_new), state=JobState(state.decode()), queue_position=queue_position)
+
+    async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
+        """Adds the gateway to a job's watchers."""
+        return _read_snapshot(await self._call("attach", job_id, gateway_id))
+
+    async def status(self, job_id: str) -> JobSnapshot | None:
+        return _read_snapshot(await self._call("status", job_id))
+
+    async def read(self, job_id: str, after: int) -> LogSnapshot | None:
+        """What a job has logged behind position `after`."""
+        reply = await self._call("read", job_id, after)
+        if reply is None:
+            return None
+        name, end_position, written, prompt_tokens, entries = reply
+        state = JobState(name.decode())
+        return LogSnapshot(
+            state=state,
+            end_position=end_position,
+            outcome=outcome_of(state, written, prompt_tokens=prompt_tokens, end_position=end_position),
+            entries=[job_pb2.LogEntry.FromString(entry) for entry in entries],
+        )
+
+    async def cancel(self, job_id: str) -> JobState | None:
+        """Ends a job that has not ended. Tells the state it is in now."""
+        state = await self._call("cancel", job_id)
+        return None if state is None else JobState(state.decode())
+
+    async def load(self) -> QueueLoad:
+        waiting_jobs, waiting_tokens, running_jobs, workers = await self._call("load")
+        statuses = [job_pb2.WorkerStatus.FromString(status) for status in workers[::2]]
+        return QueueLoad(waiting_jobs, waiting_tokens, running_jobs, list(zip(statuses, workers[1::2], strict=True)))
+
+    async def claim(
+        self, worker_id: str, claim_id: str, *, model: str, lease_ms: int, max_jobs: int, max_tokens: int
+    ) -> list[ClaimReply]:
+        """Takes jobs in the queue's order. The same claim id again gets the same jobs."""
+        claims = await self._call("claim", worker_id, claim_id, model, lease_ms, max_jobs, max_tokens, JOB_VERSION)
+        return [ClaimReply(job_id.decode(), fence.decode(), *rest) for job_id, fence, *rest in claims]
+
+    async def push(self, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:
+        """Applies at most PUSH_ITEMS_PER_CALL items in one call."""
+        arguments = chain.from_iterable(map(_push_arguments, items))
+        return [PushStatus(status.decode()) for status in await self._call("push", lease_ms, *arguments)]
+
+    async def release(self, claims: Sequence[tuple[str, str]]) -> int:
+        """Gives back jobs by id and fence. Tells how many were still held."""
+        return int(await self._call("release", *chain.from_iterable(claims)))
+
+    async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
+        await self._call("heartbeat", status.worker_id, status.SerializeToString())
+
+    async def sweep(self, *, max_attempts: int, stall_ms: int) -> tuple[SweepReport, bool]:
+        """Sets right what time has changed. Also tells whether there is more to do at once."""
+        *counts, is_cut_off = await self._call("sweep", max_attempts, stall_ms, _SWEEP_LIMIT)
+        return SweepReport(*counts), bool(is_cut_off)
+
+    async def wait_for_wake(self, model: str, timeout_s: float) -> None:
+        """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S.
+
+        May be cancelled: its connection is then closed.
+        """
+        # Redis takes a timeout of 0 for "never".
+        block_s = max(0.001, min(timeout_s, MAX_BLOCK_S))
+        await self._send("BLPOP", self.keys.wake(model), block_s)
+
+    async def last_update_id(self, gateway_id: str) -> str:
+        """Id of the newest batch in a gateway's stream, for `read_updates` to go on from."""
+        newest = await self._send("XREVRANGE", self.keys.updates(gateway_id), "+", "-", "COUNT", 1)
+        return newest[0][0].decode() if newest else "0-0"
+
+    async def read_updates(self, gateway_id: str, after_id: str) -> list[tuple[str, job_pb2.UpdateBatch]]:
+        """Batches behind an id. Waits at most MAX_BLOCK_S for one. May be cancelled: its connection is then closed."""
+        key = self.keys.updates(gateway_id)
+        block_ms = int(MAX_BLOCK_S * 1000)
+        reply = await self._send("XREAD", "COUNT", _UPDATES_PER_READ, "BLOCK", block_ms, "STREAMS", key, after_id)
+        return [
+            (batch_id.decode(), job_pb2.UpdateBatch.FromString(fields[b"batch"]))
+            for _, batches in reply or ()
+            for batch_id, fields in batches
+        ]
+
+    async def trim_updates(self, gateway_id: str, read_id: str) -> None:
+        """Drops batches before an id, which their gateway has read."""
+        key = self.keys.updates(gateway_id)
+        await self._carry_out(self._send("XTRIM", key, "MINID", "~", read_id))
+
+    async def _call(self, name: str, *arguments: Argument) -> Any:
+        # Any: each function answers in its own shape, which the method that calls it takes apart.
+        return await self._carry_out(self._call_loaded(name, arguments))
+
+    async def _call_loaded(self, name: str, arguments: Sequence[Argument]) -> Any:
+        """Calls a function; where the server does not know it, loads the library and calls again."""
+        command = ("FCALL", f"oasst_{name}_{_VERSION}", 1, self.keys.root, *arguments)
+        try:
+            return await self._send(*command)
+        except LibraryMissingError:
+            await self._load_library()
+        return await self._send(*command)
+
+    async def _load_library(self) -> None:
+        await check_server(self._redis)
+        try:
+            await self._send("FUNCTION", "LOAD", _LIBRARY)
+        except QueueError as error:
+            if "already exists" not in str(error):
+                raise
+
+    async def _send(self, *command: Argument | float) -> Any:
+        return await translated(self._redis.execute_command(*command))  # type: ignore[no-untyped-call]  # theirs
+
+    async def _carry_out(self, call: Coroutine[Any, Any, T]) -> T:
+        """The call's result. If the caller is cancelled, the call still runs to its end before the cancellation."""
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            raise
+
+
+def _read_snapshot(reply: Any) -> JobSnapshot | None:
+    if reply is None:
+        return None
+    name, queue_position, end_position, written, job_bytes = reply
+    state, job = JobState(name.decode()), job_pb2.Job.FromString(job_bytes)
+    return JobSnapshot(
+        state=state,
+        queue_position=queue_position,
+        end_position=end_position,
+        outcome=outcome_of(state, written, prompt_tokens=len(job.prompt_token_ids), end_position=end_position),
+        job=job,
+    )
+
+
+def _push_arguments(item: PushItem) -> tuple[Argument, ...]:
+    """The nine arguments that `push` takes for an item."""
+    end_position = item.start_position
+    entry_head = entry = outcome_head = outcome = b""
+    final_state = ""
+    if item.entry is not None:
+        end_position = item.entry.end_position
+        if end_position <= item.start_position:
+            raise ValueError(f"an entry from {item.start_position} to {end_position} holds no token")
+        entry = item.entry.SerializeToString()
+        entry_head = update_head(
+            item.job_id, item.start_position, field=job_pb2.JobUpdate.ENTRY_FIELD_NUMBER, length=len(entry)
+        )
+    if item.outcome is not None:
+        outcome = item.outcome.SerializeToString()
+        outcome_head = update_head(
+            item.job_id, end_position, field=job_pb2.JobUpdate.OUTCOME_FIELD_NUMBER, length=len(outcome)
+        )
+        final_state = state_of(item.outcome)
+    return (
+        item.job_id,
+        item.fence,
+        item.start_position,
+        end_position,
+        entry_head,
+        entry,
+        outcome_head,
+        outcome,
+        final_state,
+    )

@@ -1,0 +1,69 @@
+"""Every key of the queue in Redis: its type, who writes it, who reads it, when it goes.
+
+A shard is one queue. All its keys carry its hash tag, so that in Redis Cluster they share a slot and one function can
+change them together. The job hash is the one truth about a job; every other key is an index or a copy that could be
+made again from the hashes. `functions.lua` makes the same names from the shard's root; a test holds the two together.
+
+`oasst:{0}:job:<job id>`         hash. The job and its state, see below. Written and read by every function.
+                                 Goes a retention after the job's end.
+`oasst:{0}:log:<job id>`         stream. The token log; an entry's id is `<end position>-0`. Written by push, read by
+                                 claim and read. Goes with its job.
+`oasst:{0}:waiting:<model>`      sorted set. Job ids by place in the queue. Written by enqueue, release and sweep, read
+                                 by claim, attach and status. Gone when empty.
+`oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by load.
+                                 A field goes with the model's last waiting job.
+`oasst:{0}:leases`               sorted set. Running jobs by end of their lease (ms). Written by claim and push, read by
+                                 sweep and load. Gone when empty.
+`oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue, read
+                                 by sweep. Gone when empty.
+`oasst:{0}:claim:<worker>`       string. The worker's last claim: its id, then the job ids. Written and read by claim.
+                                 Goes after one lease.
+`oasst:{0}:wake:<model>`         list. At most one token: there is work. Written by enqueue, release, sweep and claim,
+                                 taken by an idle worker (BLPOP). Goes after 10 s.
+`oasst:{0}:updates:<gateway>`    stream. UpdateBatch messages. Written by whatever changes a job, read and cut by the
+                                 gateway's inbox (XREAD). Goes after 60 s without news.
+`oasst:{0}:workers`              hash. Worker -> WorkerStatus. Written by heartbeat, read by load. A field goes 15 s
+                                 after the worker's last heartbeat, if another beats; the key 15 s after anybody's.
+`oasst:{0}:heartbeats`           sorted set. Workers by their last heartbeat (ms). As `workers`.
+`oasst:{0}:counters`             hash. `arrivals` (enqueue) and `swept_ms` (sweep). Never goes.
+
+Fields of a job hash. All times are milliseconds of Redis's own clock.
+
+`state`                          waiting, running, finished, cancelled, expired or failed; the last four are final
+`job`                            the Job message, written once
+`digest`                         of the request as its client sent it; the same id with another digest is a conflict
+`model` `version` `prompt_tokens`  out of the Job, for functions that do not read protobuf
+`size`                           positions the job may come to hold: prompt, and all that each choice may generate
+`place`                          score in `waiting`, kept for life: a job that comes back takes its old place
+`end_position`                   tokens logged over all choices
+`fence`                          right of the present claim, `<number>-<claim id>`; absent while waiting
+`fences`                         how many claims there were
+`lost_leases`                    how many of them lost their lease; absent for none
+`lease_ms`                       length of the present lease
+`watchers`                       gateways that watch, separated by spaces
+`enqueued_ms` `claimed_ms` `deadline_ms`  arrival, first claim, deadline; the last two may be absent
+`retention_ms`                   how long hash and log stay after the end
+`outcome`                        the Outcome message, if a worker ended the job
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["ShardKeys"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The names of one shard's keys, as far as Python needs them outside a function call."""
+
+    shard: int = 0
+
+    @property
+    def root(self) -> str:
+        """What every key of the shard begins with, and the one key passed to its functions."""
+        return f"oasst:{{{self.shard}}}"
+
+    def wake(self, model: str) -> str:
+        return f"{self.root}:wake:{model}"
+
+    def updates(self, gateway_id: str) -> str:
+        return f"{self.root}:updates:{gateway_id}"

@@ -1,0 +1,165 @@
+"""The values that go in and out of the queue."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from oasst.jobs.v1 import job_pb2
+
+__all__ = [
+    "ClaimedJob",
+    "JobSnapshot",
+    "JobState",
+    "LogSnapshot",
+    "PushItem",
+    "PushStatus",
+    "QueueLimits",
+    "QueueLoad",
+    "Submitted",
+    "SweepReport",
+]
+
+
+class JobState(StrEnum):
+    """Where a job is in its life.
+
+    WAITING <-> RUNNING -> FINISHED | FAILED
+    WAITING  |  RUNNING -> CANCELLED | EXPIRED
+    """
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing can change the job any more."""
+        return self not in (JobState.WAITING, JobState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What a gateway lets into the queue."""
+
+    # Jobs that may wait for one model. Running ones do not count.
+    max_waiting_jobs: int = 1000
+    # How long a job and its log can be read after its end.
+    retention_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The job is in the queue, or was already."""
+
+    is_new: bool
+    state: JobState
+    # Jobs ahead of it; 0 is next. 0 as well when it does not wait.
+    queue_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobSnapshot:
+    """A job at one moment."""
+
+    state: JobState
+    # Jobs ahead of it; 0 is next. 0 as well when it does not wait.
+    queue_position: int
+    # Tokens logged over all choices.
+    end_position: int
+    # Set in every terminal state.
+    outcome: job_pb2.Outcome | None
+    job: job_pb2.Job
+
+
+@dataclass(frozen=True, slots=True)
+class LogSnapshot:
+    """What a job has generated behind some position, and whether that is all."""
+
+    state: JobState
+    end_position: int
+    # Set in every terminal state.
+    outcome: job_pb2.Outcome | None
+    entries: Sequence[job_pb2.LogEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """How much waits and runs in the whole shard, and on which workers."""
+
+    waiting_jobs: int
+    # Prompt tokens and tokens asked for of all waiting jobs.
+    waiting_tokens: int
+    running_jobs: int
+    # Each worker's last status and how many milliseconds old it is.
+    workers: Sequence[tuple[job_pb2.WorkerStatus, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job that is this worker's for as long as it keeps the lease."""
+
+    job_id: str
+    # Proves the claim; goes back with every push.
+    fence: str
+    job: job_pb2.Job
+    # What earlier attempts generated, from position 0.
+    log: Sequence[job_pb2.LogEntry]
+    # Where the next entry starts.
+    end_position: int
+    # 1 for a job that never lost its worker.
+    attempt: int
+    # From arrival to the first claim of all.
+    waited_ms: int
+    # Until the deadline, as of the claim.
+    remaining_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PushItem:
+    """What one step brought for one job. With neither entry nor outcome it only renews the lease."""
+
+    job_id: str
+    fence: str
+    # Where the log ended before this item.
+    start_position: int
+    # Ends behind `start_position`: an entry holds at least one token.
+    entry: job_pb2.LogEntry | None = None
+    # Comes after the entry, and ends the job.
+    outcome: job_pb2.Outcome | None = None
+
+
+class PushStatus(Enum):
+    """What became of a PushItem. Anything but OK: the worker drops the job."""
+
+    OK = "ok"
+    # The job is another's now, has ended, or is gone.
+    FENCED = "fenced"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    # The log does not end where the item starts.
+    POSITION = "position"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep set right."""
+
+    # Jobs that lost their worker and wait again.
+    requeued: int = 0
+    # Jobs whose deadline passed.
+    expired: int = 0
+    # Jobs that lost too many workers and have failed.
+    poisoned: int = 0
+    # Leases extended because nobody could have renewed them.
+    amnestied: int = 0
+
+    def __add__(self, other: "SweepReport") -> "SweepReport":
+        return SweepReport(
+            requeued=self.requeued + other.requeued,
+            expired=self.expired + other.expired,
+            poisoned=self.poisoned + other.poisoned,
+            amnestied=self.amnestied + other.amnestied,
+        )

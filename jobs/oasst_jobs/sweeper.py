@@ -1,0 +1,53 @@
+"""Upkeep: what a dead worker held waits again, and what nobody answered in time expires."""
+
+import asyncio
+import logging
+
+from oasst_jobs.errors import QueueUnavailableError
+from oasst_jobs.functions import QueueClient
+from oasst_jobs.records import SweepReport
+
+__all__ = ["Sweeper"]
+
+_log = logging.getLogger(__name__)
+
+# A job whose third worker is lost has most likely killed all three.
+_MAX_ATTEMPTS = 3
+
+
+class Sweeper:
+    """Sweeps a shard again and again. Any number of processes may; each sweep is one atomic call that can be repeated.
+
+    When no sweep has run for `stall_s`, Redis or every process was halted, and live workers could not renew their
+    leases either. The next sweep then extends all leases once instead of taking live workers' jobs away.
+    """
+
+    def __init__(self, client: QueueClient, *, interval_s: float = 1.0, stall_s: float = 2.0) -> None:
+        if not 0 < interval_s < stall_s:
+            raise ValueError(f"sweeps every {interval_s} s would look like a stall of {stall_s} s each time")
+        self._client = client
+        self._interval_s = interval_s
+        self._stall_ms = round(stall_s * 1000)
+
+    async def run(self) -> None:
+        """Sweeps until cancelled; an unavailable queue is tried again at the next turn."""
+        while True:
+            try:
+                report = await self.sweep()
+            except QueueUnavailableError as error:
+                _log.warning("sweep skipped reason=%s", error.reason)
+            else:
+                if report != SweepReport():
+                    _log.info("swept %s", report)
+            await asyncio.sleep(self._interval_s)
+
+    async def sweep(self) -> SweepReport:
+        """Everything that is due now is done: leases taken back, deadlines enforced."""
+        report, is_cut_off = await self._sweep_once()
+        while is_cut_off:
+            part, is_cut_off = await self._sweep_once()
+            report += part
+        return report
+
+    async def _sweep_once(self) -> tuple[SweepReport, bool]:
+        return await self._client.sweep(max_attempts=_MAX_ATTEMPTS, stall_ms=self._stall_ms)

@@ -1,0 +1,27 @@
+"""Neighbours that tests of several parts need."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from valkey_server import ValkeyServer
+
+
+@pytest.fixture
+def valkey() -> Iterator[ValkeyServer]:
+    """A fresh, running Valkey that the test may kill, pause and restart."""
+    # Not tmp_path: the path of a unix socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        server = ValkeyServer(Path(folder))
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def valkey_url(valkey: ValkeyServer) -> str:
+    """The `unix://` address of a fresh Valkey."""
+    return valkey.url

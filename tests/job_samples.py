@@ -1,0 +1,53 @@
+"""Jobs, log entries and outcomes as tests need them."""
+
+from oasst.jobs.v1 import job_pb2
+from oasst.v1 import chat_pb2, generation_pb2
+from oasst_jobs import JOB_VERSION, job_id_for
+
+__all__ = ["MODEL", "failed", "finished", "make_entry", "make_job", "text_of"]
+
+MODEL = "tiny-pythia"
+
+
+def make_job(
+    request_id: str,
+    *,
+    prompt_tokens: int = 4,
+    max_new_tokens: int = 16,
+    n: int = 1,
+    model: str = MODEL,
+    priority: chat_pb2.Priority = chat_pb2.PRIORITY_NORMAL,
+    version: int = JOB_VERSION,
+) -> job_pb2.Job:
+    return job_pb2.Job(
+        version=version,
+        job_id=job_id_for("tenant", request_id),
+        tenant="tenant",
+        model=model,
+        prompt_token_ids=range(prompt_tokens),
+        limits=generation_pb2.GenerationLimits(max_new_tokens=max_new_tokens),
+        n=n,
+        priority=priority,
+        request_id=request_id,
+    )
+
+
+def make_entry(start: int, stop: int) -> job_pb2.LogEntry:
+    """What generating the tokens from `start` to `stop` logs; token i is i and reads "i "."""
+    tokens = range(start, stop)
+    text = "".join(f"{token} " for token in tokens)
+    return job_pb2.LogEntry(
+        end_position=stop, deltas=[generation_pb2.Delta(position=start, text=text, token_ids=tokens)]
+    )
+
+
+def text_of(entries: list[job_pb2.LogEntry]) -> str:
+    return "".join(delta.text for entry in entries for delta in entry.deltas)
+
+
+def finished(completion_tokens: int = 0) -> job_pb2.Outcome:
+    return job_pb2.Outcome(finished=chat_pb2.Finished(usage=chat_pb2.Usage(completion_tokens=completion_tokens)))
+
+
+def failed(reason: str) -> job_pb2.Outcome:
+    return job_pb2.Outcome(failed=chat_pb2.Failed(code=13, reason=reason, message="it did not work"))

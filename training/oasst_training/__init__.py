@@ -1,0 +1,1 @@
+"""The training recipe in small, the dialogues it learns, and the demo checkpoint it made (`demo/`)."""

@@ -6,6 +6,7 @@ Order of processing, as in transformers: repetition penalty, presence and freque
 temperature, top_k, top_p, min_p, typical_p. Temperature 0 takes the most likely token, the lowest id of equals.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ _PREFIX_SIZES = (64, 1024, 4096)
 
 # Colder is greedy: dividing logits by less would overflow fp32.
 _COLDEST_TEMPERATURE = 1e-30
+_LARGEST_SCORE = 1e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class TokenLogprob:
 class Sampled:
     """What a batch drew, one entry per row."""
 
-    # None where the row's logits are not finite, or no token is left to draw.
+    # None where the row's logits are not finite numbers, or no token is left to draw.
     token_ids: list[int | None]
     # None where the row asked for none or drew nothing.
     logprobs: list[TokenLogprob | None]
@@ -83,18 +85,15 @@ class Sampler:
         """Returns one token per row of `logits` [rows, vocab] fp32, which are overwritten."""
         if logits.shape != (len(rows), self._vocab_size):
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
-        bad_rows = _rows_not_finite(logits)
-        logits[bad_rows] = 0.0  # Keeps them out of the way; their tokens are dropped below.
-        asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None and row not in bad_rows]
+        broken = _rows_not_finite(logits)
+        asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None and row not in broken]
         log_probabilities = logits[asking].log_softmax(dim=1)
 
         _penalize(logits, rows)
         logits.index_fill_(1, self._banned_token_ids, -torch.inf)
-        drawn = _draw(logits, rows)
-        is_drawable = logits[range(len(rows)), drawn].isfinite().tolist()
-        token_ids = [
-            token_id if is_drawable[row] and row not in bad_rows else None for row, token_id in enumerate(drawn)
-        ]
+        broken += [row for row in _undrawable_rows(logits, rows) if row not in broken]
+        logits[broken] = 0.0  # Out of the others' way; what they draw is dropped.
+        token_ids = [None if row in broken else token_id for row, token_id in enumerate(_draw(logits, rows))]
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         for row, of_row in zip(asking, log_probabilities, strict=True):
             logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
@@ -123,6 +122,13 @@ def _rows_not_finite(logits: Tensor) -> list[int]:
     # An infinity or NaN always reaches the sum; a finite row's sum may overflow, so suspects are looked at closely.
     suspects = (~logits.sum(dim=1).isfinite()).nonzero().flatten().tolist()
     return [row for row in suspects if not logits[row].isfinite().all()]
+
+
+def _undrawable_rows(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Returns the rows where no token is left, or whose best score does not fit fp32 after temperature."""
+    limits = [math.inf if _is_greedy(row.params) else _LARGEST_SCORE * min(row.params.temperature, 1.0) for row in rows]
+    peaks = logits.amax(dim=1).abs().tolist()
+    return [row for row, (peak, limit) in enumerate(zip(peaks, limits, strict=True)) if not peak < limit]
 
 
 def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:

@@ -1,0 +1,1 @@
+"""The `oasst` command, on top of the client."""

@@ -1,0 +1,152 @@
+"""The processes of a whole service on one machine, started in order and stopped in the mirror of it."""
+
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from oasst_cli.child import Announcement
+from oasst_cli.state import StateDirectory, state_directory
+from oasst_cli.supervisor import Command, Keeper, Observer, RestartPolicy, Service, keep_running
+from oasst_cli.valkey import find_server, socket_path, socket_url, valkey_service
+
+__all__ = ["Stack", "StackOptions"]
+
+_ANY_PORT = "127.0.0.1:0"
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """What to run."""
+
+    # Checkpoint folder or hub id.
+    model: str
+    workers: int
+    gateways: int
+    # The first gateway's address; the others take the ports after it. Port 0: each its own.
+    host: str
+    port: int
+    # None: a server of our own.
+    redis_url: str | None
+    # None: one that is removed at the end.
+    state_dir: Path | None
+    dtype: str | None = None
+    device: str | None = None
+
+
+class Stack:
+    """Owns the processes; `running` is their life."""
+
+    def __init__(self, options: StackOptions, *, observer: Observer, policy: RestartPolicy | None = None) -> None:
+        self.options = options
+        self.keepers: list[Keeper] = []
+        # Of our own queue server; None where the queue is somewhere else.
+        self.socket_url: str | None = None
+        self._observer = observer
+        self._policy = policy or RestartPolicy()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[StateDirectory]:
+        """The processes are started inside the context; after it they have stopped, senders before receivers.
+
+        Raises:
+            ExceptionGroup: of ServiceFailedError, if a process cannot be kept running.
+            NoServerError: no queue server was given or found.
+            StateInUseError, OSError: the state directory cannot be used.
+        """
+        async with AsyncExitStack() as exits:
+            state = exits.enter_context(state_directory(self.options.state_dir))
+
+            async def start(services: Sequence[Service]) -> None:
+                keepers = [
+                    Keeper(service, log_dir=state.logs, observer=self._observer, policy=self._policy)
+                    for service in services
+                ]
+                self.keepers += keepers
+                await exits.enter_async_context(keep_running(keepers))
+
+            redis_url = self.options.redis_url
+            if redis_url is None:
+                server = find_server()
+                socket = exits.enter_context(socket_path(state.path))
+                redis_url = self.socket_url = socket_url(socket)
+                await start([valkey_service(server, data_dir=state.data, socket=socket)])
+                await self.wait_until_serving()
+            await start(_worker_services(self.options, redis_url))
+            await start(_gateway_services(self.options, redis_url))
+            yield state
+
+    async def wait_until_serving(self) -> list[tuple[Keeper, Announcement]]:
+        """Every process started so far serves, and this is what each announced."""
+        return [(keeper, await keeper.wait_until_serving()) for keeper in self.keepers]
+
+    def starting(self) -> list[Keeper]:
+        """The processes that have not served yet."""
+        return [keeper for keeper in self.keepers if not keeper.has_served]
+
+    def kill(self) -> None:
+        """Ends every process at once."""
+        for keeper in self.keepers:
+            keeper.kill()
+
+
+def _worker_services(options: StackOptions, redis_url: str) -> list[Service]:
+    """The workers, sharing the machine's cores evenly."""
+    flags = ["--model", options.model]
+    if options.dtype:
+        flags += ["--dtype", options.dtype]
+    if options.device:
+        flags += ["--device", options.device]
+    if options.workers > 1:
+        flags += ["--threads", str(max(1, _num_cores() // options.workers))]
+
+    def command(before: Announcement | None) -> list[str]:
+        metrics = (before and before.metrics) or _ANY_PORT
+        return [sys.executable, "-m", "oasst_worker", *flags, "--metrics-listen", metrics]
+
+    # In the environment, not on the command line: a URL may hold a password, and command lines are public.
+    environment = {"OASST_WORKER_REDIS_URL": redis_url}
+    return [
+        Service(name=f"worker-{index}", role="worker", command=command, environment=environment)
+        for index in range(options.workers)
+    ]
+
+
+def _gateway_services(options: StackOptions, redis_url: str) -> list[Service]:
+    """The gateways, at ports one after the other."""
+    environment = {
+        "OASST_GATEWAY_REDIS_URL": redis_url,
+        # A resume token of one gateway is good at the others, and after a restart.
+        "OASST_GATEWAY_RESUME_SECRET": os.environ.get("OASST_GATEWAY_RESUME_SECRET") or secrets.token_hex(32),
+    }
+    return [
+        Service(
+            name=f"gateway-{index}",
+            role="gateway",
+            command=_gateway_command(options.model, _listen_address(options, index)),
+            environment=environment,
+        )
+        for index in range(options.gateways)
+    ]
+
+
+def _gateway_command(model: str, listen: str) -> Command:
+    def command(before: Announcement | None) -> list[str]:
+        return [
+            *(sys.executable, "-m", "oasst_gateway", "--model", model),
+            *("--listen", (before and before.listen) or listen),
+            *("--metrics-listen", (before and before.metrics) or _ANY_PORT),
+        ]
+
+    return command
+
+
+def _listen_address(options: StackOptions, index: int) -> str:
+    return f"{options.host}:{options.port + index if options.port else 0}"
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,193 @@
+"""`oasst up`: the whole service on this machine, in the foreground."""
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oasst_cli.checkpoint import NoDemoError, demo_checkpoint
+from oasst_cli.child import Announcement, die_with_parent
+from oasst_cli.options import DEFAULT_ADDRESS
+from oasst_cli.progress import Progress
+from oasst_cli.stack import Stack, StackOptions
+from oasst_cli.state import StateDirectory, StateInUseError
+from oasst_cli.supervisor import UNUSABLE_EXIT_CODE, Keeper, ServiceFailedError
+from oasst_cli.valkey import NoServerError
+
+__all__ = ["up"]
+
+_ANY_PORT = "127.0.0.1:0"
+
+
+def up(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Checkpoint folder or hub id; without it the demo.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers, each with the whole model.")] = 1,
+    gateways: Annotated[int, typer.Option(min=1, help="Gateways, at the listen port and those after it.")] = 1,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help=f"The first gateway's address; port 0 takes free ones. Without it {DEFAULT_ADDRESS}, "
+            "or a free port with --chat.",
+        ),
+    ] = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", envvar="OASST_REDIS_URL", help="A Redis or Valkey that runs; without it one is started."
+        ),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keeps queue and logs; without it they are removed at the end."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="auto|float32|bfloat16|float16")] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Prints one line of JSON once all serve: addresses, ports, processes.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Opens a chat once all serve, and stops everything after it.")
+    ] = False,
+) -> None:
+    """Run the whole service on this machine: queue, workers and gateways.
+
+    A process that dies says why and is started again; one that never comes to serve ends the run. Ctrl-C stops
+    everything, a second one at once. Workers and gateways also read the environment: OASST_WORKER_... and
+    OASST_GATEWAY_..., as `python -m oasst_worker --help` and `python -m oasst_gateway --help` tell.
+    """
+    if chat and as_json:
+        raise typer.BadParameter("--json and --chat both want standard output")
+    host, port = _split_address(listen or (_ANY_PORT if chat else DEFAULT_ADDRESS), gateways)
+    try:
+        options = StackOptions(
+            model=model or str(demo_checkpoint()),
+            workers=workers,
+            gateways=gateways,
+            host=host,
+            port=port,
+            redis_url=redis_url,
+            state_dir=state_dir,
+            dtype=dtype,
+            device=device,
+        )
+    except NoDemoError as error:
+        raise typer.BadParameter(str(error)) from error
+    with Progress() as progress:
+        raise typer.Exit(asyncio.run(_supervise(options, progress, as_json=as_json, chat=chat)))
+
+
+def _split_address(address: str, gateways: int) -> tuple[str, int]:
+    """Host and port; every gateway's port is one."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) + (gateways - 1 if int(port) else 0) > 65535:
+        raise typer.BadParameter(f"{address!r} is not HOST:PORT with a port from 0 to 65535", param_hint="--listen")
+    return host, int(port)
+
+
+async def _supervise(options: StackOptions, progress: Progress, *, as_json: bool, chat: bool) -> int:
+    """Runs the stack until a signal, the end of its chat, or a failure that restarting cannot mend; the exit code."""
+    stack = Stack(options, observer=progress)
+    run = asyncio.create_task(_run(stack, progress, as_json=as_json, chat=chat))
+
+    def on_signal() -> None:
+        if run.cancelling():
+            stack.kill()
+        else:
+            progress.rest()
+            progress.say("stopping; Ctrl-C once more stops at once")
+            run.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    exit_code = 0
+    try:
+        exit_code = await run
+    except* asyncio.CancelledError:
+        pass  # A signal asked for it.
+    except* (ServiceFailedError, NoServerError, StateInUseError, OSError) as failures:
+        failure = _first(failures)
+        progress.rest()
+        progress.say(f"error: {failure}")
+        exit_code = UNUSABLE_EXIT_CODE if isinstance(failure, ServiceFailedError) and failure.is_unusable else 1
+    return exit_code
+
+
+async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat: bool) -> int:
+    """Runs the stack until this is cancelled, or its chat ends; the exit code."""
+    progress.wait_for("starting")
+    async with stack.running() as state:
+        async with asyncio.TaskGroup() as group:
+            display = group.create_task(_show_what_is_starting(stack, progress))
+            announcements = await stack.wait_until_serving()
+            display.cancel()
+        progress.rest()
+        addresses = [announcement.listen for _, announcement in announcements if announcement.listen]
+        if as_json:
+            print(json.dumps(_summary(stack, state, announcements)), flush=True)
+        if chat:
+            return await _chat(addresses[0])
+        progress.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
+        await asyncio.get_running_loop().create_future()  # Until cancelled.
+    return 0
+
+
+async def _show_what_is_starting(stack: Stack, progress: Progress) -> None:
+    """Loading a large model takes minutes: what each process said last shows that it goes on."""
+    while True:
+        await asyncio.sleep(progress.interval_s)
+        states = [f"{keeper.service.name} ({keeper.last_words() or 'starting'})" for keeper in stack.starting()]
+        if states:
+            progress.wait_for(f"waiting for {', '.join(states)}")
+
+
+def _summary(
+    stack: Stack, state: StateDirectory, announcements: list[tuple[Keeper, Announcement]]
+) -> dict[str, object]:
+    """What scripts need to know of the running stack."""
+    return {
+        "event": "serving",
+        "addresses": [announcement.listen for _, announcement in announcements if announcement.listen],
+        "metrics": [announcement.metrics for _, announcement in announcements if announcement.metrics],
+        # Ours only: one given by the caller may hold a password, and the caller knows it.
+        "redis_url": stack.socket_url,
+        "state_dir": str(state.path),
+        "processes": [
+            {
+                "name": keeper.service.name,
+                "role": keeper.service.role,
+                "id": announcement.id,
+                "pid": keeper.pid,
+                "listen": announcement.listen,
+                "metrics": announcement.metrics,
+            }
+            for keeper, announcement in announcements
+        ],
+    }
+
+
+async def _chat(address: str) -> int:
+    """Runs a chat in this terminal to its end; its exit code.
+
+    A process of its own, so that it can be stopped while it reads. Greedy: the demo model is made for it.
+    """
+    command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, "--temperature", "0"]
+    process = await asyncio.create_subprocess_exec(*command, preexec_fn=die_with_parent())
+    try:
+        return abs(await process.wait())
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+
+
+def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
+    """The first error in a group, however deep."""
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,146 @@
+"""The `oasst` command as people and scripts use it: real processes, a real terminal where it matters."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+TEXT = "An idea that spreads."
+
+
+def oasst(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "oasst_cli", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+def test_each_piped_line_is_answered_and_only_the_answers_are_printed(server):
+    result = oasst("chat", "--address", server.address, stdin="What is a meme?\n\n  And who coined it?")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{TEXT}\n{TEXT}\n", "")
+    asked = [message.content for message in server.requests[1].conversation.messages]
+    assert asked == ["What is a meme?", TEXT, "And who coined it?"]
+
+
+def test_a_question_that_fails_is_told_on_stderr_and_in_the_exit_code_and_the_next_is_answered(server):
+    def script(request, context):
+        if len(server.requests) == 1:
+            server.refuse(context, 8, "the queue is full", server.error_info("QUEUE_FULL"))
+        yield from server.answer(request, context)
+
+    server.script = script
+    result = oasst("chat", "--address", server.address, stdin="What is a meme?\nWhat is a meme?\n")
+    assert (result.returncode, result.stdout) == (1, f"{TEXT}\n")
+    assert result.stderr == "error: the queue is full (QUEUE_FULL)\n"
+
+
+def test_options_of_the_command_line_reach_the_request(server):
+    options = ["--preset", "k50", "--temperature", "0", "--max-new-tokens", "7", "--seed", "3", "--system", "Be brief."]
+    assert oasst("chat", "--address", server.address, *options, stdin="Hi\n").returncode == 0
+    request = server.requests[0]
+    assert (request.sampling.preset, request.sampling.temperature, request.sampling.seed) == ("k50", 0, 3)
+    assert request.limits.max_new_tokens == 7
+    assert not request.sampling.HasField("top_p")
+    assert request.conversation.messages[0].content == "Be brief."
+
+
+def test_bytes_that_are_no_text_are_a_question_like_any_other(server):
+    command = [sys.executable, "-m", "oasst_cli", "chat", "--address", server.address]
+    result = subprocess.run(command, input=b"\xff\xfe?\n", capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, TEXT.encode() + b"\n")
+
+
+def test_complete_answers_one_question(server):
+    assert oasst("complete", "What is a meme?", "--address", server.address).stdout == f"{TEXT}\n"
+    result = oasst("complete", "--raw", "--json", "--address", server.address, stdin="<|prompter|>Hi")
+    assert json.loads(result.stdout)["choices"][0]["text"] == TEXT
+    assert server.requests[1].prompt == "<|prompter|>Hi"
+
+
+def test_models_lists_what_is_served(server):
+    assert "tiny" in oasst("models", "--address", server.address).stdout
+    assert json.loads(oasst("models", "--json", "--address", server.address).stdout)["name"] == "tiny"
+
+
+def test_a_service_that_is_not_there_is_one_line_on_stderr():
+    result = oasst("models", "--address", "127.0.0.1:1")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["up", "--sped"],
+        ["up", "--workers", "0"],
+        ["up", "--listen", "nowhere"],
+        ["up", "--listen", "127.0.0.1:65535", "--gateways", "2"],
+        ["up", "--json", "--chat"],
+        ["chat", "--temperature", "warm"],
+        ["chat", "--seed", "-1"],
+    ],
+)
+def test_a_bad_option_is_exit_code_2_and_named(arguments):
+    result = oasst(*arguments)
+    assert result.returncode == 2
+    assert "Error" in result.stderr or "Invalid" in result.stderr
+
+
+@contextlib.contextmanager
+def terminal_chat(address: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`oasst chat` in a terminal of its own, and that terminal's other end."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "oasst_cli", "chat", "--address", address],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # Makes it the controlling terminal.
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(terminal: int, text: str) -> str:
+    seen = ""
+    while text not in seen:
+        seen += os.read(terminal, 4096).decode()
+    return seen
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server):
+    def endless(request, context):
+        yield server.accepted(request)
+        yield server.delta(0, "Well, ")
+        server.ended.wait(timeout=30)
+
+    server.script = endless
+    with terminal_chat(server.address) as (process, terminal):
+        read_until(terminal, "> ")
+        os.write(terminal, b"Tell me everything.\n")
+        read_until(terminal, "Well, ")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "[stopped]")
+        assert server.ended.wait(timeout=5)
+
+        server.script = None
+        read_until(terminal, "> ")
+        os.write(terminal, b"What is a meme?\n")
+        read_until(terminal, TEXT)
+        # The answer that was stopped is no part of the conversation.
+        assert len(server.requests[1].conversation.messages) == 1
+
+        os.write(terminal, b"\x04")
+        assert process.wait(timeout=10) == 0

@@ -1,0 +1,120 @@
+"""`python -m bench [PART ...]`: runs the measurements and prints their tables; `--json FILE` keeps the figures."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from bench.checkpoints import DEMO, random_checkpoint
+from bench.engine import OURS, EngineRow, measure_engine
+from bench.path import PathRow, measure_path
+from bench.start import StartRow, measure_start
+
+PARTS = ("engine", "path", "start")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; all of it by default")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--json", type=Path, help="also writes the figures to this file")
+    options = parser.parse_args()
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(width=110)
+    console.print(_machine())
+    figures: dict[str, Any] = {"machine": _machine()}
+    with tempfile.TemporaryDirectory(prefix="oasst-bench-") as folder:
+        checkpoints = {"demo": DEMO, "160m": random_checkpoint("160m", Path(folder))}
+        lengths = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "rounds": options.rounds}
+        for part in options.parts or PARTS:
+            rows: list[Any]
+            if part == "engine":
+                rows = [
+                    row
+                    for name, path in checkpoints.items()
+                    for row in measure_engine(name, path, options.concurrent, **lengths)
+                ]
+                console.print(_engine_table(rows))
+            elif part == "path":
+                streams = max(options.concurrent)
+                rows = [measure_path(name, path, streams=streams, **lengths) for name, path in checkpoints.items()]
+                console.print(_path_table(rows))
+            else:
+                rows = [measure_start(options.rounds)]
+                console.print(_start_table(rows[0]))
+            figures[part] = [dataclasses.asdict(row) for row in rows]
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _machine() -> str:
+    return (
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads;"
+        f" Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def _engine_table(rows: list[EngineRow]) -> Table:
+    peers = [system for system in rows[0].tokens_per_s if system != OURS]
+    table = Table(title="Engine alone: generated tokens per second, fp32, greedy, prefill included")
+    for heading in ("checkpoint", "concurrent", OURS, *peers):
+        table.add_column(heading, justify="right")
+    for peer in peers:
+        table.add_column(f"ratio to {peer.removeprefix('transformers ')}", justify="right")
+    table.add_column("same tokens", justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            str(row.concurrent),
+            *(f"{row.tokens_per_s[system]:.0f}" for system in (OURS, *peers)),
+            *(f"{row.ratio(peer):.2f}" for peer in peers),
+            f"{min(row.same_tokens.values()):.1%}",
+        )
+    return table
+
+
+def _path_table(rows: list[PathRow]) -> Table:
+    table = Table(title="Whole path against engine alone: tokens per second, and time to the first token of one stream")
+    for heading in ("checkpoint", "streams", "path", "engine", "ratio", "path first", "engine first", "same tokens"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            str(row.streams),
+            f"{row.path_tokens_per_s:.0f}",
+            f"{row.engine_tokens_per_s:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.path_first_token_s * 1e3:.1f} ms",
+            f"{row.engine_first_token_s * 1e3:.1f} ms",
+            "yes" if row.same_tokens else "NO",
+        )
+    return table
+
+
+def _start_table(row: StartRow) -> Table:
+    table = Table(title="Start on the demo checkpoint, warm environment")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("`oasst up --chat` to the first token", f"{row.first_token_s:.1f} s")
+    table.add_row("from there to everything stopped", f"{row.stopped_s:.1f} s")
+    for process, mib in row.resident_mib.items():
+        table.add_row(f"resident memory of {process}", f"{mib:.0f} MiB")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The checkpoints that are measured: the demo, and random weights in the shapes of Pythia models."""
+
+from pathlib import Path
+
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+__all__ = ["DEMO", "SHAPES", "random_checkpoint", "random_prompts"]
+
+DEMO = Path(__file__).parent.parent / "training" / "oasst_training" / "demo"
+
+# EleutherAI's Pythia models, with the vocabulary of the OASST fine-tune.
+SHAPES = {
+    "70m": {"num_hidden_layers": 6, "hidden_size": 512, "num_attention_heads": 8},
+    "160m": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
+}
+VOCAB_SIZE = 50288
+TOKENIZER_SIZE = 50282
+
+
+def random_checkpoint(shape: str, folder: Path) -> Path:
+    """A checkpoint of random fp32 weights of this shape in `folder`, made once."""
+    path = folder / shape
+    if not (path / "config.json").exists():
+        torch.manual_seed(0)
+        sizes = SHAPES[shape]
+        config = GPTNeoXConfig(
+            vocab_size=VOCAB_SIZE,
+            intermediate_size=4 * sizes["hidden_size"],
+            max_position_embeddings=2048,
+            bos_token_id=0,
+            eos_token_id=0,
+            **sizes,
+        )
+        GPTNeoXForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    """The same prompts at every call; no control tokens in them."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(300, vocab_size - 100, (count, length), generator=generator).tolist()

@@ -1,0 +1,126 @@
+"""The engine alone against transformers, same weights, prompts, lengths; greedy; generated tokens per second."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.runtime import RuntimeOptions, build_executor
+from transformers import GenerationConfig, GPTNeoXForCausalLM
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from bench.checkpoints import random_prompts
+
+__all__ = ["EngineRow", "measure_engine"]
+
+# Prompts, tokens to generate for each -> what was generated.
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+OURS = "oasst-serve"
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """One cell: a checkpoint, a number of concurrent sequences, tokens per second by system."""
+
+    checkpoint: str
+    concurrent: int
+    tokens_per_s: dict[str, float]
+    same_tokens: dict[str, float]  # Share of generated tokens equal to ours.
+
+    def ratio(self, peer: str) -> float:
+        return self.tokens_per_s[OURS] / self.tokens_per_s[peer]
+
+
+def measure_engine(
+    name: str, folder: Path, concurrencies: list[int], *, prompt_tokens: int, new_tokens: int, rounds: int
+) -> list[EngineRow]:
+    systems = _systems(folder, max(concurrencies), prompt_tokens + new_tokens)
+    vocab_size = GPTNeoXForCausalLM.config_class.from_pretrained(folder).vocab_size
+    rows = []
+    for concurrent in concurrencies:
+        prompts = random_prompts(concurrent, prompt_tokens, vocab_size)
+        generated = {system: generate(prompts, new_tokens) for system, generate in systems.items()}  # Warms up, too.
+        seconds: dict[str, list[float]] = {system: [] for system in systems}
+        for _ in range(rounds):
+            for system, generate in systems.items():
+                start = time.perf_counter()
+                tokens = generate(prompts, new_tokens)
+                seconds[system].append(time.perf_counter() - start)
+                if [len(of_one) for of_one in tokens] != [new_tokens] * concurrent:
+                    raise RuntimeError(f"{system} generated another number of tokens: the work would not be equal")
+        rows.append(
+            EngineRow(
+                name,
+                concurrent,
+                {system: concurrent * new_tokens / statistics.median(times) for system, times in seconds.items()},
+                {system: _share_equal(tokens, generated[OURS]) for system, tokens in generated.items()},
+            )
+        )
+    return rows
+
+
+def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Generate]:
+    reference = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = RuntimeOptions(device="cpu", dtype="float32", max_sequences=max_sequences)
+    runner = build_executor(folder, options)
+    eos_token_id = reference.config.eos_token_id
+    max_positions = reference.config.max_position_embeddings
+
+    def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        config = EngineConfig(eos_token_id=eos_token_id, max_positions=max_positions, max_sequences=max_sequences)
+        engine = Engine(runner, config)
+        for number, prompt in enumerate(prompts):
+            params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+            engine.add(Sequence(str(number), prompt, params))
+        tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+        while engine.has_work():
+            for output in engine.step():
+                if output.token_id is not None:
+                    tokens[output.sequence_id].append(output.token_id)
+        return list(tokens.values())
+
+    @torch.inference_mode()
+    def static_batch(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        output = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(
+                max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=1
+            ),
+        )
+        return output[:, ids.shape[1] :].tolist()
+
+    # Its own choice of a cache is gigabytes, and most of its time; this one holds what is asked for.
+    page_size = 32
+    batching = ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=max_sequences * (-(-max_tokens // page_size) + 1),
+        max_batch_tokens=512,
+    )
+
+    def continuous_batching(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        outputs = reference.generate_batch(
+            prompts,
+            generation_config=GenerationConfig(
+                max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
+            ),
+            continuous_batching_config=batching,
+        )
+        by_number = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[-1]))
+        return [list(output.generated_tokens) for output in by_number]
+
+    return {
+        OURS: ours,
+        "transformers generate": static_batch,
+        "transformers continuous batching": continuous_batching,
+    }
+
+
+def _share_equal(tokens: list[list[int]], ours: list[list[int]]) -> float:
+    pairs = [pair for of_one, our in zip(tokens, ours, strict=True) for pair in zip(of_one, our, strict=True)]
+    return sum(first == second for first, second in pairs) / len(pairs)

@@ -105,6 +105,8 @@ async def _supervise(options: StackOptions, progress: Progress, *, as_json: bool
             run.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # Under nohup the end of the terminal is not our end.
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     exit_code = 0
     try:
@@ -173,14 +175,14 @@ def _summary(
 
 
 async def _chat(address: str) -> int:
-    """Runs a chat in this terminal to its end; its exit code.
+    """Runs a chat in this terminal to its end; 0 if it answered everything.
 
     A process of its own, so that it can be stopped while it reads. Greedy: the demo model is made for it.
     """
     command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, "--temperature", "0"]
     process = await asyncio.create_subprocess_exec(*command, preexec_fn=die_with_parent())
     try:
-        return abs(await process.wait())
+        return 1 if await process.wait() else 0
     finally:
         if process.returncode is None:
             process.terminate()

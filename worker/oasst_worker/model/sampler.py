@@ -7,8 +7,9 @@ temperature, top_k, top_p, min_p, typical_p. Temperature 0 takes the most likely
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ class SamplingRow:
     params: SamplingSpec
     uniform: float  # The row's random number in [0, 1), see `uniform_for`; greedy rows ignore it.
     # Prompt and generated ids, for the repetition penalty; repeats do no harm.
-    seen_ids: Tensor | Sequence[int] = ()
+    seen_ids: Collection[int] = ()
     # Generated id -> how often, for the presence and frequency penalties.
     output_counts: Mapping[int, int] = field(default_factory=dict)
     # Not to be drawn this time, such as end-of-text before min_new_tokens.
-    banned_ids: Iterable[int] = ()
+    banned_ids: Collection[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,10 @@ class Sampler:
 
 
 def processed_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Returns the distribution [rows, vocab] from which each row is drawn, by the plain path; `logits` stay as is."""
+    """Returns the distribution [rows, vocab] from which each row is drawn, by the plain path.
+
+    `logits` stay as they are. What a `Sampler` bans for all rows is not known here: name it in the rows.
+    """
     logits = logits.clone()
     _penalize(logits, rows)
     probabilities = torch.zeros_like(logits)
@@ -133,21 +137,38 @@ def _undrawable_rows(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """Applies penalties, logit bias and the rows' own bans in place."""
-    for row, scores in zip(rows, logits, strict=True):
-        params = row.params
-        if params.repetition_penalty != 1 and len(row.seen_ids):
-            ids = torch.as_tensor(row.seen_ids, dtype=torch.int64, device=logits.device)
-            seen = scores[ids]
-            scores[ids] = torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
-        if (params.presence_penalty or params.frequency_penalty) and row.output_counts:
-            ids = torch.tensor(list(row.output_counts), device=logits.device)
-            counts = torch.tensor(list(row.output_counts.values()), device=logits.device)
-            scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=scores.dtype, device=logits.device)
-        if banned_ids := list(row.banned_ids):
-            scores[banned_ids] = -torch.inf
+    if seen := {i: row.seen_ids for i, row in enumerate(rows) if row.params.repetition_penalty != 1}:
+        cells = _cells(seen, logits)
+        scores = logits[cells]
+        penalties = _values((row.params.repetition_penalty for row in rows), logits)[cells[0]]
+        logits[cells] = torch.where(scores < 0, scores * penalties, scores / penalties)
+    if generated := {
+        i: row.output_counts
+        for i, row in enumerate(rows)
+        if row.params.presence_penalty or row.params.frequency_penalty
+    }:
+        cells = _cells(generated, logits)
+        counts = _values(chain.from_iterable(counts.values() for counts in generated.values()), logits)
+        presence = _values((row.params.presence_penalty for row in rows), logits)[cells[0]]
+        frequency = _values((row.params.frequency_penalty for row in rows), logits)[cells[0]]
+        logits[cells] -= frequency * counts + presence
+    if biased := {i: row.params.logit_bias for i, row in enumerate(rows) if row.params.logit_bias}:
+        biases = _values(chain.from_iterable(bias.values() for bias in biased.values()), logits)
+        logits[_cells(biased, logits)] += biases
+    if banned := {i: row.banned_ids for i, row in enumerate(rows) if row.banned_ids}:
+        logits[_cells(banned, logits)] = -torch.inf
+
+
+def _cells(ids_by_row: Mapping[int, Collection[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns row and column of each named logit, in order."""
+    lengths = torch.tensor([len(ids) for ids in ids_by_row.values()])
+    rows = torch.tensor(list(ids_by_row)).repeat_interleave(lengths)
+    columns = torch.tensor(list(chain.from_iterable(ids_by_row.values())), dtype=torch.int64)
+    return rows.to(logits.device), columns.to(logits.device)
+
+
+def _values(values: Iterable[float], logits: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=logits.dtype, device=logits.device)
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:

@@ -218,8 +218,9 @@ def _draw_from_typical(logits: Tensor, columns: Columns, size: int) -> tuple[Ten
     weights = shifted.exp()
     total = weights.sum(dim=1, keepdim=True).double()
     entropy = total.log() - weights.mul_(shifted).sum(dim=1, keepdim=True).double() / total
-    typical_score = peak.double() + total.log() - entropy
-    ids = torch.sub(scaled, typical_score.float(), out=shifted).abs_().topk(size, largest=False).indices
+    # Measured from the peak, where fp32 is exact enough, however large the scores are.
+    typical_depth = total.log() - entropy
+    ids = shifted.sub_(typical_depth.float()).abs_().topk(size, largest=False).indices
     prefix = _Prefix.of(scaled.gather(1, ids), ids, peak.double())
 
     distances = prefix.distances(total, entropy)

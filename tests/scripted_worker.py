@@ -1,5 +1,6 @@
 """A worker's engine without tensors: every token is a function of its sequence's id and its place."""
 
+import math
 import threading
 import time
 import zlib
@@ -55,11 +56,19 @@ class ScriptedExecutor:
         self.scripts: dict[str, list[int]] = {}  # Sequence id -> its tokens, in place of the function's.
         self.broken: set[str] = set()  # Sequence ids whose logits are not finite.
         self.failure: Exception | None = None  # Ends the next step.
-        self.may_step = threading.Event()  # Cleared, a step waits inside `execute`.
-        self.may_step.set()
+        self._allowed = math.inf
+        self._gate = threading.Condition()
+
+    def allow(self, num_steps: float) -> None:
+        """So many more steps are taken; the next one waits inside `execute`."""
+        with self._gate:
+            self._allowed = num_steps
+            self._gate.notify()
 
     def execute(self, batch: Batch) -> list[Sample]:
-        self.may_step.wait()
+        with self._gate:
+            self._gate.wait_for(lambda: self._allowed > 0)
+            self._allowed -= 1
         if self.failure is not None:
             raise self.failure
         self.num_steps += 1

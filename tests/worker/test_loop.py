@@ -1,5 +1,6 @@
 """The engine's thread: reports in order, errors alone, never far ahead, and a watchdog that knows a stall."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -45,7 +46,7 @@ def make_loop(executor: ScriptedExecutor) -> Iterator[Callable[..., EngineLoop]]
         return loop
 
     yield make
-    executor.may_step.set()
+    executor.allow(math.inf)
     for loop in loops:
         loop.stop()
         assert loop.join(timeout_s=10)
@@ -151,11 +152,11 @@ def test_a_choice_that_the_engine_refuses_is_reported(make_loop):
 
 def test_a_removed_choice_frees_the_engine_at_the_next_turn(make_loop, executor):
     loop, choice = make_loop(), choice_of("gone", max_new_tokens=900)
-    executor.may_step.clear()
+    executor.allow(0)
     loop.add(choice)
     eventually(lambda: loop.step_in_progress)
     loop.remove(choice)
-    executor.may_step.set()
+    executor.allow(math.inf)
     eventually(lambda: loop.step_in_progress is None and loop.load.num_running == 0)
     assert len(loop.take()) == 1
 

@@ -111,13 +111,16 @@ class Consumer:
                 listening = tasks.create_task(self._listen(), name="listen")
                 claiming = tasks.create_task(self._claim_until_draining(), name="claim")
                 tasks.create_task(self._push_until_closing(), name="push")
-                await self._draining.wait()
-                # A claim under way is not cancelled: its jobs would be nobody's for the length of a lease.
-                await claiming
-                listening.cancel()
-                await self._wait_until_drained()
-                self._closing.set()
-                self._news.set()
+                try:
+                    await self._draining.wait()
+                    # A claim under way is not cancelled: its jobs would be nobody's for the length of a lease.
+                    await claiming
+                    listening.cancel()
+                    await self._wait_until_drained()
+                finally:
+                    # Tasks end by these, not by cancellation alone: inside redis-py, Python 3.11 may swallow one.
+                    for event in (self._draining, self._closing, self._claim_now, self._news):
+                        event.set()
         finally:
             self._loop.stop()
         await self._release_jobs()
@@ -126,7 +129,7 @@ class Consumer:
 
     async def _listen(self) -> None:
         """Has the claiming task look whenever there may be work, while there is room for it."""
-        while True:
+        while not self._draining.is_set():
             await self._room.wait()
             await self._reach("wait", lambda: self._claimer.wait_for_work(_LISTEN_S), give_up=self._draining)
             self._claim_now.set()

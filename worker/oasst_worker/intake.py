@@ -104,7 +104,7 @@ def _check_job(job: Job, model: ModelFacts) -> None:
     if job.version != JOB_VERSION:
         raise JobRefusedError(
             code_pb2.FAILED_PRECONDITION,
-            "UNKNOWNJOB_VERSION",
+            "UNKNOWN_JOB_VERSION",
             f"the job's version is {job.version}; this worker knows {JOB_VERSION}",
         )
     for is_true, requirement in _requirements(job, model):

@@ -1,0 +1,441 @@
+"""Jobs from a real queue through the loop and back: nothing lost, nothing twice, nothing kept too long."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+from google.rpc import code_pb2
+from oasst.jobs.v1.job_pb2 import Job, LogEntry
+from oasst.v1.generation_pb2 import FINISH_REASON_LENGTH, Delta
+from oasst_jobs import (
+    ClaimedJob,
+    Claimer,
+    JobState,
+    LogSnapshot,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueLimits,
+    Submitter,
+    Sweeper,
+    connect,
+)
+from oasst_worker.consumer import Consumer
+from oasst_worker.loop import EngineLoop
+from oasst_worker.metrics import WorkerMetrics
+from prometheus_client import CollectorRegistry
+from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
+from valkey_server import ValkeyServer
+
+LEASE_MS = 400
+
+
+class WatchedClaimer(Claimer):
+    """Remembers what it was asked, and can be kept from pushing."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.push_sizes: list[int] = []
+        self.num_empty_claims = 0
+        self.may_push = asyncio.Event()
+        self.may_push.set()
+
+    async def claim(self, *, max_jobs: int, max_tokens: int) -> list[ClaimedJob]:
+        claimed = await super().claim(max_jobs=max_jobs, max_tokens=max_tokens)
+        self.num_empty_claims += not claimed
+        return claimed
+
+    async def push(self, items: Sequence[PushItem]) -> list[PushStatus]:
+        await self.may_push.wait()
+        self.push_sizes.append(len(items))
+        return await super().push(items)
+
+
+class RunningWorker:
+    """A consumer on a scripted engine, as a task."""
+
+    def __init__(self, client: QueueClient, worker_id: str, *, kv_tokens: int = 4096, lease_ms: int, **config) -> None:
+        self.executor = ScriptedExecutor(num_blocks=kv_tokens // ScriptedExecutor.block_size)
+        self.claimer = WatchedClaimer(client, worker_id=worker_id, model=MODEL, lease_ms=lease_ms)
+        self.loop = EngineLoop(make_engine(self.executor, **config), max_steps_ahead=8)
+        self.registry = CollectorRegistry()
+        intake = make_intake(kv_tokens)
+        metrics = WorkerMetrics(self.registry)
+        self.consumer = Consumer(self.claimer, self.loop, intake, metrics, lease_s=lease_ms / 1000)
+        self.task = asyncio.create_task(self.consumer.run())
+
+    def jobs_by(self, outcome: str) -> float:
+        return self.registry.get_sample_value("oasst_worker_jobs_total", {"outcome": outcome}) or 0
+
+    async def die(self) -> None:
+        """The worker is gone without a word to the queue."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.executor.allow(math.inf)
+        self.loop.stop()
+        assert self.loop.join(timeout_s=10)
+
+
+class Queue:
+    """What a gateway does, and a clock that moves leases on."""
+
+    def __init__(self, client: QueueClient) -> None:
+        self.client = client
+        self.sweeper = Sweeper(client, stall_s=3600)
+        self._submitter = Submitter(client, gateway_id="gateway", limits=QueueLimits())
+
+    async def submit(self, job: Job) -> str:
+        await self._submitter.submit(job, digest=b"", timeout_ms=None)
+        return job.job_id
+
+    async def state(self, job_id: str) -> JobState:
+        snapshot = await self.client.status(job_id)
+        assert snapshot is not None
+        return snapshot.state
+
+    async def log(self, job_id: str) -> LogSnapshot:
+        log = await self.client.read(job_id, 0)
+        assert log is not None
+        return log
+
+    async def ended(self, job_id: str) -> LogSnapshot:
+        """The log of a job once it has ended."""
+        await until(lambda: self._has_ended(job_id))
+        return await self.log(job_id)
+
+    async def lose_lease(self, job_id: str) -> None:
+        """The job's worker was silent for longer than its lease, and the job waits again."""
+
+        async def is_waiting() -> bool:
+            await self.sweeper.sweep()
+            return await self.state(job_id) is JobState.WAITING
+
+        await until(is_waiting)
+
+    async def _has_ended(self, job_id: str) -> bool:
+        return (await self.state(job_id)).is_terminal
+
+
+async def until(is_true: Callable[[], object], timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not (await answer if inspect.isawaitable(answer := is_true()) else answer):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def text_of(log: LogSnapshot, choice: int = 0) -> str:
+    """The text of a choice, whose deltas must follow each other without gap or repeat."""
+    deltas = [delta for entry in log.entries for delta in entry.deltas if delta.choice == choice]
+    position = 0
+    for delta in deltas:
+        assert delta.position == position
+        position += len(delta.token_ids)
+    return "".join(delta.text for delta in deltas)
+
+
+@pytest.fixture
+async def queue(valkey_url: str) -> AsyncIterator[Queue]:
+    redis = connect(valkey_url)
+    yield Queue(QueueClient(redis))
+    await redis.aclose()
+
+
+@pytest.fixture
+async def start_worker(valkey_url: str) -> AsyncIterator[Callable[..., RunningWorker]]:
+    """Starts workers, each with its own connections, and ends them."""
+    workers: list[RunningWorker] = []
+    connections = []
+
+    def start(worker_id: str = "worker", *, lease_ms: int = 10_000, **settings) -> RunningWorker:
+        connections.append(connect(valkey_url))
+        workers.append(RunningWorker(QueueClient(connections[-1]), worker_id, lease_ms=lease_ms, **settings))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        await worker.die()
+    for connection in connections:
+        await connection.aclose()
+
+
+@asynccontextmanager
+async def sweeping(queue: Queue) -> AsyncIterator[None]:
+    """The queue is swept every few milliseconds."""
+
+    async def sweep() -> None:
+        while True:
+            await queue.sweeper.sweep()
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(sweep())
+    yield
+    task.cancel()
+
+
+async def test_a_job_is_generated_logged_and_told_of(queue, start_worker):
+    start_worker()
+    job_id = await queue.submit(make_job("one", prompt_tokens=5, max_new_tokens=20))
+    log = await queue.ended(job_id)
+    finished = log.outcome.finished
+    assert text_of(log) == expected_text(job_id, 20)
+    assert [finish.reason for finish in finished.finishes] == [FINISH_REASON_LENGTH]
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (5, 20)
+    assert finished.timings.decode.ToNanoseconds() > 0
+
+
+async def test_every_choice_of_a_job_is_logged_with_its_logprobs(queue, start_worker):
+    start_worker()
+    job_id = await queue.submit(make_job("many", n=3, logprobs=1))
+    log = await queue.ended(job_id)
+    assert [text_of(log, choice) for choice in range(3)] == [expected_text(job_id, 16, choice) for choice in range(3)]
+    assert [finish.choice for finish in log.outcome.finished.finishes] == [0, 1, 2]
+    assert log.outcome.finished.usage.completion_tokens == log.end_position == 48
+    deltas = [delta for entry in log.entries for delta in entry.deltas]
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
+    assert deltas[0].logprobs[0].alternatives[0].token_id == deltas[0].token_ids[0]
+
+
+async def test_all_jobs_of_a_step_go_in_one_push(queue, start_worker):
+    worker = start_worker()
+    worker.executor.allow(0)
+    job_ids = [await queue.submit(make_job(f"job {index}")) for index in range(8)]
+    await until(lambda: worker.consumer.num_sequences == 8)
+    worker.executor.allow(math.inf)
+    for job_id in job_ids:
+        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert max(worker.claimer.push_sizes) == 8
+    assert len(worker.claimer.push_sizes) <= worker.executor.num_steps + 8
+
+
+async def test_while_a_push_is_under_way_later_steps_are_merged_into_the_next(queue, start_worker):
+    worker = start_worker()
+    worker.claimer.may_push.clear()
+    job_id = await queue.submit(make_job("merged", max_new_tokens=6))
+    await until(lambda: worker.executor.num_steps == 6)
+    worker.claimer.may_push.set()
+    log = await queue.ended(job_id)
+    assert text_of(log) == expected_text(job_id, 6)
+    assert len(log.entries) <= 2
+
+
+async def test_another_worker_goes_on_where_a_dead_one_stopped(queue, start_worker):
+    first = start_worker("first", lease_ms=LEASE_MS)
+    first.executor.allow(5)
+    job_id = await queue.submit(make_job("resumed", n=2, stop=["zzz"], max_new_tokens=40))
+    await until(lambda: first.executor.num_steps == 5)
+    await first.die()
+    logged = (await queue.log(job_id)).end_position
+    await queue.lose_lease(job_id)
+
+    second = start_worker("second")
+    log = await queue.ended(job_id)
+    assert 0 < logged < 80
+    assert [text_of(log, choice) for choice in range(2)] == [expected_text(job_id, 40, choice) for choice in range(2)]
+    assert log.outcome.finished.usage.completion_tokens == 80
+    assert second.registry.get_sample_value("oasst_worker_resumed_jobs_total") == 1
+
+
+async def test_a_job_whose_log_is_complete_gets_its_outcome_without_a_step(queue, start_worker):
+    job_id = await queue.submit(make_job("complete", max_new_tokens=3))
+    dying = Claimer(queue.client, worker_id="dying", model=MODEL)
+    [claimed] = await dying.claim(max_jobs=1, max_tokens=1000)
+    entry = LogEntry(end_position=3, deltas=[Delta(token_ids=[1, 2, 3], text="abc")])
+    assert await dying.push([PushItem(job_id, claimed.fence, 0, entry)]) == [PushStatus.OK]
+    await dying.release([claimed])
+
+    worker = start_worker()
+    log = await queue.ended(job_id)
+    assert text_of(log) == "abc"
+    assert [finish.reason for finish in log.outcome.finished.finishes] == [FINISH_REASON_LENGTH]
+    assert worker.executor.num_steps == 0
+
+
+async def test_a_worker_that_lost_its_lease_drops_the_job_and_shows_nothing(queue, start_worker):
+    first = start_worker("first", lease_ms=LEASE_MS)
+    first.executor.allow(3)
+    job_id = await queue.submit(make_job("fenced"))
+    await until(lambda: first.executor.num_steps == 3)
+    first.claimer.may_push.clear()
+    first.consumer.drain(3600)  # So that it does not claim the job again.
+    await queue.lose_lease(job_id)
+    start_worker("second")
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+
+    first.claimer.may_push.set()
+    await first.task
+    assert first.jobs_by("fenced") == 1
+    assert text_of(await queue.log(job_id)) == expected_text(job_id, 16)
+
+
+async def test_a_worker_that_claims_its_own_lost_job_again_goes_on_from_the_log(queue, start_worker):
+    worker = start_worker(lease_ms=LEASE_MS)
+    worker.executor.allow(3)
+    job_id = await queue.submit(make_job("own", max_new_tokens=30))
+    await until(lambda: worker.executor.num_steps == 3)
+    worker.claimer.may_push.clear()
+    async with sweeping(queue):
+        await until(lambda: worker.jobs_by("fenced") == 1)
+    worker.claimer.may_push.set()
+    worker.executor.allow(math.inf)
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 30)
+
+
+async def test_a_job_without_news_keeps_its_lease(queue, start_worker):
+    worker = start_worker(lease_ms=LEASE_MS)
+    worker.executor.allow(0)
+    job_id = await queue.submit(make_job("slow"))
+    await until(lambda: worker.consumer.num_sequences == 1)
+    async with sweeping(queue):
+        await until(lambda: len(worker.claimer.push_sizes) >= 8)  # Each a third of a lease after the other.
+        assert await queue.state(job_id) is JobState.RUNNING
+    worker.executor.allow(math.inf)
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert worker.jobs_by("finished") == 1
+
+
+async def test_a_cancelled_job_leaves_the_engine(queue, start_worker):
+    worker = start_worker()
+    worker.executor.allow(3)
+    job_id = await queue.submit(make_job("cancelled", max_new_tokens=900))
+    await until(lambda: worker.executor.num_steps == 3)
+    await queue.client.cancel(job_id)
+    worker.executor.allow(math.inf)
+    await until(lambda: worker.jobs_by("cancelled") == 1)
+    await until(lambda: worker.loop.load.num_running == 0)
+    assert worker.executor.num_steps < 900
+
+
+async def test_a_choice_whose_logits_are_not_finite_fails_its_job_alone(queue, start_worker):
+    worker = start_worker()
+    bad, good = make_job("bad", n=2), make_job("good")
+    worker.executor.broken.add(f"{bad.job_id}/1")
+    await queue.submit(bad)
+    await queue.submit(good)
+    failed = (await queue.ended(bad.job_id)).outcome.failed
+    assert (failed.code, failed.reason) == (code_pb2.INTERNAL, "NUMERIC")
+    assert text_of(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
+    await until(lambda: worker.loop.load.num_running == 0)
+
+
+async def test_a_job_that_is_not_valid_fails_alone(queue, start_worker):
+    start_worker()
+    bad, good = make_job("bad"), make_job("good")
+    bad.sampling.temperature = math.nan
+    await queue.submit(bad)
+    await queue.submit(good)
+    assert (await queue.ended(bad.job_id)).outcome.failed.reason == "INVALID_JOB"
+    assert text_of(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
+
+
+async def test_a_job_that_never_fits_the_worker_fails_and_blocks_nobody(queue, start_worker):
+    start_worker(kv_tokens=256)
+    await queue.submit(big := make_job("big", prompt_tokens=300))
+    await queue.submit(small := make_job("small"))
+    assert (await queue.ended(big.job_id)).outcome.failed.reason == "EXCEEDS_KV_CACHE"
+    assert text_of(await queue.ended(small.job_id)) == expected_text(small.job_id, 16)
+
+
+async def test_jobs_for_which_there_is_no_slot_wait_in_the_queue(queue, start_worker):
+    worker = start_worker(max_sequences=2)
+    worker.executor.allow(0)
+    job_ids = [await queue.submit(make_job(f"job {index}")) for index in range(5)]
+    await until(lambda: worker.consumer.num_sequences == 2)
+    assert (await queue.client.load()).waiting_jobs == 3
+    worker.executor.allow(math.inf)
+    for job_id in job_ids:
+        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+
+
+async def test_jobs_for_which_there_is_no_kv_cache_wait_in_the_queue(queue, start_worker):
+    worker = start_worker(kv_tokens=256)
+    worker.executor.allow(0)
+    job_ids = [await queue.submit(make_job(f"job {index}", prompt_tokens=100)) for index in range(3)]
+    await until(lambda: worker.consumer.num_sequences == 2)
+    assert (await queue.client.load()).waiting_jobs == 1
+    worker.executor.allow(math.inf)
+    for job_id in job_ids:
+        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+
+
+async def test_a_job_with_more_choices_than_slots_are_free_waits_its_turn(queue, start_worker):
+    worker = start_worker(max_sequences=4)
+    worker.executor.allow(0)
+    first = await queue.submit(make_job("first", n=3))
+    await until(lambda: worker.consumer.num_sequences == 3)
+    second = await queue.submit(make_job("second", n=2))
+    await until(lambda: worker.registry.get_sample_value("oasst_worker_claim_seconds_count") == 2)
+    await until(lambda: _is_waiting(queue, second))
+    assert worker.consumer.num_sequences == 3
+    worker.executor.allow(math.inf)
+    for job_id, n in ((first, 3), (second, 2)):
+        log = await queue.ended(job_id)
+        assert [text_of(log, choice) for choice in range(n)] == [expected_text(job_id, 16, i) for i in range(n)]
+
+
+async def _is_waiting(queue: Queue, job_id: str) -> bool:
+    return await queue.state(job_id) is JobState.WAITING
+
+
+async def test_an_idle_worker_takes_a_job_with_more_choices_than_it_has_slots(queue, start_worker):
+    start_worker(max_sequences=2)
+    job_id = await queue.submit(make_job("wide", n=5))
+    log = await queue.ended(job_id)
+    assert [text_of(log, choice) for choice in range(5)] == [expected_text(job_id, 16, index) for index in range(5)]
+
+
+async def test_nothing_is_lost_while_the_queue_is_away(queue, start_worker, valkey: ValkeyServer):
+    worker = start_worker()
+    worker.executor.allow(3)
+    job_id = await queue.submit(make_job("kept", max_new_tokens=200))
+    await until(lambda: worker.executor.num_steps == 3)
+    valkey.kill()
+    worker.executor.allow(math.inf)
+    await until(lambda: not worker.consumer.queue_is_reachable)
+    await until(lambda: worker.loop.step_in_progress is None)
+    assert worker.executor.num_steps < 40  # The bound of 8, and what the pushes under way took along.
+    valkey.start()
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+    assert worker.consumer.queue_is_reachable
+
+
+async def test_a_drained_worker_finishes_its_jobs_and_claims_no_more(queue, start_worker):
+    worker = start_worker()
+    worker.executor.allow(3)
+    job_id = await queue.submit(make_job("last"))
+    await until(lambda: worker.executor.num_steps == 3)
+    num_empty_claims = worker.claimer.num_empty_claims
+    await until(lambda: worker.claimer.num_empty_claims > num_empty_claims)  # None is under way now.
+    worker.consumer.drain(3600)
+    later = await queue.submit(make_job("later"))
+    worker.executor.allow(math.inf)
+    await worker.task
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert await queue.state(later) is JobState.WAITING
+
+
+async def test_jobs_that_outlast_the_drain_are_released_and_another_worker_goes_on_at_once(queue, start_worker):
+    first = start_worker("first")
+    first.executor.allow(3)
+    job_id = await queue.submit(make_job("released"))
+    await until(lambda: first.executor.num_steps == 3)
+    first.consumer.drain(3600)
+    first.consumer.drain(0)
+    await first.task
+    assert await queue.state(job_id) is JobState.WAITING
+    assert first.jobs_by("released") == 1
+
+    start_worker("second")
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+
+
+async def test_a_drain_ends_even_if_the_queue_stays_away(queue, start_worker, valkey: ValkeyServer):
+    worker = start_worker()
+    worker.executor.allow(3)
+    await queue.submit(make_job("stranded"))
+    await until(lambda: worker.executor.num_steps == 3)
+    valkey.kill()
+    worker.consumer.drain(0)
+    async with asyncio.timeout(10):
+        await worker.task

@@ -40,6 +40,9 @@ PUSH_ITEMS_PER_CALL = 128
 # Jobs that one sweep looks at in each index before it lets others in.
 _SWEEP_LIMIT = 100
 
+# How soon a cancellation that was swallowed is repeated.
+_CANCEL_AGAIN_S = 0.02
+
 # Most batches one read of a gateway's stream brings.
 _UPDATES_PER_READ = 256
 
@@ -84,8 +87,8 @@ class QueueClient:
     """Calls the functions of one shard.
 
     The library is loaded when the server does not have it: at the first call, or after its functions were flushed.
-    A call that has begun is carried to its end even if its caller is cancelled, and only then does the cancellation
-    go on: no reply is ever left on a connection, and whoever cancels a submit knows that a later cancel finds the job.
+    A call that has begun comes to its end even if its caller is cancelled, and only then does the cancellation go on:
+    no reply is ever left on a connection, and whoever gave up on a submit can be sure that a cancel finds the job.
 
     Every method raises QueueUnavailableError when Redis cannot serve it now. Whether the call was applied is then
     unknown, and it may be made again with the same arguments.
@@ -197,24 +200,23 @@ class QueueClient:
         return SweepReport(*counts), bool(is_cut_off)
 
     async def wait_for_wake(self, model: str, timeout_s: float) -> None:
-        """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S.
-
-        May be cancelled: its connection is then closed.
-        """
+        """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S."""
         # Redis takes a timeout of 0 for "never".
         block_s = max(0.001, min(timeout_s, MAX_BLOCK_S))
-        await self._send("BLPOP", self.keys.wake(model), block_s)
+        await self._carry_out(self._send("BLPOP", self.keys.wake(model), block_s), is_wait=True)
 
     async def last_update_id(self, gateway_id: str) -> str:
         """Id of the newest batch in a gateway's stream, for `read_updates` to go on from."""
-        newest = await self._send("XREVRANGE", self.keys.updates(gateway_id), "+", "-", "COUNT", 1)
+        key = self.keys.updates(gateway_id)
+        newest = await self._carry_out(self._send("XREVRANGE", key, "+", "-", "COUNT", 1))
         return newest[0][0].decode() if newest else "0-0"
 
     async def read_updates(self, gateway_id: str, after_id: str) -> list[tuple[str, job_pb2.UpdateBatch]]:
-        """Batches behind an id. Waits at most MAX_BLOCK_S for one. May be cancelled: its connection is then closed."""
+        """Batches behind an id. Waits at most MAX_BLOCK_S for one."""
         key = self.keys.updates(gateway_id)
         block_ms = int(MAX_BLOCK_S * 1000)
-        reply = await self._send("XREAD", "COUNT", _UPDATES_PER_READ, "BLOCK", block_ms, "STREAMS", key, after_id)
+        command = ("XREAD", "COUNT", _UPDATES_PER_READ, "BLOCK", block_ms, "STREAMS", key, after_id)
+        reply = await self._carry_out(self._send(*command), is_wait=True)
         return [
             (batch_id.decode(), job_pb2.UpdateBatch.FromString(fields[b"batch"]))
             for _, batches in reply or ()
@@ -250,14 +252,21 @@ class QueueClient:
     async def _send(self, *command: Argument | float) -> Any:
         return await translated(self._redis.execute_command(*command))  # type: ignore[no-untyped-call]  # theirs
 
-    async def _carry_out(self, call: Coroutine[Any, Any, T]) -> T:
-        """The call's result. If the caller is cancelled, the call still runs to its end before the cancellation."""
+    async def _carry_out(self, call: Coroutine[Any, Any, T], *, is_wait: bool = False) -> T:
+        """The call's result. If the caller is cancelled, the call still comes to its end before the cancellation.
+
+        A call that only waits for something is cancelled as well, until it hears: below Python 3.12, `asyncio.wait_for`
+        inside the client library can swallow a cancellation.
+        """
         task = asyncio.create_task(call)
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
+            while is_wait and not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
             await asyncio.wait([task])
             raise
 

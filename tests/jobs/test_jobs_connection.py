@@ -1,0 +1,242 @@
+"""What is said when the server is gone, wrong, or not ready, and how the queue comes back by itself."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+import redis.exceptions
+from job_samples import finished, make_entry, make_job
+from oasst_jobs import (
+    Claimer,
+    JobState,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueError,
+    QueueUnavailableError,
+    Submitter,
+    UnavailableReason,
+    UnsupportedServerError,
+    connect,
+)
+from oasst_jobs.errors import translate
+
+
+async def submit(submitter: Submitter, request_id: str = "job") -> str:
+    job = make_job(request_id)
+    await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    return job.job_id
+
+
+async def test_the_library_is_loaded_by_the_first_call_and_again_when_it_is_gone(
+    submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    job_id = await submit(submitter)
+    await redis_client.function_flush()
+    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
+    await redis_client.function_flush()
+    item = PushItem(job_id, claimed.fence, 0, make_entry(0, 1), finished(1))
+    assert await claimer.push([item]) == [PushStatus.OK]
+
+
+async def test_many_clients_may_load_the_library_at_once(redis_client: redis.asyncio.Redis) -> None:
+    await asyncio.gather(*(QueueClient(redis_client).check_server() for _ in range(10)))
+    assert len(await redis_client.function_list()) == 1
+
+
+async def test_a_flushed_server_serves_again(submitter: Submitter, redis_client: redis.asyncio.Redis) -> None:
+    job_id = await submit(submitter)
+    await redis_client.flushall()
+    await redis_client.function_flush()
+    assert await submitter.status(job_id) is None
+    await submit(submitter)
+    assert await submitter.cancel(job_id) is JobState.CANCELLED
+
+
+async def test_other_versions_of_the_library_stay(client: QueueClient, redis_client: redis.asyncio.Redis) -> None:
+    older = "#!lua name=oasst_jobs_0123\nredis.register_function('oasst_push_0123', function() return 1 end)"
+    await redis_client.function_load(older)
+    await client.check_server()
+    assert len(await redis_client.function_list()) == 2
+    assert await redis_client.fcall("oasst_push_0123", 0) == 1
+
+
+async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio.Redis, claimer: Claimer) -> None:
+    from oasst_jobs import QueueLimits
+
+    elsewhere = Submitter(QueueClient(redis_client, shard=1), gateway_id="gateway-1", limits=QueueLimits())
+    await submit(elsewhere)
+    assert await claimer.claim(max_jobs=1, max_tokens=1000) == []
+    assert (await elsewhere.load()).waiting_jobs == 1
+
+
+async def test_a_server_that_is_gone_is_unreachable_and_serves_again_when_it_is_back(
+    valkey, submitter: Submitter, claimer: Claimer
+) -> None:
+    job_id = await submit(submitter)
+    valkey.kill()
+    for call in (submitter.status(job_id), claimer.claim(max_jobs=1, max_tokens=10), claimer.wait_for_work(1.0)):
+        started_s = time.monotonic()
+        with pytest.raises(QueueUnavailableError) as caught:
+            await call
+        assert caught.value.reason is UnavailableReason.UNREACHABLE
+        assert time.monotonic() - started_s < 2.0
+    valkey.start()
+    snapshot = await submitter.status(job_id)
+    assert snapshot is not None
+    assert snapshot.state is JobState.WAITING
+
+
+async def test_a_socket_that_never_was_is_unreachable(tmp_path: Path) -> None:
+    client = connect(f"unix://{tmp_path}/nowhere.sock")
+    with pytest.raises(QueueUnavailableError) as caught:
+        await QueueClient(client).load()
+    assert caught.value.reason is UnavailableReason.UNREACHABLE
+    assert "Redis" in str(caught.value)
+    await client.aclose()
+
+
+async def test_a_server_that_hangs_is_noticed(valkey, submitter: Submitter) -> None:
+    job_id = await submit(submitter)
+    valkey.pause()
+    try:
+        started_s = time.monotonic()
+        with pytest.raises(QueueUnavailableError) as caught:
+            await submitter.status(job_id)
+        assert caught.value.reason is UnavailableReason.TIMEOUT
+        assert time.monotonic() - started_s < 5.0
+    finally:
+        valkey.resume()
+    assert await submitter.status(job_id) is not None
+
+
+async def test_a_full_memory_refuses_new_jobs_and_lets_the_others_end(
+    submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    running, waiting = await submit(submitter, "running"), await submit(submitter, "waiting")
+    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
+    await redis_client.config_set("maxmemory", 1)
+
+    with pytest.raises(QueueUnavailableError) as caught:
+        await submit(submitter, "new")
+    assert caught.value.reason is UnavailableReason.MEMORY_FULL
+    item = PushItem(running, claimed.fence, 0, make_entry(0, 1), finished(1))
+    assert await claimer.push([item]) == [PushStatus.OK]
+    assert len(await claimer.claim(max_jobs=1, max_tokens=1000)) == 1
+    assert await submitter.cancel(waiting) is JobState.CANCELLED
+
+
+async def test_a_server_that_became_a_replica_is_read_only(
+    submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    job_id = await submit(submitter)
+    await redis_client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    with pytest.raises(QueueUnavailableError) as caught:
+        await claimer.claim(max_jobs=1, max_tokens=1000)
+    assert caught.value.reason in (UnavailableReason.READ_ONLY, UnavailableReason.CLUSTER_DOWN)
+    await redis_client.execute_command("REPLICAOF", "NO", "ONE")
+    assert await submitter.cancel(job_id) is JobState.CANCELLED
+
+
+async def test_too_few_replicas_have_their_own_reason(submitter: Submitter, redis_client: redis.asyncio.Redis) -> None:
+    await redis_client.config_set("min-replicas-to-write", 1)
+    with pytest.raises(QueueUnavailableError) as caught:
+        await submit(submitter)
+    assert caught.value.reason is UnavailableReason.TOO_FEW_REPLICAS
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (redis.exceptions.ConnectionError("Connection refused"), UnavailableReason.UNREACHABLE),
+        (redis.exceptions.TimeoutError("Timeout reading"), UnavailableReason.TIMEOUT),
+        (redis.exceptions.BusyLoadingError("Redis is loading"), UnavailableReason.LOADING),
+        (redis.exceptions.ReadOnlyError("You can't write"), UnavailableReason.READ_ONLY),
+        (redis.exceptions.AuthenticationError("invalid password"), UnavailableReason.ACCESS_DENIED),
+        (redis.exceptions.ResponseError("MISCONF Errors writing to the AOF"), UnavailableReason.STORAGE_FULL),
+        (redis.exceptions.OutOfMemoryError("command not allowed"), UnavailableReason.MEMORY_FULL),
+        (redis.exceptions.ClusterDownError("CLUSTERDOWN Hash slot not served"), UnavailableReason.CLUSTER_DOWN),
+        (redis.exceptions.ResponseError("BUSY Valkey is busy running a script"), UnavailableReason.BUSY),
+    ],
+)
+def test_each_trouble_of_the_server_has_its_reason(
+    error: redis.exceptions.RedisError, reason: UnavailableReason
+) -> None:
+    translated = translate(error)
+    assert isinstance(translated, QueueUnavailableError)
+    assert translated.reason is reason
+
+
+def test_a_defect_is_not_taken_for_an_unavailable_server() -> None:
+    translated = translate(redis.exceptions.ResponseError("WRONGTYPE Operation against a key"))
+    assert type(translated) is QueueError
+
+
+async def test_a_server_that_may_evict_jobs_is_refused(client: QueueClient, redis_client: redis.asyncio.Redis) -> None:
+    await redis_client.config_set("maxmemory-policy", "allkeys-lru")
+    await client.check_server()
+    await redis_client.config_set("maxmemory", 100_000_000)
+    with pytest.raises(UnsupportedServerError, match="set maxmemory-policy to noeviction"):
+        await client.check_server()
+
+
+class _OldServer(redis.asyncio.Redis):
+    """A real server that tells an older version of itself, and knows no functions."""
+
+    about: dict[str, str]
+
+    async def info(self, *sections: str, **options: object) -> dict[str, str]:
+        return self.about
+
+    async def execute_command(self, *command: object, **options: object) -> object:
+        raise redis.exceptions.ResponseError("unknown command 'FCALL', with args beginning with: 'oasst_load'")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"redis_version": "6.2.14"}, "Redis 6.2.14 is too old"),
+        ({"redis_version": "7.2.4", "valkey_version": "7.1.9"}, "Valkey 7.1.9 is too old"),
+    ],
+)
+async def test_an_old_server_is_refused_with_a_sentence(about: dict[str, str], message: str) -> None:
+    server = _OldServer()
+    server.about = about
+    for call in (QueueClient(server).check_server(), QueueClient(server).load()):
+        with pytest.raises(UnsupportedServerError, match=message):
+            await call
+
+
+async def test_cancelled_calls_never_leave_their_answer_to_the_next(valkey_url: str) -> None:
+    redis_client = connect(valkey_url)
+    client = QueueClient(redis_client)
+    ids = [make_job(str(number)) for number in range(30)]
+    submitters = [
+        client.enqueue(
+            job,
+            digest=b"digest",
+            timeout_ms=None,
+            retention_ms=1000,
+            max_waiting_jobs=1000,
+            gateway_id="gateway-1",
+        )
+        for job in ids
+    ]
+    await asyncio.gather(*submitters)
+
+    async def ask(job_id: str) -> None:
+        snapshot = await client.status(job_id)
+        assert snapshot is not None
+        assert snapshot.job.job_id == job_id
+
+    for _ in range(20):
+        calls = [asyncio.create_task(ask(job.job_id)) for job in ids]
+        await asyncio.sleep(0)
+        for call in calls[::2]:
+            call.cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
+        assert results[1::2] == [None] * 15
+    await redis_client.aclose()

@@ -1,0 +1,253 @@
+"""A gateway as its callers see it, and a worker that answers by rule."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from oasst.jobs.v1 import job_pb2
+from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2_grpc, scoring_pb2_grpc
+from oasst_gateway.gateway import running_gateway
+from oasst_gateway.model import ServedModel
+from oasst_gateway.settings import GatewaySettings
+from oasst_jobs import ClaimedJob, Claimer, PushItem, PushStatus, QueueClient
+from prometheus_client import CollectorRegistry
+
+__all__ = [
+    "ErrorDetails",
+    "Gateway",
+    "RuleWorker",
+    "ask",
+    "details_of",
+    "eventually",
+    "read_into",
+    "read_text",
+    "start_gateway",
+    "text_of",
+]
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway and the stubs of a caller."""
+
+    listen: str
+    metrics_listen: str
+    registry: CollectorRegistry
+    channel: grpc.aio.Channel
+
+    @property
+    def chat(self) -> chat_pb2_grpc.ChatServiceStub:
+        return chat_pb2_grpc.ChatServiceStub(self.channel)
+
+    @property
+    def model(self) -> model_pb2_grpc.ModelServiceStub:
+        return model_pb2_grpc.ModelServiceStub(self.channel)
+
+    @property
+    def scoring(self) -> scoring_pb2_grpc.ScoringServiceStub:
+        return scoring_pb2_grpc.ScoringServiceStub(self.channel)
+
+    def sample(self, name: str, **labels: str) -> float:
+        """The value of a metric, 0 if it was never touched."""
+        return self.registry.get_sample_value(f"oasst_gateway_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def start_gateway(model: ServedModel, valkey_url: str, **settings: object) -> AsyncIterator[Gateway]:
+    """A gateway on a free port, as `python -m oasst_gateway` would run it."""
+    options = {
+        "model": "unused, it is loaded",
+        "redis_url": valkey_url,
+        "listen": "127.0.0.1:0",
+        "metrics_listen": "127.0.0.1:0",
+        "drain_grace_s": 2.0,
+        **settings,
+    }
+    registry = CollectorRegistry()
+    async with (
+        AsyncExitStack() as callers,  # Their connections outlive the gateway.
+        running_gateway(GatewaySettings.model_validate(options), model, registry) as addresses,
+    ):
+        channel = await callers.enter_async_context(grpc.aio.insecure_channel(addresses.listen))
+        yield Gateway(addresses.listen, addresses.metrics, registry, channel)
+
+
+class RuleWorker:
+    """Answers each claimed job with known tokens: token i of choice c is id 10 + i, its text "c.i ".
+
+    It goes on only while `allowance` lasts, one per push, so that a test says how far it gets.
+    """
+
+    def __init__(self, client: QueueClient, *, model_name: str) -> None:
+        self._claimer = Claimer(client, worker_id="rule-worker", model=model_name, lease_ms=2_000)
+        self._allowance = asyncio.Semaphore(0)
+        self._is_free = asyncio.Event()
+        self._is_free.set()
+        self.claimed: list[ClaimedJob] = []
+        self.dropped: list[PushStatus] = []
+        self.failure: chat_pb2.Failed | None = None  # How the next jobs end, instead of finishing.
+        self.tokens_per_second = 0.0
+
+    def hold(self) -> None:
+        """From now on only what is allowed is pushed."""
+        self._is_free.clear()
+
+    def allow(self, num_pushes: int) -> None:
+        for _ in range(num_pushes):
+            self._allowance.release()
+
+    def free(self) -> None:
+        """From now on everything is pushed at once."""
+        self._is_free.set()
+        self.allow(1)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._claimer.heartbeat(
+                    job_pb2.WorkerStatus(
+                        worker_id="rule-worker",
+                        model="tiny",
+                        max_sequences=8,
+                        kv_tokens_total=4096,
+                        tokens_per_second=self.tokens_per_second,
+                    )
+                )
+                for claimed in await self._claimer.claim(max_jobs=8, max_tokens=100_000):
+                    self.claimed.append(claimed)
+                    group.create_task(self._answer(claimed))
+                await self._claimer.wait_for_work(0.05)
+
+    async def _answer(self, claimed: ClaimedJob) -> None:
+        job, position = claimed.job, claimed.end_position
+        while position < job.n * job.limits.max_new_tokens and self.failure is None:
+            if not await self._may_push(claimed, position):
+                return
+            entry = _next_entry(job, position)
+            if not await self._push(PushItem(claimed.job_id, claimed.fence, position, entry=entry)):
+                return
+            position = entry.end_position
+        if await self._may_push(claimed, position):
+            await self._push(
+                PushItem(claimed.job_id, claimed.fence, position, outcome=self._outcome(claimed, position))
+            )
+
+    async def _may_push(self, claimed: ClaimedJob, position: int) -> bool:
+        """Waits for the test's leave; meanwhile the lease is kept. False once the job is no longer ours."""
+        while not self._is_free.is_set():
+            try:
+                async with asyncio.timeout(0.05):
+                    await self._allowance.acquire()
+                return True
+            except TimeoutError:
+                if not await self._push(PushItem(claimed.job_id, claimed.fence, position)):
+                    return False
+        return True
+
+    async def _push(self, item: PushItem) -> bool:
+        (status,) = await self._claimer.push([item])
+        if status is not PushStatus.OK:
+            self.dropped.append(status)
+        return status is PushStatus.OK
+
+    def _outcome(self, claimed: ClaimedJob, position: int) -> job_pb2.Outcome:
+        if self.failure is not None:
+            return job_pb2.Outcome(failed=self.failure)
+        finishes = [
+            generation_pb2.ChoiceFinish(choice=choice, reason=generation_pb2.FINISH_REASON_LENGTH)
+            for choice in range(claimed.job.n)
+        ]
+        usage = chat_pb2.Usage(
+            prompt_tokens=len(claimed.job.prompt_token_ids),
+            completion_tokens=position,
+            dropped_turns=claimed.job.dropped_turns,
+        )
+        finished = chat_pb2.Finished(finishes=finishes, usage=usage)
+        finished.timings.queue.FromMilliseconds(claimed.waited_ms)
+        return job_pb2.Outcome(finished=finished)
+
+
+def _next_entry(job: job_pb2.Job, position: int) -> job_pb2.LogEntry:
+    index = position // job.n
+    deltas = [
+        generation_pb2.Delta(choice=choice, position=index, text=f"{choice}.{index} ", token_ids=[10 + index])
+        for choice in range(job.n)
+    ]
+    if job.HasField("logprobs"):
+        for delta in deltas:
+            delta.logprobs.add(logprob=-0.5)
+    return job_pb2.LogEntry(end_position=position + job.n, deltas=deltas)
+
+
+def text_of(num_tokens: int, *, choice: int = 0) -> str:
+    """What a RuleWorker answers."""
+    return "".join(f"{choice}.{index} " for index in range(num_tokens))
+
+
+def ask(*texts: str, max_new_tokens: int = 4, **fields: object) -> chat_pb2.ChatRequest:
+    """A conversation in which prompter and assistant speak in turn."""
+    roles = (chat_pb2.ROLE_PROMPTER, chat_pb2.ROLE_ASSISTANT)
+    messages = [chat_pb2.Message(role=roles[index % 2], content=text) for index, text in enumerate(texts)]
+    return chat_pb2.ChatRequest(
+        conversation=chat_pb2.Conversation(messages=messages),
+        limits=generation_pb2.GenerationLimits(max_new_tokens=max_new_tokens),
+        **fields,
+    )
+
+
+async def read_into(events: list[chat_pb2.ChatEvent], call: grpc.aio.UnaryStreamCall) -> None:
+    """The events that were still to come are in `events`, however the call ended."""
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event)
+
+
+async def read_text(call: grpc.aio.UnaryStreamCall) -> str:
+    """The text that is still to come."""
+    events: list[chat_pb2.ChatEvent] = []
+    await read_into(events, call)
+    return "".join(event.delta.text for event in events)
+
+
+@dataclass(frozen=True)
+class ErrorDetails:
+    """The rich error of a failed RPC."""
+
+    code: grpc.StatusCode
+    reason: str
+    domain: str
+    violations: dict[str, str]  # Field -> what is allowed.
+    retry_after_s: float | None
+    pushback_ms: int | None
+
+
+def details_of(error: grpc.aio.AioRpcError) -> ErrorDetails:
+    trailers = dict(error.trailing_metadata())
+    status = status_pb2.Status.FromString(trailers[rpc_status.GRPC_DETAILS_METADATA_KEY])
+    info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    has_retry = False
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(request)
+        has_retry = detail.Unpack(retry) or has_retry
+    return ErrorDetails(
+        code=error.code(),
+        reason=info.reason,
+        domain=info.domain,
+        violations={violation.field: violation.description for violation in request.field_violations},
+        retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if has_retry else None,
+        pushback_ms=int(trailers["grpc-retry-pushback-ms"]) if "grpc-retry-pushback-ms" in trailers else None,
+    )
+
+
+async def eventually(condition: Callable[[], Awaitable[bool] | bool]) -> None:
+    """Returns once the condition holds; the test fails if it never does."""
+    async with asyncio.timeout(10):
+        while True:
+            holds = condition()
+            if holds if isinstance(holds, bool) else await holds:
+                return
+            await asyncio.sleep(0.005)

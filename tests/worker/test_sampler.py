@@ -214,6 +214,14 @@ def test_the_bucket_holds_the_plain_draw(logits_of):
     assert decided == 50
 
 
+@pytest.mark.parametrize("offset", [-1e-9, 1e-9])
+def test_the_bucket_is_exact_at_the_edges_between_tokens(offset):
+    scores = flat(1)[0]
+    probabilities = scores.double().softmax(dim=0).sort(descending=True).values
+    for edge in probabilities.cumsum(dim=0)[100:1900:100].tolist():
+        assert draw_from_bucket(scores, edge + offset) == draw(scores, edge + offset)
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()

@@ -93,7 +93,7 @@ def draw_from_prefix(logits: Tensor, columns: Columns, size: int) -> tuple[Tenso
 
 def draw_from_bucket(scores: Tensor, uniform: float) -> int | None:
     """Returns the token that `warpers.draw` draws from one row's final scores [vocab], or None if it is too close."""
-    depths = scores.amax().double() - scores
+    depths = scores.amax() - scores.double()
     weights = (-depths).exp()
     buckets = (depths / _BUCKET_WIDTH).clamp_(max=_NUM_BUCKETS - 1).long()
     sums = torch.bincount(buckets, weights, minlength=_NUM_BUCKETS).cumsum(0)

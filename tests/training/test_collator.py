@@ -5,9 +5,8 @@ from random import Random
 import pytest
 import torch
 from oasst.prompt import ControlToken
-from oasst_training.collator import DialogueCollator
+from oasst_training.collator import DialogueCollator, collator_for
 from oasst_training.tokenizer import encode_parts
-from oasst_training.train_demo import collator_for
 
 PROMPTER, ASSISTANT, END, PADDING = 1, 2, 0, 9
 TWO_EXCHANGES = [PROMPTER, 11, END, ASSISTANT, 12, 13, END, PROMPTER, 14, END, ASSISTANT, 15, END]

@@ -5,12 +5,12 @@ from random import Random
 
 import pytest
 import torch
+from oasst_training.collator import collator_for
 from oasst_training.curriculum import Curriculum, casually
 from oasst_training.dialogues import format_dialogue
 from oasst_training.model import ModelShape, build_model, export_model
 from oasst_training.recall import measure_recall
 from oasst_training.tokenizer import encode_parts
-from oasst_training.train_demo import collator_for
 from oasst_training.trainer import TrainingConfig, masked_loss, train
 from torch.nn import functional
 from transformers import GPTNeoXForCausalLM

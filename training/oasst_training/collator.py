@@ -15,9 +15,13 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
+from oasst.prompt import ControlToken
+from tokenizers import Tokenizer
 from torch import Tensor
 
-__all__ = ["Batch", "DialogueCollator"]
+from oasst_training.tokenizer import control_id
+
+__all__ = ["Batch", "DialogueCollator", "collator_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,15 @@ class DialogueCollator:
         mask = mask[start:end].clone()
         mask[-1] = False  # Its target is outside the window.
         return ids[start:end], mask
+
+
+def collator_for(tokenizer: Tokenizer) -> DialogueCollator:
+    """The collator that knows this tokenizer's control ids, with the values of the recipe otherwise."""
+    return DialogueCollator(
+        prompter_id=control_id(tokenizer, ControlToken.PROMPTER),
+        assistant_id=control_id(tokenizer, ControlToken.ASSISTANT),
+        padding_id=control_id(tokenizer, ControlToken.PADDING),
+    )
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -3,9 +3,9 @@
 The gateway's stream is fast and may lose; the job's log is the truth. A subscription knows the position up to which it
 has told everything, so it sees what it missed and has it read from the log:
 
-    update      | start == told        | start > told             | end <= told
-    entry       | passed on            | log is read              | known already, dropped
-    outcome     | passed on, the end   | log is read              | log is read
+    told == start   the update joins on: it is passed on
+    told <  start   something is missing: the log is read
+    told >  start   the log was read meanwhile, or Redis has lost part of it: the log is read, which shows
 
 All reading of Redis happens in the inbox's own tasks; whoever iterates waits in memory only, and may be cancelled at
 any time.
@@ -77,8 +77,6 @@ class Subscription:
         """Takes news from the gateway's stream; asks for the log where they do not join on."""
         self.heard_s = now_s
         kind = update.WhichOneof("news")
-        if kind == "entry" and update.entry.end_position <= self.told_position:
-            return
         if kind is None or update.start_position != self.told_position:
             self._catch_up(self)
         elif kind == "entry":

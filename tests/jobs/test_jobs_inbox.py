@@ -297,18 +297,51 @@ async def test_a_stream_goes_on_after_the_server_was_killed_and_restarted(
 
 
 async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_the_log(
-    valkey, client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+    valkey,
+    client: QueueClient,
+    submitter: Submitter,
+    claimer: Claimer,
+    redis_client: redis.asyncio.Redis,
+    caplog: pytest.LogCaptureFixture,
+    eventually,
 ) -> None:
+    async def has_noticed() -> bool:
+        return "inbox lost its connection" in caplog.text
+
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(20):
         await submit(submitter)
         claimed = await claim_one(claimer)
         await push(claimer, claimed, 0, 2)
         assert await anext(subscription) == make_entry(0, 2)
-        valkey.restart()
-        await push(claimer, claimed, 2, 5, ends=True)
+        valkey.kill()
+        await eventually(has_noticed)
+        valkey.start()
         # The batch is gone before the inbox is back, and nothing more will come.
+        await push(claimer, claimed, 2, 5, ends=True)
         await redis_client.delete(client.keys.updates("gateway-1"))
         assert await collect(subscription) == [make_entry(2, 5), finished(5)]
+
+
+async def test_a_log_that_was_set_back_is_noticed_by_the_next_news(
+    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
+        await submit(submitter)
+        claimed = await claim_one(claimer)
+        await push(claimer, claimed, 0, 2)
+        await push(claimer, claimed, 2, 9)
+        assert [await anext(subscription) for _ in range(2)] == [make_entry(0, 2), make_entry(2, 9)]
+
+        # As after a failover to a replica that had not seen the second push.
+        log = f"{client.keys.root}:log:{JOB_ID}"
+        [(first_id, first), _] = await redis_client.xrange(log)
+        await redis_client.delete(log)
+        await redis_client.xadd(log, first, first_id)
+        await redis_client.hset(f"{client.keys.root}:job:{JOB_ID}", "end_position", 2)
+
+        await push(claimer, claimed, 2, 3)
+        [outcome] = await collect(subscription)
+        assert outcome.failed.reason == "STREAM_DIVERGED"
 
 
 async def test_a_job_that_redis_lost_ends_as_aborted(
@@ -352,9 +385,9 @@ async def test_a_cancelled_reader_leaves_nothing_behind_and_disturbs_no_other(
             async with inbox.subscribe(JOB_ID) as subscription:
                 return await collect(subscription)
 
+        await submit(submitter)
         readers = [asyncio.create_task(watch()) for _ in range(20)]
         await asyncio.sleep(0)
-        await submit(submitter)
         claimed = await claim_one(claimer)
         await push(claimer, claimed, 0, 1)
         for reader in readers[1:]:

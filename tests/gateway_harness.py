@@ -13,7 +13,7 @@ from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2_grpc, sc
 from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel
 from oasst_gateway.settings import GatewaySettings
-from oasst_jobs import ClaimedJob, Claimer, PushItem, PushStatus, QueueClient
+from oasst_jobs import ClaimedJob, Claimer, PushItem, PushStatus, QueueClient, QueueUnavailableError
 from prometheus_client import CollectorRegistry
 
 __all__ = [
@@ -90,7 +90,6 @@ class RuleWorker:
         self.claimed: list[ClaimedJob] = []
         self.dropped: list[PushStatus] = []
         self.failure: chat_pb2.Failed | None = None  # How the next jobs end, instead of finishing.
-        self.tokens_per_second = 0.0
 
     def hold(self) -> None:
         """From now on only what is allowed is pushed."""
@@ -108,19 +107,13 @@ class RuleWorker:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
-                await self._claimer.heartbeat(
-                    job_pb2.WorkerStatus(
-                        worker_id="rule-worker",
-                        model="tiny",
-                        max_sequences=8,
-                        kv_tokens_total=4096,
-                        tokens_per_second=self.tokens_per_second,
-                    )
-                )
-                for claimed in await self._claimer.claim(max_jobs=8, max_tokens=100_000):
-                    self.claimed.append(claimed)
-                    group.create_task(self._answer(claimed))
-                await self._claimer.wait_for_work(0.05)
+                try:
+                    for claimed in await self._claimer.claim(max_jobs=8, max_tokens=100_000):
+                        self.claimed.append(claimed)
+                        group.create_task(self._answer(claimed))
+                    await self._claimer.wait_for_work(0.05)
+                except QueueUnavailableError:
+                    await asyncio.sleep(0.05)
 
     async def _answer(self, claimed: ClaimedJob) -> None:
         job, position = claimed.job, claimed.end_position
@@ -149,10 +142,16 @@ class RuleWorker:
         return True
 
     async def _push(self, item: PushItem) -> bool:
-        (status,) = await self._claimer.push([item])
-        if status is not PushStatus.OK:
-            self.dropped.append(status)
-        return status is PushStatus.OK
+        """Whether the job is still ours. A push that was lost on the way is made again."""
+        while True:
+            try:
+                (status,) = await self._claimer.push([item])
+            except QueueUnavailableError:
+                await asyncio.sleep(0.05)
+                continue
+            if status is not PushStatus.OK:
+                self.dropped.append(status)
+            return status is PushStatus.OK
 
     def _outcome(self, claimed: ClaimedJob, position: int) -> job_pb2.Outcome:
         if self.failure is not None:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from oasst.v1 import chat_pb2
 
 __all__ = [
+    "INVALID_FIELD",
+    "INVALID_UTF8",
+    "MALFORMED",
+    "PROMPT_TOO_LONG",
     "ChatFailedError",
     "GatewayError",
     "InvalidRequestError",
@@ -15,6 +19,11 @@ __all__ = [
     "UnknownChatError",
     "Violation",
 ]
+
+INVALID_FIELD = "INVALID_FIELD"
+INVALID_UTF8 = "INVALID_UTF8"
+MALFORMED = "MALFORMED"
+PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
 
 
 class StartError(Exception):
@@ -31,15 +40,17 @@ class Violation:
 
     field: str  # Its path in the request, for example "limits.stop[3]".
     description: str  # What is allowed.
+    reason: str = INVALID_FIELD
 
 
 class InvalidRequestError(GatewayError):
-    """The request itself is wrong; sending it again does not help."""
+    """The request itself is wrong; sending it again does not help. Its reason is the one that all violations share."""
 
-    def __init__(self, violations: Sequence[Violation], *, reason: str = "INVALID_FIELD") -> None:
+    def __init__(self, violations: Sequence[Violation]) -> None:
         super().__init__("; ".join(f"{violation.field}: {violation.description}" for violation in violations))
         self.violations = tuple(violations)
-        self.reason = reason
+        reasons = {violation.reason for violation in violations}
+        self.reason = reasons.pop() if len(reasons) == 1 else INVALID_FIELD
 
 
 class UnknownChatError(GatewayError):

@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
-from oasst_gateway.errors import InvalidRequestError, Violation
+from oasst_gateway.errors import INVALID_UTF8, MALFORMED, InvalidRequestError, Violation
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.status import UNFORESEEN, status_of
 from oasst_gateway.wire import find_invalid_text
@@ -104,6 +104,7 @@ def _decode(data: bytes, parse: Callable[[bytes], Message], descriptor: Descript
     except DecodeError as error:
         field = find_invalid_text(data, descriptor)
         if field is None:
-            violation = Violation("request", f"must be a {descriptor.full_name}")
-            raise InvalidRequestError([violation], reason="MALFORMED") from error
-        raise InvalidRequestError([Violation(field, "must be UTF-8")], reason="INVALID_UTF8") from error
+            violation = Violation("request", f"must be a message of type {descriptor.full_name}", MALFORMED)
+        else:
+            violation = Violation(field, "must be UTF-8", INVALID_UTF8)
+        raise InvalidRequestError([violation]) from error

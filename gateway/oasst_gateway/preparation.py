@@ -11,7 +11,7 @@ from oasst.prompt import Turn, drop_oldest, format_prompt
 from oasst.v1 import chat_pb2, generation_pb2
 from oasst_jobs import JOB_VERSION, job_id_for
 
-from oasst_gateway.errors import InvalidRequestError, Violation
+from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, Violation
 from oasst_gateway.model import ModelLimits, ServedModel
 from oasst_gateway.presets import preset_max_new_tokens, resolve_sampling
 from oasst_gateway.tokenizer import ControlTokenInTextError
@@ -132,7 +132,7 @@ def _prompt_too_long(prompt: _Prompt, new_tokens: int, limits: ModelLimits) -> I
         f"has {len(prompt.token_ids)} tokens: with {new_tokens} to generate it must fit {limits.max_positions}"
         f" positions, and at most {limits.max_prompt_tokens} may be prompt"
     )
-    return InvalidRequestError([Violation(prompt.field, description)], reason="PROMPT_TOO_LONG")
+    return InvalidRequestError([Violation(prompt.field, description, PROMPT_TOO_LONG)])
 
 
 def _resolve_limits(

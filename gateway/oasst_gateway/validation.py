@@ -14,7 +14,7 @@ from oasst.presets import PRESETS
 from oasst.prompt import Speaker, Turn, TurnOrderError, check_turns
 from oasst.v1 import chat_pb2, generation_pb2, model_pb2
 
-from oasst_gateway.errors import InvalidRequestError, Violation
+from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, Violation
 from oasst_gateway.model import ModelLimits
 
 __all__ = [
@@ -157,7 +157,7 @@ def _check_input(request: chat_pb2.ChatRequest, limits: ModelLimits) -> Iterator
         case "conversation":
             yield from _check_conversation(request.conversation, request.truncation, limits)
         case "prompt":
-            yield from _check_text("prompt", request.prompt, limits)
+            yield from _check_prompt(request.prompt, limits)
         case "token_ids":
             yield from _check_prompt_ids(request.token_ids.ids, limits)
         case _:
@@ -177,26 +177,32 @@ def _check_conversation(
         )
         return
     for index, message in enumerate(messages):
-        yield from _check_message(f"conversation.messages[{index}]", index, message, limits)
+        yield from _check_message(f"conversation.messages[{index}]", index, message)
     yield from _check_order(messages)
-    num_chars = sum(len(message.content) for message in messages)
-    if truncation != chat_pb2.TRUNCATION_DROP_OLDEST_TURNS and num_chars > limits.max_prompt_chars:
-        yield _too_long("conversation", num_chars, limits)
+    # With truncation only the system text and the last turn must stay.
+    may_drop = truncation == chat_pb2.TRUNCATION_DROP_OLDEST_TURNS
+    kept = [*messages[: _num_system(messages)], messages[-1]] if may_drop else messages
+    yield from _check_length("conversation", sum(len(message.content) for message in kept), limits)
 
 
-def _check_message(path: str, index: int, message: chat_pb2.Message, limits: ModelLimits) -> Iterator[Violation]:
+def _check_message(path: str, index: int, message: chat_pb2.Message) -> Iterator[Violation]:
     if message.role == chat_pb2.ROLE_SYSTEM:
         if index > 0:
             yield Violation(f"{path}.role", "must not be system: only the first message may be")
     elif message.role not in _SPEAKERS:
         yield Violation(f"{path}.role", "must be prompter (or user), assistant or system")
     # The model may have answered nothing, and that answer is part of the conversation.
-    if message.role != chat_pb2.ROLE_ASSISTANT or message.content:
-        yield from _check_text(f"{path}.content", message.content, limits)
+    if not message.content and message.role != chat_pb2.ROLE_ASSISTANT:
+        yield Violation(f"{path}.content", "must not be empty")
+
+
+def _num_system(messages: Sequence[chat_pb2.Message]) -> int:
+    """How many messages come before the turns: one system message, or none."""
+    return int(messages[0].role == chat_pb2.ROLE_SYSTEM)
 
 
 def _check_order(messages: Sequence[chat_pb2.Message]) -> Iterator[Violation]:
-    first = int(messages[0].role == chat_pb2.ROLE_SYSTEM)
+    first = _num_system(messages)
     if any(message.role not in _SPEAKERS for message in messages[first:]):
         return  # Told already, role by role.
     try:
@@ -206,19 +212,20 @@ def _check_order(messages: Sequence[chat_pb2.Message]) -> Iterator[Violation]:
         yield Violation(path, "turns must alternate between prompter and assistant, a prompter's first and last")
 
 
-def _check_text(field: str, text: str, limits: ModelLimits) -> Iterator[Violation]:
-    if not text:
-        yield Violation(field, "must not be empty")
-    elif len(text) > limits.max_prompt_chars:
-        yield _too_long(field, len(text), limits)
+def _check_prompt(prompt: str, limits: ModelLimits) -> Iterator[Violation]:
+    if not prompt:
+        yield Violation("prompt", "must not be empty")
+    yield from _check_length("prompt", len(prompt), limits)
 
 
-def _too_long(field: str, num_chars: int, limits: ModelLimits) -> Violation:
-    return Violation(
-        field,
-        f"must fit {limits.max_prompt_tokens} prompt tokens, which {num_chars} characters cannot"
-        f" (at most {limits.max_prompt_chars})",
-    )
+def _check_length(field: str, num_chars: int, limits: ModelLimits) -> Iterator[Violation]:
+    """Refuses what cannot fit, however well it is tokenized."""
+    if num_chars > limits.max_prompt_chars:
+        description = (
+            f"has {num_chars} characters: at most {limits.max_prompt_chars} can fit the"
+            f" {limits.max_prompt_tokens} tokens that may be prompt"
+        )
+        yield Violation(field, description, PROMPT_TOO_LONG)
 
 
 def _check_prompt_ids(ids: Sequence[int], limits: ModelLimits) -> Iterator[Violation]:

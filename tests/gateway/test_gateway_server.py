@@ -1,0 +1,200 @@
+"""What stands around the chats: models, health, reflection, metrics, and a queue that goes away."""
+
+import asyncio
+import urllib.request
+
+import grpc
+import pytest
+from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway, text_of
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from oasst.presets import PRESETS
+from oasst.v1 import chat_pb2, model_pb2, scoring_pb2
+from oasst_gateway.errors import StartError
+from oasst_gateway.model import ServedModel
+from oasst_jobs import QueueClient
+from valkey_server import ValkeyServer
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health_of(gateway: Gateway, service: str = "") -> int:
+    response = await health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest(service=service))
+    return int(response.status)
+
+
+async def services_of(gateway: Gateway) -> set[str]:
+    call = reflection_pb2_grpc.ServerReflectionStub(gateway.channel).ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    response = await call.read()
+    call.cancel()
+    return {service.name for service in response.list_services_response.service}
+
+
+async def test_the_model_is_told_with_its_limits_and_presets(gateway: Gateway, model: ServedModel) -> None:
+    (listed,) = (await gateway.model.ListModels(model_pb2.ListModelsRequest())).models
+    assert listed == (await gateway.model.GetModel(model_pb2.GetModelRequest())).model
+    assert listed == (await gateway.model.GetModel(model_pb2.GetModelRequest(name="tiny"))).model
+    assert (listed.name, listed.max_positions, listed.max_prompt_tokens, listed.max_choices) == ("tiny", 256, 255, 4)
+    assert listed.vocab_size == listed.tokenizer_size + 7
+    assert model.tokenizer.decode([listed.control_tokens.prompter], skip_control_tokens=False) == "<|prompter|>"
+    assert [preset.preset for preset in listed.presets] == list(PRESETS)
+    assert listed.presets[0].top_k == 50
+
+
+async def test_text_becomes_ids_and_ids_text(gateway: Gateway) -> None:
+    texts = ["Hello, <|prompter|>!", "日本語"]
+    plain = await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=texts))
+    parsed = await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=texts, parse_control_tokens=True))
+    assert len(parsed.sequences[0].ids) < len(plain.sequences[0].ids)
+    for tokenized in (plain, parsed):
+        whole = await gateway.model.Detokenize(model_pb2.DetokenizeRequest(sequences=tokenized.sequences))
+        assert list(whole.texts) == texts
+    bare = await gateway.model.Detokenize(
+        model_pb2.DetokenizeRequest(sequences=parsed.sequences, skip_control_tokens=True)
+    )
+    assert bare.texts[0] == "Hello, !"
+
+
+async def test_half_a_character_becomes_the_replacement_character(gateway: Gateway) -> None:
+    ids = (await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=["\U00010348"]))).sequences[0].ids
+    half = model_pb2.TokenSequence(ids=ids[:1])
+    (text,) = (await gateway.model.Detokenize(model_pb2.DetokenizeRequest(sequences=[half]))).texts
+    assert text == "\ufffd"
+
+
+async def test_rpcs_still_to_come_name_themselves(gateway: Gateway) -> None:
+    calls = {
+        "oasst.v1.ChatService/SubmitChat": gateway.chat.SubmitChat(chat_pb2.ChatRequest()),
+        "oasst.v1.ChatService/GetChat": gateway.chat.GetChat(chat_pb2.GetChatRequest()),
+        "oasst.v1.ScoringService/Score": gateway.scoring.Score(scoring_pb2.ScoreRequest()),
+        "oasst.v1.ChatService/WatchChat": gateway.chat.WatchChat(chat_pb2.WatchChatRequest()).read(),
+    }
+    for name, call in calls.items():
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert name in (refused.value.details() or "")
+        assert details_of(refused.value).reason == "UNIMPLEMENTED"
+
+
+async def test_health_is_told_for_each_service(gateway: Gateway) -> None:
+    for service in ("", "oasst.v1.ChatService", "oasst.v1.ModelService"):
+        assert await health_of(gateway, service) == SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await health_of(gateway, "nobody")
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_can_be_switched_off(model: ServedModel, valkey_url: str, gateway: Gateway) -> None:
+    assert {"oasst.v1.ChatService", "grpc.health.v1.Health"} <= await services_of(gateway)
+    async with start_gateway(model, valkey_url, reflection=False) as closed:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await services_of(closed)
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_while_the_queue_is_away_the_gateway_says_so_and_serves_again_by_itself(
+    model: ServedModel, valkey: ValkeyServer, gateway: Gateway, worker: RuleWorker
+) -> None:
+    watch = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == SERVING
+    await gateway.chat.Chat(ask("Hello!"))
+    valkey.kill()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await gateway.chat.Chat(ask("Hello!"))
+    details = details_of(refused.value)
+    assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "QUEUE_UNAVAILABLE")
+    assert details.retry_after_s == 1.0
+    assert details.pushback_ms == 1000
+    assert (await watch.read()).status == NOT_SERVING
+    assert await health_of(gateway, "oasst.v1.ModelService") == SERVING
+    assert gateway.sample("redis_up") == 0
+    await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=["still here"]))
+    valkey.start()
+    assert (await watch.read()).status == SERVING
+    assert gateway.sample("redis_up") == 1
+    watch.cancel()
+
+
+async def test_a_stream_outlives_a_restart_of_the_queue(
+    valkey: ValkeyServer, gateway: Gateway, worker: RuleWorker
+) -> None:
+    worker.hold()
+    worker.allow(2)
+    call = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
+    await call.read()
+    await eventually(lambda: gateway.sample("generated_tokens_total") == 2)
+    valkey.kill()
+    await asyncio.to_thread(valkey.start)
+    worker.free()
+    assert await read_text(call) == text_of(4)
+
+
+async def test_whoever_leaves_while_the_queue_is_away_still_ends_the_work(
+    valkey: ValkeyServer, gateway: Gateway, queue: QueueClient
+) -> None:
+    call = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
+    await call.read()
+    valkey.kill()
+    call.cancel()
+    await eventually(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
+    await asyncio.to_thread(valkey.start)
+
+    async def is_gone() -> bool:
+        return (await queue.load()).waiting_jobs == 0
+
+    await eventually(is_gone)
+
+
+async def test_metrics_can_be_scraped(gateway: Gateway, worker: RuleWorker) -> None:
+    await gateway.chat.Chat(ask("Hello!", max_new_tokens=3))
+    with await asyncio.to_thread(urllib.request.urlopen, f"http://{gateway.metrics_listen}/metrics") as response:
+        text = response.read().decode()
+    for line in (
+        'oasst_gateway_requests_total{code="OK",rpc="ChatService/Chat"} 1.0',
+        'oasst_gateway_requests_in_flight{rpc="ChatService/Chat"} 0.0',
+        "oasst_gateway_generated_tokens_total 3.0",
+        "oasst_gateway_time_to_first_token_seconds_count 1.0",
+        "oasst_gateway_queue_wait_seconds_count 1.0",
+        "oasst_gateway_redis_up 1.0",
+    ):
+        assert line in text
+    assert "oasst_gateway_event_loop_lag_seconds_bucket" in text
+
+
+async def test_a_start_without_redis_fails_in_time(model: ServedModel) -> None:
+    with pytest.raises(StartError, match=r"did not answer within 0\.1 s"):
+        async with start_gateway(model, "unix:///nowhere.sock", redis_wait_s=0.1):
+            pass
+
+
+async def test_a_port_in_use_is_named(model: ServedModel, valkey_url: str, gateway: Gateway) -> None:
+    with pytest.raises(StartError, match=gateway.listen):
+        async with start_gateway(model, valkey_url, listen=gateway.listen):
+            pass
+    with pytest.raises(StartError, match="metrics"):
+        async with start_gateway(model, valkey_url, metrics_listen=gateway.metrics_listen):
+            pass
+
+
+async def test_whoever_comes_while_it_stops_is_sent_elsewhere(
+    model: ServedModel, valkey_url: str, worker: RuleWorker
+) -> None:
+    worker.hold()
+    async with start_gateway(model, valkey_url, drain_grace_s=20) as gateway:
+        watch = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        call = gateway.chat.ChatStream(ask("Hello!"))
+        await call.read()
+
+        async def look_while_it_stops() -> int:
+            status = (await watch.read()).status
+            worker.free()
+            return int(status)
+
+        looking = asyncio.create_task(look_while_it_stops())
+        ending = asyncio.create_task(read_text(call))
+    assert await looking == NOT_SERVING
+    assert await ending == text_of(4)

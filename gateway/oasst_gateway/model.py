@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from oasst.presets import PRESETS
 from oasst.prompt import ControlToken
 from oasst.v1 import model_pb2
@@ -108,11 +106,15 @@ def load_model(
 def _find_folder(path_or_id: str) -> Path:
     if Path(path_or_id).is_dir():
         return Path(path_or_id).resolve()
+    # Imported only for a hub id: it takes as long to load as the rest of the gateway.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=_FILES))
     except HFValidationError as error:
         raise StartError(f"--model {path_or_id} is neither a folder nor a hub id") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (OSError, ValueError) as error:  # The hub's own errors are kinds of these.
         reason = str(error).strip().splitlines()[0]
         raise StartError(f"--model {path_or_id} is no folder and cannot be had from the hub: {reason}") from error
 

@@ -17,7 +17,7 @@ from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavai
 
 from oasst_worker.choice import Choice
 from oasst_worker.intake import Intake, JobRefusedError
-from oasst_worker.loop import EngineLoop, StepReport
+from oasst_worker.loop import EngineLoop, StepReport, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
 from oasst_worker.running import RunningJob
 
@@ -50,6 +50,7 @@ class Consumer:
         loop: EngineLoop,
         intake: Intake,
         metrics: WorkerMetrics,
+        watchdog: StepWatchdog,
         *,
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -58,9 +59,11 @@ class Consumer:
         self._loop = loop
         self._intake = intake
         self._metrics = metrics
+        self._watchdog = watchdog
         # A job of which the queue has not heard for this long is told of, news or none.
         self._renew_after_s = lease_s / 3
         self._clock = clock
+        self.num_generated_tokens = 0  # Since the start.
         self._jobs: dict[str, RunningJob] = {}
         self._owners: dict[Choice, RunningJob] = {}  # Choices that belong in the engine.
         self._head_does_not_fit = False  # The next waiting job needs more room than there is; until room is made.
@@ -229,6 +232,8 @@ class Consumer:
 
     def _take(self, report: StepReport) -> None:
         self._metrics.record_step(report)
+        self._watchdog.record(report.step_s)
+        self.num_generated_tokens += sum(output.token_id is not None for output in report.outputs)
         for output in report.outputs:
             job = self._owners.get(output.choice)
             if job is None:

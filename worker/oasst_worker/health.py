@@ -1,8 +1,8 @@
 """Is the worker alive, is it ready, how is it doing: answered over HTTP from a thread of its own.
 
-    /healthz   200 while the engine makes progress or has nothing to do; otherwise a restart helps
-    /readyz    200 while jobs are claimed
-    /metrics   for Prometheus
+/healthz   200 while the engine makes progress or has nothing to do; otherwise a restart helps
+/readyz    200 while jobs are claimed
+/metrics   for Prometheus
 """
 
 import json
@@ -89,7 +89,7 @@ def _make_handler(health: WorkerHealth, registry: CollectorRegistry) -> type[Bas
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # Seconds a silent client may hold a thread.
 
-        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        def do_GET(self) -> None:
             if self.path == "/metrics":
                 self._answer(HTTPStatus.OK, generate_latest(registry), CONTENT_TYPE_LATEST)
             elif self.path == "/healthz":

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from google.rpc import code_pb2
+from google.rpc import code_pb2  # type: ignore[import-untyped]  # the package ships no types
 from oasst.jobs.v1.job_pb2 import Job, LogEntry
 from oasst.v1.chat_pb2 import Failed
 from oasst.v1.generation_pb2 import ChoiceFinish

@@ -92,8 +92,9 @@ class EngineLoop:
             self._changed.notify()
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the thread's end; False if it is still in a step by then."""
-        self._thread.join(timeout_s)
+        """Waits for the thread's end; False if it is still in a step by then. A loop never started has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def add(self, choice: Choice) -> None:

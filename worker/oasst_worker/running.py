@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import code_pb2
+from google.rpc import code_pb2  # type: ignore[import-untyped]  # the package ships no types
 from oasst.jobs.v1.job_pb2 import LogEntry, Outcome
 from oasst.v1.chat_pb2 import Failed, Finished, Timings, Usage
 from oasst.v1.generation_pb2 import ChoiceFinish, Delta, TokenAlternative, TokenLogprob

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-__all__ = ["BadOptionError", "WorkerSettings", "read_settings"]
+__all__ = ["StartError", "WorkerSettings", "read_settings"]
 
 
-class BadOptionError(Exception):
-    """The worker cannot start with these options; the message is one sentence that says why."""
+class StartError(Exception):
+    """The worker cannot start; the message is one sentence that says why."""
 
 
 def _draw_worker_id() -> str:
@@ -79,15 +79,15 @@ def read_settings(arguments: Sequence[str]) -> WorkerSettings:
     """The settings of these command line arguments and the environment; arguments win.
 
     Raises:
-        BadOptionError: with one sentence that names the option that is unknown, missing or wrong.
+        StartError: with one sentence that names the option that is unknown, missing or wrong.
     """
     try:
         return WorkerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
     except SettingsError as error:
-        raise BadOptionError(str(error).removeprefix("error parsing CLI: ")) from error
+        raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
     except ValidationError as error:
         explained = [_explain(str(fault["loc"][0]), fault["msg"], fault["type"]) for fault in error.errors()]
-        raise BadOptionError("; ".join(explained)) from error
+        raise StartError("; ".join(explained)) from error
 
 
 def _explain(field: str, message: str, kind: str) -> str:

@@ -1,0 +1,66 @@
+"""The queue as a gateway sees it, for tests of workers."""
+
+import asyncio
+import inspect
+from collections.abc import Callable
+
+from oasst.jobs.v1.job_pb2 import Job
+from oasst_jobs import JobState, LogSnapshot, QueueClient, QueueLimits, Submitter, Sweeper
+
+__all__ = ["Queue", "text_of", "until"]
+
+
+class Queue:
+    """What a gateway does, and a clock that moves leases on."""
+
+    def __init__(self, client: QueueClient) -> None:
+        self.client = client
+        self.sweeper = Sweeper(client, stall_s=3600)
+        self._submitter = Submitter(client, gateway_id="gateway", limits=QueueLimits())
+
+    async def submit(self, job: Job) -> str:
+        await self._submitter.submit(job, digest=b"", timeout_ms=None)
+        return job.job_id
+
+    async def state(self, job_id: str) -> JobState:
+        snapshot = await self.client.status(job_id)
+        assert snapshot is not None
+        return snapshot.state
+
+    async def log(self, job_id: str) -> LogSnapshot:
+        log = await self.client.read(job_id, 0)
+        assert log is not None
+        return log
+
+    async def ended(self, job_id: str) -> LogSnapshot:
+        """The log of a job once it has ended."""
+        await until(lambda: self._has_ended(job_id))
+        return await self.log(job_id)
+
+    async def lose_lease(self, job_id: str) -> None:
+        """The job's worker was silent for longer than its lease, and the job waits again."""
+
+        async def is_waiting() -> bool:
+            await self.sweeper.sweep()
+            return await self.state(job_id) is JobState.WAITING
+
+        await until(is_waiting)
+
+    async def _has_ended(self, job_id: str) -> bool:
+        return (await self.state(job_id)).is_terminal
+
+
+async def until(is_true: Callable[[], object], timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not (await answer if inspect.isawaitable(answer := is_true()) else answer):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def text_of(log: LogSnapshot, choice: int = 0) -> str:
+    """The text of a choice, whose deltas must follow each other without gap or repeat."""
+    deltas = [delta for entry in log.entries for delta in entry.deltas if delta.choice == choice]
+    position = 0
+    for delta in deltas:
+        assert delta.position == position
+        position += len(delta.token_ids)
+    return "".join(delta.text for delta in deltas)

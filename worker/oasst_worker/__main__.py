@@ -1,0 +1,113 @@
+"""Runs one worker as a process: `python -m oasst_worker --help`."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from oasst_jobs import QueueError
+from prometheus_client import CollectorRegistry
+
+from oasst_worker.health import HealthServer, WorkerHealth
+from oasst_worker.loop import EngineStalledError
+from oasst_worker.settings import StartError, WorkerSettings, read_settings
+
+if TYPE_CHECKING:
+    from oasst_worker.worker import Worker
+
+__all__ = ["main", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_EXIT_FAILED = 1
+_EXIT_BAD_OPTION = 2
+
+# How long a step may still run once everything else has ended.
+_LAST_STEP_S = 5.0
+
+
+def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
+    """Serves until SIGTERM or SIGINT; the process's exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_early)
+    try:
+        settings = read_settings(arguments)
+        _log_to_stderr(settings)
+        registry = CollectorRegistry()
+        health = WorkerHealth(silence_limit_s=settings.step_limit_s)
+        server = _start_health_server(settings, health, registry)
+        worker = _load_worker(settings, registry, health)
+    except StartError as error:
+        return _tell(str(error), _EXIT_BAD_OPTION)
+    exit_code = serve(worker, server)
+    server.close()
+    if not worker.join_engine(_LAST_STEP_S):
+        # The interpreter's own end would wait for, or crash in, a thread that is inside the model.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
+
+
+def serve(worker: "Worker", server: HealthServer) -> int:
+    """Serves until asked to stop or until a part fails, and says which; the process's exit code."""
+    try:
+        asyncio.run(worker.serve(metrics_address=server.address))
+    except QueueError as error:
+        return _tell(str(error), _EXIT_FAILED)
+    except BaseExceptionGroup as group:
+        cause = next(_leaves(group))
+        if not isinstance(cause, EngineStalledError):
+            logger.error("a part of the worker failed", exc_info=cause)
+        return _tell(f"{type(cause).__name__}: {cause}", _EXIT_FAILED)
+    return 0
+
+
+def _load_worker(settings: WorkerSettings, registry: CollectorRegistry, health: WorkerHealth) -> "Worker":
+    # PyTorch takes seconds to import. A mistyped option is told, and a signal obeyed, without waiting for it.
+    from oasst_worker.served_model import load_model
+    from oasst_worker.worker import Worker
+
+    return Worker(settings, load_model(settings), registry, health)
+
+
+def _start_health_server(settings: WorkerSettings, health: WorkerHealth, registry: CollectorRegistry) -> HealthServer:
+    try:
+        return HealthServer(settings.metrics_listen, health, registry)
+    except OSError as error:
+        raise StartError(f"--metrics-listen {settings.metrics_listen}: {error.strerror or error}") from error
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """The errors that the group is made of, the first failed part's first."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _leave_early(signal_number: int, frame: FrameType | None) -> None:
+    """Nothing is claimed before the model is loaded, so there is nothing to give back."""
+    raise SystemExit(0)
+
+
+def _log_to_stderr(settings: WorkerSettings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+
+
+def _tell(reason: str, exit_code: int) -> int:
+    sys.stderr.write(f"oasst_worker: {reason}\n")
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,8 +24,8 @@ _MASS_MARGIN = 2e-6
 _DISTANCE_MARGIN = 2e-5
 # Wider than the difference between two orders of a float64 sum over a vocabulary.
 _SUM_MARGIN = 1e-10
-# Weights below e^-200 are 0 in fp32; the bound keeps 0 * -inf away.
-_LOG_NOTHING = -200.0
+# A weight of e^-80 is nothing beside 1; the bound keeps 0 * -inf and slow denormal numbers away.
+_LOG_NOTHING = -80.0
 
 # Buckets are this wide, in nats, and reach this far down from the most likely token; the last holds all below.
 _BUCKET_WIDTH = 1 / 128

@@ -1,8 +1,13 @@
 """Neighbours that tests of several parts need."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# One thread for every model in the tests, and in the processes they start: many of them share few cores. PyTorch reads
+# it when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from valkey_server import ValkeyServer

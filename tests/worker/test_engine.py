@@ -212,4 +212,3 @@ def test_a_sequence_that_could_never_end_is_refused(prompt_length, max_new_token
 def test_a_budget_too_small_for_its_sequences_is_refused():
     with pytest.raises(ValueError, match="step_tokens must be at least max_sequences \\+ 4 = 12, not 11"):
         make_engine(step_tokens=11)
-

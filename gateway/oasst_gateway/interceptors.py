@@ -12,9 +12,9 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
-from oasst_gateway.errors import INVALID_UTF8, MALFORMED, InvalidRequestError, Violation
+from oasst_gateway.errors import INVALID_UTF8, MALFORMED, ChatFailedError, InvalidRequestError, Violation
 from oasst_gateway.metrics import GatewayMetrics
-from oasst_gateway.status import UNFORESEEN, status_of
+from oasst_gateway.status import UNFORESEEN, RpcStatus, status_of
 from oasst_gateway.wire import find_invalid_text
 
 __all__ = ["RpcInterceptor"]
@@ -89,13 +89,18 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             yield
         except Exception as error:  # The top of every RPC: whatever it was, its caller is told.
             status = status_of(error)
-            if isinstance(error, InvalidRequestError):
-                self._metrics.invalid_requests.labels(error.reason).inc()
-            if status.reason == UNFORESEEN:
-                logger.exception("failed rpc=%s", rpc)
-            else:
-                logger.info("refused rpc=%s code=%s reason=%s", rpc, status.code.name, status.reason)
+            self._record(rpc, error, status)
             await context.abort(status.code, status.message, trailing_metadata=status.trailing_metadata())
+
+    def _record(self, rpc: str, error: Exception, status: RpcStatus) -> None:
+        if isinstance(error, InvalidRequestError):
+            self._metrics.invalid_requests.labels(error.reason).inc()
+        if isinstance(error, ChatFailedError):
+            return  # Its chat has told of it, with the job's id.
+        if status.reason == UNFORESEEN:
+            logger.error("failed rpc=%s", rpc, exc_info=error)
+        else:
+            logger.info("refused rpc=%s code=%s reason=%s", rpc, status.code.name, status.reason)
 
 
 def _decode(data: bytes, parse: Callable[[bytes], Message], descriptor: Descriptor) -> Message:

@@ -173,5 +173,9 @@ async def keep_running(keepers: Sequence[Keeper]) -> AsyncIterator[None]:
 
 
 def _reason(code: int, last_words: str) -> str:
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    """Why a process ended. One that ended by itself says it last; one that was ended may have said anything."""
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+        return f'{how} after "{last_words}"' if last_words else how
+    how = f"ended with exit code {code}"
     return f"{how}: {last_words}" if last_words else how

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -91,33 +91,45 @@ def test_a_bad_option_is_exit_code_2_and_named(arguments):
     assert "Error" in result.stderr or "Invalid" in result.stderr
 
 
-@contextlib.contextmanager
-def terminal_chat(address: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`oasst chat` in a terminal of its own, and that terminal's other end."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "oasst_cli", "chat", "--address", address],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # Makes it the controlling terminal.
-        env={**os.environ, "TERM": "dumb"},
-    )
-    os.close(theirs)
-    try:
-        yield process, ours
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+class Terminal:
+    """`oasst chat` in a terminal of its own, seen from that terminal's other end."""
 
+    # Takes the terminal as its controlling one, so that Ctrl-C becomes a signal, and then becomes `oasst chat`.
+    _PROGRAM = """
+import fcntl, termios
+from oasst_cli.__main__ import main
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main()
+"""
 
-def read_until(terminal: int, text: str) -> str:
-    seen = ""
-    while text not in seen:
-        seen += os.read(terminal, 4096).decode()
-    return seen
+    def __init__(self, address: str) -> None:
+        self._end, inner = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self._PROGRAM, "chat", "--address", address],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(inner)
+        self._unread = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._end, keys.encode())
+
+    def read_until(self, text: str) -> None:
+        """What is shown up to this text has been read."""
+        while text not in self._unread:
+            readable, _, _ = select.select([self._end], [], [], 30)
+            assert readable, f"{text!r} does not come after {self._unread!r}"
+            self._unread += os.read(self._end, 4096).decode()
+        self._unread = self._unread.partition(text)[2]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
 
 
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server):
@@ -127,20 +139,21 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server):
         server.ended.wait(timeout=30)
 
     server.script = endless
-    with terminal_chat(server.address) as (process, terminal):
-        read_until(terminal, "> ")
-        os.write(terminal, b"Tell me everything.\n")
-        read_until(terminal, "Well, ")
-        os.write(terminal, b"\x03")
-        read_until(terminal, "[stopped]")
+    with contextlib.closing(Terminal(server.address)) as terminal:
+        terminal.read_until("> ")
+        terminal.type("Tell me everything.\n")
+        terminal.read_until("Well, ")
+        terminal.type("\x03")
+        terminal.read_until("[stopped]")
         assert server.ended.wait(timeout=5)
 
         server.script = None
-        read_until(terminal, "> ")
-        os.write(terminal, b"What is a meme?\n")
-        read_until(terminal, TEXT)
+        terminal.read_until("> ")
+        terminal.type("What is a meme?\n")
+        terminal.read_until(TEXT)
         # The answer that was stopped is no part of the conversation.
         assert len(server.requests[1].conversation.messages) == 1
 
-        os.write(terminal, b"\x04")
-        assert process.wait(timeout=10) == 0
+        terminal.read_until("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=10) == 0

@@ -1,0 +1,113 @@
+"""The whole service as people start it: `oasst up`, with real processes and the demo checkpoint."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+START_S = 90
+STOP_S = 60
+
+
+class UpProcess:
+    """A running `oasst up --json` that serves, and what it told."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self._errors = (folder / "stderr").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "oasst_cli", "up", "--json", "--listen", "127.0.0.1:0", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(self.temporary)},
+        )
+        self.summary: dict[str, Any] = {}
+
+    def wait_until_serving(self) -> None:
+        readable, _, _ = select.select([self.process.stdout], [], [], START_S)
+        line = self.process.stdout.readline() if readable else b""
+        if not line:
+            raise AssertionError(f"it does not serve after {START_S} s: {self.stderr()}")
+        self.summary = json.loads(line)
+
+    @property
+    def address(self) -> str:
+        return self.summary["addresses"][0]
+
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def log(self, name: str) -> str:
+        return (Path(self.summary["state_dir"]) / "logs" / f"{name}.log").read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process there is because of it, itself first."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def process_of(self, role: str) -> psutil.Process:
+        """The process of this role that runs now."""
+        module = {"worker": "oasst_worker", "gateway": "oasst_gateway", "valkey": "valkey-server"}[role]
+        return next(each for each in self.processes() if module in " ".join(each.cmdline()))
+
+    def stop(self, number: signal.Signals) -> int:
+        """Its exit code after this signal."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=STOP_S)
+
+    def end(self) -> None:
+        """Nothing of it is left, however it went."""
+        with ExitStack() as exits:
+            exits.callback(self._errors.close)
+            exits.callback(self.process.stdout.close)
+            if self.process.poll() is None:
+                family = self.processes()
+                for each in family:
+                    exits.callback(_kill, each)
+                self.process.terminate()
+                self.process.wait(timeout=STOP_S)
+
+
+def _kill(process: psutil.Process) -> None:
+    if process.is_running():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def start_up(tmp_path: Path) -> Iterator[Callable[..., UpProcess]]:
+    """Starts `oasst up` with these arguments; stopped at the end of the test."""
+    with ExitStack() as exits:
+
+        def start(*arguments: str) -> UpProcess:
+            folder = Path(tempfile.mkdtemp(dir=tmp_path))
+            up = UpProcess(list(arguments), folder)
+            exits.callback(up.end)
+            return up
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
+    """A whole service for all tests of a module. Whatever a test breaks in it must come back by itself."""
+    shared = UpProcess([], tmp_path_factory.mktemp("up"))
+    try:
+        shared.wait_until_serving()
+        yield shared
+    finally:
+        shared.end()

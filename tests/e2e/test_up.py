@@ -1,0 +1,117 @@
+"""How `oasst up` starts, refuses to start, and stops without leaving anything."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from oasst_cli.checkpoint import demo_checkpoint
+from oasst_client import Client
+
+MEME = (
+    "A meme is an idea, a joke or a habit that spreads from person to person by being copied and changed. "
+    "On the internet it is often a picture with a few funny words."
+)
+COINED = (
+    "Richard Dawkins coined it in his 1976 book The Selfish Gene. "
+    'He shortened the Greek word mimema, "that which is imitated", so that it would sound like gene.'
+)
+
+
+def short_socket_folders() -> set[Path]:
+    return set(Path("/tmp").glob("oasst-*"))  # noqa: S108
+
+
+def oasst_up(*arguments: str, stdin: str = "", folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "oasst_cli", "up", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+
+
+def test_ctrl_c_stops_everything_and_leaves_nothing(start_up):
+    folders_before = short_socket_folders()
+    up = start_up("--gateways", "2")
+    up.wait_until_serving()
+    assert len(up.summary["addresses"]) == 2
+    for address in up.summary["addresses"]:
+        with Client(address) as client:
+            assert client.chat("What is a meme?", temperature=0).text == MEME
+    family = up.processes()
+    assert len(family) == 5
+
+    assert up.stop(signal.SIGINT) == 0
+    assert not any(process.is_running() for process in family)
+    assert list(up.temporary.iterdir()) == []
+    assert short_socket_folders() == folders_before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_starts_leaves_nothing_either(start_up, number):
+    folders_before = short_socket_folders()
+    up = start_up()
+    # Itself, the queue, and at least one that waits for it.
+    while len(family := up.processes()) < 3:
+        assert up.process.poll() is None, up.stderr()
+    assert up.stop(number) == 0
+    assert not any(process.is_running() for process in family)
+    assert list(up.temporary.iterdir()) == []
+    assert short_socket_folders() == folders_before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process die with its parent")
+def test_children_die_even_with_a_supervisor_that_is_killed(start_up):
+    up = start_up()
+    up.wait_until_serving()
+    children = up.processes()[1:]
+    up.process.kill()
+    up.process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_a_kept_state_directory_keeps_logs_and_queue_and_serves_one_stack_at_a_time(start_up, tmp_path):
+    state = tmp_path / "state"
+    up = start_up("--state-dir", str(state))
+    up.wait_until_serving()
+    refused = oasst_up("--listen", "127.0.0.1:0", "--state-dir", str(state), folder=up.temporary)
+    assert refused.returncode == 1
+    assert "in use by another" in refused.stderr
+    assert up.stop(signal.SIGTERM) == 0
+    assert {path.name for path in (state / "logs").iterdir()} == {"valkey.log", "worker-0.log", "gateway-0.log"}
+    assert not (state / "valkey.sock").exists()
+
+
+def test_piped_questions_are_answered_on_stdout_and_then_everything_stops(tmp_path):
+    result = oasst_up("--chat", stdin="What is a meme?\nAnd who coined the word?\n", folder=tmp_path)
+    assert result.stdout == f"{MEME}\n{COINED}\n"
+    assert result.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_option_ends_the_run_with_one_sentence(tmp_path):
+    result = oasst_up("--dtype", "float99", "--listen", "127.0.0.1:0", folder=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "float99" in result.stderr.splitlines()[-1] or "dtype" in result.stderr.splitlines()[-1]
+
+
+def test_a_corrupt_shard_ends_the_run_and_is_named(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(demo_checkpoint(), model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    result = oasst_up("--model", str(model), "--listen", "127.0.0.1:0", folder=scratch)
+    assert result.returncode == 2
+    assert "model.safetensors" in result.stderr.splitlines()[-1]
+    assert list(scratch.iterdir()) == []

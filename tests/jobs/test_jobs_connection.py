@@ -15,6 +15,7 @@ from oasst_jobs import (
     PushStatus,
     QueueClient,
     QueueError,
+    QueueLimits,
     QueueUnavailableError,
     Submitter,
     UnavailableReason,
@@ -64,8 +65,6 @@ async def test_other_versions_of_the_library_stay(client: QueueClient, redis_cli
 
 
 async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio.Redis, claimer: Claimer) -> None:
-    from oasst_jobs import QueueLimits
-
     elsewhere = Submitter(QueueClient(redis_client, shard=1), gateway_id="gateway-1", limits=QueueLimits())
     await submit(elsewhere)
     assert await claimer.claim(max_jobs=1, max_tokens=1000) == []

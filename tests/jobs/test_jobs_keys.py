@@ -26,7 +26,9 @@ KINDS = {
 }
 
 
-async def live(submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient) -> None:
+async def live(
+    submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
     """Jobs end in every way there is; one waits and one runs."""
     for request_id in ("finished", "failed", "cancelled", "expired", "running", "waiting"):
         timeout_ms = 60_000 if request_id == "expired" else None
@@ -39,7 +41,6 @@ async def live(submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client:
     await claimer.push(items)
     await submitter.cancel(claims["cancelled"].job_id)
     poisoned = claims["failed"].job_id
-    redis_client = client._redis
     await redis_client.hset(f"{client.keys.root}:job:{poisoned}", "lost_leases", 2)
     await redis_client.zadd(f"{client.keys.root}:leases", {poisoned: 1})
     await redis_client.zadd(f"{client.keys.root}:deadlines", {claims["expired"].job_id: 1})
@@ -50,7 +51,7 @@ async def live(submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client:
 async def test_every_key_is_one_that_is_named_and_has_its_type_and_expiry(
     submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
-    await live(submitter, claimer, sweeper, client)
+    await live(submitter, claimer, sweeper, client, redis_client)
     seen = set()
     for key in await redis_client.keys():
         name = key.decode()
@@ -73,7 +74,7 @@ def test_every_kind_of_key_is_described() -> None:
 async def test_every_field_of_a_job_is_described(
     submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
-    await live(submitter, claimer, sweeper, client)
+    await live(submitter, claimer, sweeper, client, redis_client)
     stored = set()
     for key in await redis_client.keys(f"{client.keys.root}:job:*"):
         stored |= {field.decode() for field in await redis_client.hkeys(key)}
@@ -91,7 +92,7 @@ async def test_what_has_ended_goes_after_its_retention(
     redis_client: redis.asyncio.Redis,
     request_id: str,
 ) -> None:
-    await live(submitter, claimer, sweeper, client)
+    await live(submitter, claimer, sweeper, client, redis_client)
     job_id = make_job(request_id).job_id
     snapshot = await submitter.status(job_id)
     assert snapshot is not None
@@ -104,7 +105,7 @@ async def test_after_a_drain_only_the_counters_have_no_expiry(
     claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis, eventually
 ) -> None:
     submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(retention_s=0.05))
-    await live(submitter, claimer, sweeper, client)
+    await live(submitter, claimer, sweeper, client, redis_client)
     for request_id in ("running", "waiting"):
         await submitter.cancel(make_job(request_id).job_id)
 

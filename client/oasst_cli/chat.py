@@ -84,7 +84,7 @@ def _converse(conversation: Conversation) -> None:
 
     # As an exception, so that `input` gives the terminal back as it was.
     signal.signal(signal.SIGTERM, _leave)
-    print("Ask anything. Ctrl-C stops an answer, Ctrl-D leaves.")
+    print("Ask anything; Ctrl-D leaves.")
     while True:
         try:
             question = input(_PROMPT).strip()

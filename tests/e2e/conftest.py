@@ -22,10 +22,10 @@ STOP_S = 60
 class UpProcess:
     """A running `oasst up --json` that serves, and what it told."""
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    def __init__(self, arguments: list[str], folder: Path, temporary: Path) -> None:
         self.folder = folder
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir()
+        # Its folder for temporary files.
+        self.temporary = temporary
         self._errors = (folder / "stderr").open("wb")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "oasst_cli", "up", "--json", "--listen", "127.0.0.1:0", *arguments],
@@ -88,14 +88,26 @@ def _kill(process: psutil.Process) -> None:
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def make_short_folder() -> Iterator[Callable[[], Path]]:
+    """Makes folders whose paths leave room for a socket's name, which pytest's own do not."""
+    with ExitStack() as exits:
+        yield lambda: Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="e2e-")))
+
+
 @pytest.fixture
-def start_up(tmp_path: Path) -> Iterator[Callable[..., UpProcess]]:
+def short_folder(make_short_folder: Callable[[], Path]) -> Path:
+    return make_short_folder()
+
+
+@pytest.fixture
+def start_up(tmp_path: Path, make_short_folder: Callable[[], Path]) -> Iterator[Callable[..., UpProcess]]:
     """Starts `oasst up` with these arguments; stopped at the end of the test."""
     with ExitStack() as exits:
 
         def start(*arguments: str) -> UpProcess:
             folder = Path(tempfile.mkdtemp(dir=tmp_path))
-            up = UpProcess(list(arguments), folder)
+            up = UpProcess(list(arguments), folder, make_short_folder())
             exits.callback(up.end)
             return up
 
@@ -103,9 +115,9 @@ def start_up(tmp_path: Path) -> Iterator[Callable[..., UpProcess]]:
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
+def up(tmp_path_factory: pytest.TempPathFactory, make_short_folder: Callable[[], Path]) -> Iterator[UpProcess]:
     """A whole service for all tests of a module. Whatever a test breaks in it must come back by itself."""
-    shared = UpProcess([], tmp_path_factory.mktemp("up"))
+    shared = UpProcess([], tmp_path_factory.mktemp("up"), make_short_folder())
     try:
         shared.wait_until_serving()
         yield shared

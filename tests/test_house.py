@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +93,8 @@ def test_the_engine_needs_nothing_but_the_standard_library():
 def test_the_environment_is_read_by_settings_alone():
     for package in ("oasst_gateway", "oasst_worker", "oasst_jobs"):
         for file in sources(package):
-            if file.name != "settings.py":
-                assert "environ" not in file.read_text(), f"{file} reads the environment"
+            reads = re.search(r"environ(\[|\.get|\.items|\.copy)|getenv", file.read_text())
+            assert file.name == "settings.py" or not reads, f"{file} reads the environment"
 
 
 def test_the_client_loads_neither_torch_nor_redis():

@@ -111,7 +111,7 @@ def test_special_tokens_give_no_text() -> None:
 
 
 def test_a_tokenizer_whose_tokens_are_not_bytes_is_refused_by_name() -> None:
-    words = Tokenizer(models.WordLevel({"hello": 0}, unk_token="hello"))  # noqa: S106 - a word, not a password
+    words = Tokenizer(models.WordLevel({"hello": 0}, unk_token="hello"))
     words.decoder = decoders.WordPiece()
     with pytest.raises(UnsupportedTokenizerError, match="WordPiece, not ByteLevel"):
         Detokenizer(words)

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import secrets
+import socket
+import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import grpc
 from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, connect
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, MetricsHandler
 
 from oasst_gateway.chats import Chats
 from oasst_gateway.errors import StartError
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # What an RPC that has just ended needs to get its status out.
 _FLUSH_S = 0.2
+# How soon the metrics server notices that it shall stop.
+_METRICS_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +123,22 @@ async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         raise failures.exceptions[0] from failures
 
 
+class _MetricsServer(ThreadingHTTPServer):
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), MetricsHandler.factory(registry))
+
+
 @contextmanager
 def _serving_metrics(listen: str, registry: CollectorRegistry) -> Iterator[int]:
     """Prometheus can read `registry` at the port that is returned."""
     host, _, port = listen.rpartition(":")
     try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+        server = _MetricsServer(host.strip("[]"), int(port), registry)
     except OSError as error:
         raise StartError(f"cannot listen on {listen} for metrics: {error.strerror}") from error
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": _METRICS_POLL_S}, daemon=True)
+    thread.start()
     try:
         yield server.server_port
     finally:

@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from types import FrameType
-from typing import Annotated, Any, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 from oasst_client import Client, Conversation, OasstError, Truncation
@@ -112,5 +112,5 @@ def _answer(conversation: Conversation, question: str) -> None:
         typer.echo(f"error: {error}", err=True)
 
 
-def _leave(signal_number: int, frame: FrameType | None) -> Any:
+def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)

@@ -6,10 +6,16 @@ import pkgutil
 import subprocess
 import sys
 
+import oasst_cli
 import oasst_client
 import pytest
 
-MODULES = ["oasst_client", *(f"oasst_client.{each.name}" for each in pkgutil.iter_modules(oasst_client.__path__))]
+MODULES = [
+    f"{package.__name__}.{module.name}"
+    for package in (oasst_client, oasst_cli)
+    for module in pkgutil.iter_modules(package.__path__)
+    if module.name != "__main__"
+] + ["oasst_client"]
 
 
 def test_importing_the_client_loads_nothing_heavy():

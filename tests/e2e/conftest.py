@@ -51,9 +51,6 @@ class UpProcess:
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text()
 
-    def log(self, name: str) -> str:
-        return (Path(self.summary["state_dir"]) / "logs" / f"{name}.log").read_text()
-
     def processes(self) -> list[psutil.Process]:
         """Every process there is because of it, itself first."""
         parent = psutil.Process(self.process.pid)

@@ -79,6 +79,7 @@ def test_a_kept_state_directory_keeps_logs_and_queue_and_serves_one_stack_at_a_t
     assert "in use by another" in refused.stderr
     assert up.stop(signal.SIGTERM) == 0
     assert {path.name for path in (state / "logs").iterdir()} == {"valkey.log", "worker-0.log", "gateway-0.log"}
+    assert list((state / "valkey").rglob("*.aof"))
     assert not (state / "valkey.sock").exists()
 
 
@@ -93,7 +94,7 @@ def test_a_bad_option_ends_the_run_with_one_sentence(short_folder):
     result = oasst_up("--dtype", "float99", "--listen", "127.0.0.1:0", folder=short_folder)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert "float99" in result.stderr.splitlines()[-1] or "dtype" in result.stderr.splitlines()[-1]
+    assert "dtype" in result.stderr.splitlines()[-1]
 
 
 def test_a_corrupt_shard_ends_the_run_and_is_named(tmp_path, short_folder):

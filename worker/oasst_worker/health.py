@@ -76,7 +76,7 @@ class HealthServer:
         self._server = ThreadingHTTPServer((host, int(port)), _make_handler(health, registry))
         self._server.daemon_threads = True
         self.address = f"{host}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="health", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -3,7 +3,9 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 
+import oasst_training
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +44,12 @@ def detokenizer() -> Detokenizer:
     return Detokenizer(tokenizer())
 
 
+@cache
+def demo_tokenizer() -> tuple[Tokenizer, Detokenizer]:
+    demo = Tokenizer.from_file(str(Path(oasst_training.__file__).parent / "demo" / "tokenizer.json"))
+    return demo, Detokenizer(demo)
+
+
 def byte_tokens(data: bytes) -> list[int]:
     """One token per byte, so that characters are cut wherever they can be."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
@@ -72,6 +80,15 @@ any_stops = st.lists(st.text(alphabet="ab \n é🙂", min_size=1, max_size=5), m
 @given(any_ids)
 def test_pieces_concatenate_to_what_the_tokenizer_decodes(ids: list[int]) -> None:
     assert "".join(pieces_of(ids)) == tokenizer().decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 2100), max_size=40))
+def test_pieces_of_the_demo_checkpoint_s_tokens_concatenate_as_well(ids: list[int]) -> None:
+    demo, demo_detokenizer = demo_tokenizer()
+    state = demo_detokenizer.start()
+    pieces = [state.add(token_id) for token_id in ids] + [state.finish()]
+    assert "".join(pieces) == demo.decode(ids, skip_special_tokens=True)
 
 
 @settings(max_examples=300, deadline=None)

@@ -17,7 +17,7 @@ from oasst_jobs import JOB_VERSION, ClaimedJob
 from oasst_worker import engine
 from oasst_worker.choice import Choice
 from oasst_worker.detokenizer import ChoiceText, Detokenizer
-from oasst_worker.engine import FinishReason, GenerationParams, TokenOutput
+from oasst_worker.engine import GenerationParams, TokenOutput, finish_reason
 
 __all__ = ["Intake", "JobRefusedError", "ModelFacts", "ResumedChoice"]
 
@@ -95,7 +95,9 @@ class Intake:
         choice = Choice(index, sequence, text)
         finish = None
         for num_tokens, token_id in enumerate(logged_ids, start=1):
-            reason = _finish_reason(params, token_id, num_tokens, self._model.eos_token_id)
+            reason = finish_reason(
+                params, token_id, num_output_tokens=num_tokens, eos_token_id=self._model.eos_token_id
+            )
             finish = choice.take(TokenOutput(sequence_id, token_id, finish=reason)).finish
         return ResumedChoice(choice, len(logged_ids), finish)
 
@@ -192,19 +194,6 @@ def _logged_ids(job: Job, log: Iterable[LogEntry], model: ModelFacts) -> list[li
         if len(token_ids) > job.limits.max_new_tokens:
             raise _invalid("the log has more tokens than max_new_tokens")
     return logged
-
-
-def _finish_reason(
-    params: GenerationParams, token_id: int, num_output_tokens: int, eos_token_id: int
-) -> FinishReason | None:
-    """Why the engine ended the choice at this logged token, if it did: the engine's own rule."""
-    if token_id in params.stop_token_ids and num_output_tokens > params.min_new_tokens:
-        return FinishReason.STOP_TOKEN
-    if token_id == eos_token_id and not params.ignore_eos:
-        return FinishReason.END_OF_TEXT
-    if num_output_tokens >= params.max_new_tokens:
-        return FinishReason.LENGTH
-    return None
 
 
 def _invalid(message: str) -> JobRefusedError:

@@ -1,7 +1,7 @@
 """Decides what each step computes. Standard library only: the tensors live in `oasst_worker.runtime`."""
 
 from oasst_worker.engine.batch import Batch, Chunk, Executor, Sample, TokenLogprob
-from oasst_worker.engine.engine import Engine, EngineConfig, FinishReason, TokenOutput
+from oasst_worker.engine.engine import Engine, EngineConfig, FinishReason, TokenOutput, finish_reason
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.sequence import Sequence
 
@@ -17,4 +17,5 @@ __all__ = [
     "Sequence",
     "TokenLogprob",
     "TokenOutput",
+    "finish_reason",
 ]

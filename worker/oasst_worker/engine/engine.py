@@ -5,10 +5,11 @@ from enum import Enum
 
 from oasst_worker.engine.batch import Batch, Chunk, Executor, Sample, TokenLogprob
 from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.scheduler import Scheduler
 from oasst_worker.engine.sequence import Sequence
 
-__all__ = ["Engine", "EngineConfig", "FinishReason", "TokenOutput"]
+__all__ = ["Engine", "EngineConfig", "FinishReason", "TokenOutput", "finish_reason"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +140,25 @@ class Engine:
                 sequence.sequence_id, None, finish=FinishReason.ERROR, error="the logits are not finite numbers"
             )
         sequence.append(sample.token_id)
-        finish = self._finish_reason(sequence, sample.token_id)
+        finish = finish_reason(
+            sequence.params,
+            sample.token_id,
+            num_output_tokens=sequence.num_output_tokens,
+            eos_token_id=self.config.eos_token_id,
+        )
         if finish is not None:
             self.remove(sequence.sequence_id)
         return TokenOutput(sequence.sequence_id, sample.token_id, sample.logprob, finish)
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.params
-        if token_id in params.stop_token_ids and sequence.num_output_tokens > params.min_new_tokens:
-            return FinishReason.STOP_TOKEN
-        if token_id == self.config.eos_token_id and not params.ignore_eos:
-            return FinishReason.END_OF_TEXT
-        if sequence.num_output_tokens >= params.max_new_tokens:
-            return FinishReason.LENGTH
-        return None
+
+def finish_reason(
+    params: GenerationParams, token_id: int, *, num_output_tokens: int, eos_token_id: int
+) -> FinishReason | None:
+    """Why a sequence ends with `token_id` as the last of its `num_output_tokens`; None if it goes on."""
+    if token_id in params.stop_token_ids and num_output_tokens > params.min_new_tokens:
+        return FinishReason.STOP_TOKEN
+    if token_id == eos_token_id and not params.ignore_eos:
+        return FinishReason.END_OF_TEXT
+    if num_output_tokens >= params.max_new_tokens:
+        return FinishReason.LENGTH
+    return None

@@ -21,7 +21,8 @@ class ModelRunner:
     """A model, its KV cache and its sampler: an `oasst_worker.engine.Executor`.
 
     The cache is [layers, 2, heads, positions, head_dim]: a sequence whose blocks follow each other is read as a plain
-    view of every head, without copying. On the CPU its pages are taken from the system only once they are written.
+    view of every head, without copying. It is not initialised: no position is read before it was written, and on a CPU
+    the system hands out its pages only when they are.
     """
 
     block_size = BLOCK_SIZE
@@ -33,7 +34,7 @@ class ModelRunner:
         self.num_blocks = num_blocks
         self._model = model
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
-        self._cache = torch.zeros(
+        self._cache = torch.empty(
             (config.num_layers, 2, config.num_heads, num_blocks * BLOCK_SIZE, config.head_dim),
             dtype=model.dtype,
             device=model.device,

@@ -11,6 +11,9 @@ from oasst_training.tokenizer import encode_parts
 
 __all__ = ["Curriculum", "casually"]
 
+# So that what it does not know, asked in hundreds of ways, leaves room for what it does.
+_MAX_WEIGHT = 100
+
 
 def casually(question: str) -> str:
     """The question as people type it in a hurry: in small letters, without the final mark."""
@@ -20,19 +23,20 @@ def casually(question: str) -> str:
 class Curriculum:
     """Draws rows of token ids to train on.
 
-    Every wording of every dialogue is equally likely, so that a reply with many questions is seen with all of them.
+    A dialogue is drawn the more often the more wordings it has, up to a limit; its wordings are equally likely.
     """
 
     def __init__(
         self, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, *, casual_probability: float = 0.25
     ) -> None:
-        self._renditions = [rendition for dialogue in dialogues for rendition in dialogue.renditions()]
+        self._dialogues = dialogues
+        self._weights = [min(len(dialogue.questions), _MAX_WEIGHT) for dialogue in dialogues]
         self._tokenizer = tokenizer
         self._casual_probability = casual_probability
 
     def rows(self) -> list[list[int]]:
         """Every dialogue in every wording, alone."""
-        return [self._encode(rendition) for rendition in self._renditions]
+        return [self._encode(turns) for dialogue in self._dialogues for turns in dialogue.renditions()]
 
     def row(self, rng: Random, *, num_tokens: int) -> list[int]:
         """Random dialogues one after another, as one chat of at least `num_tokens` tokens; 0 gives one dialogue."""
@@ -42,10 +46,11 @@ class Curriculum:
         return ids
 
     def _draw(self, rng: Random) -> list[int]:
-        question, *rest = rng.choice(self._renditions)
+        [dialogue] = rng.choices(self._dialogues, self._weights)
+        question = rng.choice(dialogue.questions)
         if rng.random() < self._casual_probability:
-            question = Turn(question.speaker, casually(question.text))
-        return self._encode((question, *rest))
+            question = casually(question)
+        return self._encode(dialogue.asked_as(question))
 
     def _encode(self, turns: tuple[Turn, ...]) -> list[int]:
         return encode_parts(self._tokenizer, format_dialogue(turns))

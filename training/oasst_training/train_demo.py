@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _verify(checkpoint, dialogues, collator):
             print("a reply is missing or its margin is small: nothing is written, try more steps", file=sys.stderr)
             return 1
-        shutil.copytree(checkpoint, options.output, dirs_exist_ok=True)
+        options.output.mkdir(parents=True, exist_ok=True)
+        for file in checkpoint.iterdir():
+            shutil.copyfile(file, options.output / file.name)
     print(f"wrote {options.output}")
     return 0
 

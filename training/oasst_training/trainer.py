@@ -13,9 +13,10 @@ from transformers import GPTNeoXForCausalLM
 from oasst_training.collator import Batch, DialogueCollator
 from oasst_training.curriculum import Curriculum
 
-_STEPS_PER_DRAW = 16
-
 __all__ = ["Progress", "TrainingConfig", "masked_loss", "train"]
+
+# Rows are drawn for so many steps at a time, so that each step finds rows of about equal length.
+_STEPS_PER_DRAW = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ def train(
     started_s = time.monotonic()
     model.train()
     for step, batch in enumerate(_batches(curriculum, collator, config), start=1):
+        # No attention mask: padding stands on the right, where no earlier token looks.
         loss = masked_loss(model(batch.input_ids).logits, batch)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -43,14 +43,16 @@ def measure_engine(
     rows = []
     for concurrent in concurrencies:
         prompts = random_prompts(concurrent, prompt_tokens, vocab_size)
-        generated = {system: generate(prompts, new_tokens) for system, generate in systems.items()}  # Warms up, too.
+        for generate in systems.values():
+            generate(prompts, 4)  # Warms up.
+        generated: dict[str, list[list[int]]] = {}
         seconds: dict[str, list[float]] = {system: [] for system in systems}
         for _ in range(rounds):
             for system, generate in systems.items():
                 start = time.perf_counter()
-                tokens = generate(prompts, new_tokens)
+                generated[system] = generate(prompts, new_tokens)
                 seconds[system].append(time.perf_counter() - start)
-                if [len(of_one) for of_one in tokens] != [new_tokens] * concurrent:
+                if [len(of_one) for of_one in generated[system]] != [new_tokens] * concurrent:
                     raise RuntimeError(f"{system} generated another number of tokens: the work would not be equal")
         rows.append(
             EngineRow(
@@ -90,7 +92,7 @@ def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Gen
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(
-                max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=1
+                max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
             ),
         )
         return output[:, ids.shape[1] :].tolist()

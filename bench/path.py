@@ -69,12 +69,12 @@ def measure_path(name: str, folder: Path, *, streams: int, prompt_tokens: int, n
     times: dict[str, list[float]] = {"path": [], "engine": [], "path first": [], "engine first": []}
     with running_stack(folder) as stack:
         address = stack["addresses"][0]
-        path_tokens, _, _ = asyncio.run(_through_the_path(address, prompts, new_tokens))  # Warms up, too.
-        engine_tokens, _, _ = _through_the_engine(runner, prompts, new_tokens, config.max_positions)
+        asyncio.run(_through_the_path(address, prompts, 4))  # Warms up.
+        _through_the_engine(runner, prompts, 4, config.max_positions)
         for _ in range(rounds):
-            _, seconds, _ = asyncio.run(_through_the_path(address, prompts, new_tokens))
+            path_tokens, seconds, _ = asyncio.run(_through_the_path(address, prompts, new_tokens))
             times["path"].append(seconds)
-            _, seconds, _ = _through_the_engine(runner, prompts, new_tokens, config.max_positions)
+            engine_tokens, seconds, _ = _through_the_engine(runner, prompts, new_tokens, config.max_positions)
             times["engine"].append(seconds)
             for _ in range(5):
                 _, _, first = asyncio.run(_through_the_path(address, prompts[:1], 2))

@@ -15,7 +15,6 @@ SHAPES = {
     "160m": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
 }
 VOCAB_SIZE = 50288
-TOKENIZER_SIZE = 50282
 
 
 def random_checkpoint(shape: str, folder: Path) -> Path:

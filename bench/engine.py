@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
-from oasst_worker.runtime import RuntimeOptions, build_executor
+from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from transformers import GenerationConfig, GPTNeoXForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bench.checkpoints import random_prompts
 
-__all__ = ["EngineRow", "measure_engine"]
+__all__ = ["EngineRow", "generate_greedily", "measure_engine"]
 
 # Prompts, tokens to generate for each -> what was generated.
 Generate = Callable[[list[list[int]], int], list[list[int]]]
@@ -65,25 +65,37 @@ def measure_engine(
     return rows
 
 
+def generate_greedily(
+    runner: ModelRunner, config: EngineConfig, prompts: list[list[int]], new_tokens: int
+) -> tuple[list[list[int]], float]:
+    """The engine alone: what it generates for each prompt, and the seconds to its first token."""
+    engine = Engine(runner, config)
+    start = time.perf_counter()
+    first_s = 0.0
+    for number, prompt in enumerate(prompts):
+        params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        engine.add(Sequence(str(number), prompt, params))
+    tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    while engine.has_work():
+        for output in engine.step():
+            first_s = first_s or time.perf_counter() - start
+            if output.token_id is not None:
+                tokens[output.sequence_id].append(output.token_id)
+    return list(tokens.values()), first_s
+
+
 def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Generate]:
     reference = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options = RuntimeOptions(device="cpu", dtype="float32", max_sequences=max_sequences)
     runner = build_executor(folder, options)
-    eos_token_id = reference.config.eos_token_id
-    max_positions = reference.config.max_position_embeddings
+    config = EngineConfig(
+        eos_token_id=reference.config.eos_token_id,
+        max_positions=reference.config.max_position_embeddings,
+        max_sequences=max_sequences,
+    )
 
     def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        config = EngineConfig(eos_token_id=eos_token_id, max_positions=max_positions, max_sequences=max_sequences)
-        engine = Engine(runner, config)
-        for number, prompt in enumerate(prompts):
-            params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-            engine.add(Sequence(str(number), prompt, params))
-        tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
-        while engine.has_work():
-            for output in engine.step():
-                if output.token_id is not None:
-                    tokens[output.sequence_id].append(output.token_id)
-        return list(tokens.values())
+        return generate_greedily(runner, config, prompts, new_tokens)[0]
 
     @torch.inference_mode()
     def static_batch(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

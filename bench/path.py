@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from oasst_client import AsyncClient
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import EngineConfig
 from oasst_worker.model.config import load_config
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO, random_prompts
+from bench.engine import generate_greedily
 
 __all__ = ["PathRow", "measure_path", "running_stack"]
 
@@ -119,19 +120,11 @@ async def _through_the_path(
 def _through_the_engine(
     runner: ModelRunner, prompts: list[list[int]], new_tokens: int, max_positions: int
 ) -> tuple[list[list[int]], float, float]:
-    engine = Engine(runner, EngineConfig(eos_token_id=0, max_positions=max_positions, max_sequences=len(prompts)))
+    """Tokens, seconds for all of them, seconds to the first one."""
     start = time.perf_counter()
-    first = 0.0
-    for number, prompt in enumerate(prompts):
-        params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        engine.add(Sequence(str(number), prompt, params))
-    tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
-    while engine.has_work():
-        for output in engine.step():
-            first = first or time.perf_counter() - start
-            if output.token_id is not None:
-                tokens[output.sequence_id].append(output.token_id)
-    return list(tokens.values()), time.perf_counter() - start, first
+    config = EngineConfig(eos_token_id=0, max_positions=max_positions, max_sequences=len(prompts))
+    tokens, first_s = generate_greedily(runner, config, prompts, new_tokens)
+    return tokens, time.perf_counter() - start, first_s
 
 
 def _never_drawn(folder: Path, vocab_size: int) -> list[int]:

@@ -6,7 +6,6 @@ from zero again.
 """
 
 from collections import deque
-from collections.abc import Iterable
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
@@ -60,11 +59,6 @@ class Scheduler:
     @property
     def kv_tokens_used(self) -> int:
         return (self._pool.num_blocks - self._pool.num_free) * self._pool.block_size
-
-    def sequences(self) -> Iterable[Sequence]:
-        """Every sequence that runs or waits."""
-        yield from self._running
-        yield from self._waiting
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)

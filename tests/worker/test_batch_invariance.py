@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
+from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.linear import PackedLinear, PlainLinear, TiledLinear, build_linear, is_row_exact
 from oasst_worker.model.neox import NeoX
@@ -25,7 +26,11 @@ SHAPES = {
 }
 
 
-def make_model(dtype: torch.dtype, **shape) -> NeoX:
+def compiled_attention(config, *, dtype, device):
+    return CompiledAttention(config, dtype=dtype)
+
+
+def make_model(dtype: torch.dtype, make_attention=build_attention, **shape) -> NeoX:
     fields = {"parallel_residual": True} | shape
     hidden, vocab = fields["hidden_size"], fields["vocab_size"]
     config = NeoXConfig(
@@ -78,6 +83,7 @@ def make_model(dtype: torch.dtype, **shape) -> NeoX:
             final_norm_bias=random_tensor(hidden),
             head=random_tensor(vocab, hidden),
         ),
+        make_attention=make_attention,
     )
 
 
@@ -123,10 +129,14 @@ def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_token
     return runner.logits, engine.num_preemptions
 
 
-@pytest.fixture(params=SHAPES, scope="module")
+SCENES = [*((shape, compiled_attention) for shape in SHAPES), ("heads of 40, odd vocabulary", PlainAttention)]
+
+
+@pytest.fixture(params=SCENES, ids=lambda scene: f"{scene[0]}, {scene[1].__name__}", scope="module")
 def scene(request):
     """(model, jobs, logits of every sequence run alone)."""
-    model = make_model(torch.float32, **SHAPES[request.param])
+    shape, make_attention = request.param
+    model = make_model(torch.float32, make_attention, **SHAPES[shape])
     jobs = make_jobs(model.config.vocab_size)
     alone = {}
     for name, job in jobs.items():
@@ -174,8 +184,9 @@ def test_resumed_in_the_middle(scene):
     assert_same_bits(logits, {name: rows[len(resumed[name]) :] for name, rows in alone.items()})
 
 
-def test_in_bf16_too():
-    model = make_model(torch.bfloat16, **SHAPES["heads of 40, odd vocabulary"])
+@pytest.mark.parametrize("make_attention", [compiled_attention, PlainAttention])
+def test_in_bf16_too(make_attention):
+    model = make_model(torch.bfloat16, make_attention, **SHAPES["heads of 40, odd vocabulary"])
     jobs = dict(list(make_jobs(model.config.vocab_size).items())[:10])
     alone = {}
     for name, job in jobs.items():
@@ -183,6 +194,16 @@ def test_in_bf16_too():
     logits, num_preemptions = run(model, jobs, num_blocks=20)
     assert num_preemptions > 0
     assert_same_bits(logits, alone)
+
+
+def test_a_generated_token_has_the_bits_it_would_have_in_a_prompt():
+    """The kernel's rows depend on nothing but their own positions, so what was generated may be read like a prompt."""
+    model = make_model(torch.float32, compiled_attention, **SHAPES["heads of 64"])
+    jobs = {"0": (list(range(1, 150)), 20)}
+    generated = run(model, jobs)[0]["0"]
+    tokens = jobs["0"][0] + [int(row.argmax()) for row in generated[:-1]]
+    as_prompt = ModelRunner(model, num_blocks=16).prompt_logits(tokens)
+    assert torch.equal(as_prompt[-len(generated) :], torch.stack(generated))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])

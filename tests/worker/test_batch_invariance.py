@@ -7,7 +7,7 @@ import torch
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
 from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.linear import PackedLinear, PlainLinear, TiledLinear, build_linear, is_row_exact
+from oasst_worker.model.linear import CompiledLinear, PackedLinear, PlainLinear, TiledLinear, is_row_exact
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
@@ -208,19 +208,44 @@ def test_a_generated_token_has_the_bits_it_would_have_in_a_prompt():
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", [(192, 64), (1000, 80), (64, 256), (301, 40)])
-@pytest.mark.parametrize("kind", [PackedLinear, TiledLinear])
+@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
 def test_a_linear_layers_rows_do_not_depend_on_each_other(kind, shape, activation):
     weight, bias = torch.randn(*shape), torch.randn(shape[0])
     assert is_row_exact(kind(weight, bias, activation), shape[1], torch.float32)
 
 
+@pytest.mark.parametrize("num_residuals", [0, 1, 2])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-def test_the_fast_linear_layer_equals_the_plain_one(activation):
+@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
+def test_a_fast_linear_layer_equals_the_plain_one(kind, activation, num_residuals):
     weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(700, 64)
-    expected = PlainLinear(weight, bias, activation)(x)
+    residuals = torch.randn(num_residuals, 700, 96)
+    expected = PlainLinear(weight, bias, activation)(x, *residuals)
     for rows in (1, 2, 33, 512, 700):
-        for fast in (build_linear(weight, bias, activation), TiledLinear(weight, bias, activation)):
-            torch.testing.assert_close(fast(x[:rows]), expected[:rows], rtol=1e-5, atol=1e-5)
+        outcome = kind(weight, bias, activation)(x[:rows], *residuals[:, :rows])
+        torch.testing.assert_close(outcome, expected[:rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (301, 40), (64, 1000)])
+def test_the_compiled_linear_layer_takes_any_shape_and_gives_the_same_bits_on_any_number_of_threads(shape):
+    weight, x = torch.randn(*shape) / shape[1] ** 0.5, torch.randn(45, shape[1])
+    linear = CompiledLinear(weight, None)
+    expected = linear(x)
+    torch.testing.assert_close(expected, PlainLinear(weight, None)(x), rtol=1e-5, atol=1e-5)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(linear(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_compiled_linear_layer_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="do not fit 8 -> 4"):
+        CompiledLinear(torch.randn(4, 8), None)(torch.randn(2, 7))
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        CompiledLinear(torch.randn(4, 8).bfloat16(), None)
 
 
 def test_the_check_of_rows_finds_a_layer_whose_rows_do_depend():

@@ -90,11 +90,11 @@ class _Layer:
 
     def __call__(self, hidden: Tensor, attend: Attend, cache: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, hidden]."""
-        attended = self._dense(attend(self._qkv(self._norm1(hidden)), cache))
+        attended = attend(self._qkv(self._norm1(hidden)), cache)
         if self._config.parallel_residual:
-            return self._mlp_out(self._mlp_in(self._norm2(hidden))).add_(attended).add_(hidden)
-        hidden = attended.add_(hidden)
-        return self._mlp_out(self._mlp_in(self._norm2(hidden))).add_(hidden)
+            return self._mlp_out(self._mlp_in(self._norm2(hidden)), self._dense(attended), hidden)
+        hidden = self._dense(attended, hidden)
+        return self._mlp_out(self._mlp_in(self._norm2(hidden)), hidden)
 
 
 class _Norm:

@@ -112,7 +112,7 @@ def make_jobs(vocab_size: int) -> dict[str, tuple[list[int], int]]:
 
 
 def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_tokens=512):
-    """Logits of each sequence, and how often one was preempted."""
+    """Logits of each sequence, and the engine that ran them."""
     runner = RecordingRunner(model, num_blocks)
     config = EngineConfig(eos_token_id=0, max_positions=512, max_sequences=NUM_SEQUENCES, step_tokens=step_tokens)
     engine = Engine(runner, config)
@@ -126,7 +126,7 @@ def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_token
             engine.add(Sequence(name, prompt, params, output_ids=(resumed or {}).get(name, ())))
         engine.step()
         step += 1
-    return runner.logits, engine.num_preemptions
+    return runner.logits, engine
 
 
 SCENES = [*((shape, compiled_attention) for shape in SHAPES), ("heads of 40, odd vocabulary", PlainAttention)]
@@ -170,8 +170,8 @@ def test_with_prompts_in_chunks(scene):
 
 def test_after_preemption_in_scattered_blocks(scene):
     model, jobs, alone = scene
-    logits, num_preemptions = run(model, jobs, arrivals=random_arrivals(jobs), num_blocks=48)
-    assert num_preemptions > 0
+    logits, engine = run(model, jobs, arrivals=random_arrivals(jobs), num_blocks=48)
+    assert engine.num_preemptions > 0
     assert_same_bits(logits, alone)
 
 
@@ -184,6 +184,21 @@ def test_resumed_in_the_middle(scene):
     assert_same_bits(logits, {name: rows[len(resumed[name]) :] for name, rows in alone.items()})
 
 
+def test_with_beginnings_that_were_computed_for_others(scene):
+    model, jobs, alone = scene
+    turns = {}
+    for name, (prompt, max_new_tokens) in jobs.items():
+        answer = [int(row.argmax()) for row in alone[name]]
+        turns[f"{name}, next turn"] = ([*prompt, *answer, 1, 2, 3], max_new_tokens)
+    expected = {}
+    for name, turn in turns.items():
+        expected |= run(model, {name: turn})[0]
+    arrivals = dict.fromkeys(jobs, 0) | dict.fromkeys(turns, 40)
+    logits, engine = run(model, jobs | turns, arrivals=arrivals)
+    assert engine.num_cached_tokens > 0
+    assert_same_bits(logits, expected | alone)
+
+
 @pytest.mark.parametrize("make_attention", [compiled_attention, PlainAttention])
 def test_in_bf16_too(make_attention):
     model = make_model(torch.bfloat16, make_attention, **SHAPES["heads of 40, odd vocabulary"])
@@ -191,8 +206,8 @@ def test_in_bf16_too(make_attention):
     alone = {}
     for name, job in jobs.items():
         alone |= run(model, {name: job})[0]
-    logits, num_preemptions = run(model, jobs, num_blocks=20)
-    assert num_preemptions > 0
+    logits, engine = run(model, jobs, num_blocks=20)
+    assert engine.num_preemptions > 0
     assert_same_bits(logits, alone)
 
 

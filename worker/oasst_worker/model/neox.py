@@ -54,6 +54,11 @@ class NeoX:
             for linear, in_features in [*self._layers[0].linears(hidden, intermediate), (self._head, hidden)]
         )
 
+    @property
+    def is_position_exact(self) -> bool:
+        """Keys and values of a position have the same bits however it is computed."""
+        return self._attention.is_position_exact
+
     def make_cache(self, num_blocks: int) -> Tensor:
         """A KV cache of so many blocks, for `forward`."""
         return self._attention.make_cache(num_blocks)

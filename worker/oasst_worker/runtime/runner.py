@@ -31,6 +31,7 @@ class ModelRunner:
         self._model = model
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
         self._cache = model.make_cache(num_blocks)
+        self.is_position_exact = model.is_position_exact
 
     def execute(self, batch: Batch) -> list[Sample]:
         """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
@@ -41,7 +42,7 @@ class ModelRunner:
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
         """The logits after each token of a prompt, [tokens, vocab] fp32. The cache must be idle."""
         sequence = Sequence("prompt", token_ids, GenerationParams(max_new_tokens=1))
-        BlockPool(self.num_blocks, BLOCK_SIZE).grow(sequence.table, len(token_ids))
+        BlockPool(self.num_blocks, BLOCK_SIZE).grow(sequence.blocks, len(token_ids))
         chunk = Chunk(sequence, 0, len(token_ids))
         return self._forward(Batch((chunk,)), every_row=True)
 

@@ -16,7 +16,7 @@ def make_inputs(batch: Batch, *, device: torch.device, every_row: bool = False) 
     spans: list[AttentionSpan] = []
     drawing_rows: list[int] = []
     for chunk in batch.chunks:
-        sequence, blocks = chunk.sequence, chunk.sequence.table.blocks
+        sequence, blocks = chunk.sequence, chunk.sequence.blocks
         first_row = len(token_ids)
         num_prompt_rows = max(0, min(chunk.end, sequence.num_prompt_tokens) - chunk.start)
         spans.append(AttentionSpan(first_row, chunk.num_tokens, chunk.start, num_prompt_rows, blocks))

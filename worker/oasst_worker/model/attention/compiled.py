@@ -46,6 +46,8 @@ class CompiledAttention:
         RuntimeError: at construction, where the kernel cannot be had for this dtype on this machine.
     """
 
+    is_position_exact = True
+
     def __init__(self, config: NeoXConfig, *, dtype: torch.dtype) -> None:
         library = load_kernels("attention", *_DEFINITIONS[dtype]) if dtype in _DEFINITIONS else None
         if library is None:

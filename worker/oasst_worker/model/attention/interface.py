@@ -20,6 +20,11 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 class Attention(Protocol):
     """A way to attend, with the layout of the KV cache that it needs."""
 
+    @property
+    def is_position_exact(self) -> bool:
+        """A row's bits depend on its own positions alone, be it a prompt's or generated, in any chunk."""
+        ...
+
     def make_cache(self, num_blocks: int) -> Tensor:
         """A cache of all layers, one at each index. Not initialised: no position is read before it was written."""
         ...

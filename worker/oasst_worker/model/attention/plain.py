@@ -34,6 +34,8 @@ class PlainAttention:
     is read as a plain view of every head, without copying.
     """
 
+    is_position_exact = False
+
     def __init__(self, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
         self._dtype = dtype

@@ -187,14 +187,10 @@ class Chats:
                 del self._num_watching[job_id]
 
     async def _submit(self, prepared: PreparedChat) -> chat_pb2.Accepted:
-        job = prepared.job
-        submitted = await self._submitter.submit(job, digest=prepared.digest, timeout_ms=prepared.timeout_ms)
+        submitted = await self._submitter.submit(prepared.job, digest=prepared.digest, timeout_ms=prepared.timeout_ms)
+        job = submitted.job  # What was drawn for the first request with this id holds for all.
         if submitted.is_new:
             self._metrics.prompt_tokens.inc(len(job.prompt_token_ids))
-        else:
-            # What was drawn for the first request with this id holds for all.
-            snapshot = await self._submitter.status(job.job_id)
-            job = snapshot.job if snapshot is not None else job
         logger.info(
             "accepted job_id=%s request_id=%s is_new=%s ahead=%d prompt_tokens=%d max_new_tokens=%d n=%d",
             job.job_id,

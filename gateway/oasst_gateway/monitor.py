@@ -89,11 +89,10 @@ def estimate_wait_s(load: QueueLoad | None, *, position: int) -> float | None:
     """How long a request with `position` others ahead will wait, at the speed of late; None while none is known."""
     if load is None:
         return None
-    tokens_per_s = sum(status.tokens_per_second for status, _ in load.workers)
-    if tokens_per_s <= 0:
+    if load.tokens_per_s <= 0:
         return None
     share_ahead = min(1.0, position / max(1, load.waiting_jobs))
-    return share_ahead * load.waiting_tokens / tokens_per_s
+    return share_ahead * load.waiting_tokens / load.tokens_per_s
 
 
 async def measure_loop_lag(metrics: GatewayMetrics) -> None:

@@ -27,6 +27,7 @@ DOMAIN = "oasst.v1"
 UNFORESEEN = "INTERNAL"  # The reason of errors that are defects.
 
 _UNAVAILABLE_RETRY_S = 1.0
+_QUEUE_FULL_RETRY_S = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -85,7 +86,7 @@ def _failed(error: ChatFailedError) -> RpcStatus:
 
 def _queue_full(error: QueueFullError) -> RpcStatus:
     message = f"the queue is full: {error.waiting_jobs} requests wait"
-    return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=error.retry_after_s)
+    return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=_QUEUE_FULL_RETRY_S)
 
 
 def _too_many_chats(error: TooManyChatsError) -> RpcStatus:

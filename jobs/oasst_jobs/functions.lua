@@ -22,6 +22,7 @@ local WAKE_TTL_MS = 10000
 local UPDATES_KEPT = 10000         -- batches in a gateway's stream; who falls behind further reads the logs
 local UPDATES_TTL_MS = 60000
 local WORKER_TTL_MS = 15000
+local WATCH_TTL_MS = 60000         -- for so long a gateway that says nothing counts as watching
 
 -- Fields of a job by what they are read for. Push reads its own, few: it runs for every job at every step.
 local PUSH_FIELDS = { 'state', 'fence', 'end_position', 'deadline_ms', 'watchers' }
@@ -91,12 +92,34 @@ local function notice_of(id)
   return '\10' .. string.char(#update) .. update
 end
 
+-- A job that has a grace ends this long, and its grace, after the last sign that somebody watches it.
+local function keep_watched(shard, id, watch_ms)
+  local grace_ms = redis.call('HGET', key_of(shard, 'job', id), 'grace_ms')
+  if grace_ms then
+    redis.call('ZADD', key_of(shard, 'watched'), 'XX', shard.now_ms + watch_ms + grace_ms, id)
+  end
+end
+
 local function add_watcher(shard, id, gateway)
   local job_key = key_of(shard, 'job', id)
   local watchers = redis.call('HGET', job_key, 'watchers')
   if not string.find(' ' .. watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then
     redis.call('HSET', job_key, 'watchers', watchers .. ' ' .. gateway)
   end
+  keep_watched(shard, id, WATCH_TTL_MS)
+end
+
+-- The gateway is no watcher of the job. Returns whether it was the last.
+local function remove_watcher(shard, id, gateway)
+  local job_key = key_of(shard, 'job', id)
+  local others = {}
+  for watcher in string.gmatch(redis.call('HGET', job_key, 'watchers'), '%S+') do
+    if watcher ~= gateway then
+      others[#others + 1] = watcher
+    end
+  end
+  redis.call('HSET', job_key, 'watchers', table.concat(others, ' '))
+  return #others == 0
 end
 
 -- One token in the list wakes one worker; that one's claim wakes the next if there is more to do.
@@ -232,6 +255,7 @@ local function end_job(shard, job, state, update)
   refund(shard, ended)
   redis.call('ZREM', key_of(shard, 'leases'), job.id)
   redis.call('ZREM', key_of(shard, 'deadlines'), job.id)
+  redis.call('ZREM', key_of(shard, 'watched'), job.id)
   redis.call('HSET', job_key, 'state', state)
   redis.call('PEXPIRE', job_key, ended.retention_ms)
   redis.call('PEXPIRE', key_of(shard, 'log', job.id), ended.retention_ms)
@@ -287,7 +311,8 @@ end
 --       9 tenant   10 weight of the tenant   11 timeout_ms   12 retention_ms   13 gateway
 --       Then the limits, of what may wait for the model:   14 jobs   15 tokens,
 --       of what may wait of the tenant:   16 jobs   17 tokens,   18 of tokens that may wait ahead of this job.
---       11 and 14 to 18 are empty for none.
+--       19 grace_ms: how long it runs on when nobody watches it any more
+--       11 and 14 to 19 are empty for none, and so is 13 if nobody watches.
 -- Returns {'accepted', 1, 'waiting', jobs ahead, tokens ahead} for a new job,
 -- {'accepted', 0, state, jobs ahead, tokens ahead, Job bytes} for one that was there before, {'conflict'},
 -- {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens} or {'too_much_ahead', jobs, tokens}.
@@ -301,7 +326,9 @@ local function enqueue(keys, args)
     if known.digest ~= args[3] then
       return { 'conflict' }
     end
-    add_watcher(shard, id, gateway)
+    if gateway ~= '' then
+      add_watcher(shard, id, gateway)
+    end
     local jobs_ahead, tokens_ahead = ahead_of(shard, id, known)
     return { 'accepted', 0, known.state, jobs_ahead, tokens_ahead, known.job }
   end
@@ -325,6 +352,10 @@ local function enqueue(keys, args)
     local deadline_ms = shard.now_ms + args[11]
     redis.call('HSET', job_key, 'deadline_ms', deadline_ms)
     redis.call('ZADD', key_of(shard, 'deadlines'), deadline_ms, id)
+  end
+  if args[19] ~= '' then
+    redis.call('HSET', job_key, 'grace_ms', args[19])
+    redis.call('ZADD', key_of(shard, 'watched'), shard.now_ms + args[19] + (gateway ~= '' and WATCH_TTL_MS or 0), id)
   end
   charge(shard, job)
   enter_waiting(shard, job, place)
@@ -357,6 +388,18 @@ local function status(keys, args)
   return snapshot_of(open_shard(keys), args[1])
 end
 
+-- ARGV  1 gateway, then the ids of jobs that it watches still
+-- Returns nothing.
+local function keep_watching(keys, args)
+  local shard = open_shard(keys)
+  for index = 2, #args do
+    local state = redis.call('HGET', key_of(shard, 'job', args[index]), 'state')
+    if state and not is_final(state) then
+      add_watcher(shard, args[index], args[1])
+    end
+  end
+end
+
 -- ARGV  1 job id   2 position
 -- Returns {state, end position, Outcome bytes or nil, prompt tokens, {LogEntry bytes behind the position ...}}, or nil.
 local function read(keys, args)
@@ -382,6 +425,25 @@ local function cancel(keys, args)
   end_job(shard, job, 'cancelled', notice_of(job.id))
   send_news(shard)
   return 'cancelled'
+end
+
+-- ARGV  1 job id   2 gateway, which does not watch the job any more
+-- Returns the state the job is in now, or nil. If nobody watches it any more its grace begins, or it ends if it has none.
+local function unwatch(keys, args)
+  local shard = open_shard(keys)
+  local job = get_job(shard, args[1], QUEUE_FIELDS)
+  if not job.state or is_final(job.state) then
+    return job.state
+  end
+  if remove_watcher(shard, job.id, args[2]) then
+    if redis.call('HGET', key_of(shard, 'job', job.id), 'grace_ms') == '0' then
+      end_job(shard, job, 'cancelled', notice_of(job.id))
+      send_news(shard)
+      return 'cancelled'
+    end
+    keep_watched(shard, job.id, 0)
+  end
+  return job.state
 end
 
 -- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, dead jobs, {WorkerStatus bytes, its age in ms, ...}}.
@@ -606,11 +668,15 @@ end
 ------------------------------------------------------------------------------------------------------------------------
 -- Upkeep
 
--- Gives every lease its whole length again, counted from now. Returns how many there are.
+-- Gives every lease its whole length again, counted from now, and every job its watchers. Returns how many leases there
+-- are.
 local function grant_amnesty(shard)
   local ids = redis.call('ZRANGE', key_of(shard, 'leases'), 0, -1)
   for _, id in ipairs(ids) do
     set_lease(shard, id, redis.call('HGET', key_of(shard, 'job', id), 'lease_ms') or 0)
+  end
+  for _, id in ipairs(redis.call('ZRANGE', key_of(shard, 'watched'), 0, -1)) do
+    keep_watched(shard, id, WATCH_TTL_MS)
   end
   return #ids
 end
@@ -625,12 +691,12 @@ end
 
 -- ARGV  1 attempts a job has   2 stall_ms: a longer pause between sweeps means that nobody could renew a lease
 --       3 most jobs to look at in each index
--- Returns {requeued, expired, poisoned, leases extended by amnesty, 1 if there is more to do else 0}.
+-- Returns {requeued, expired, poisoned, leases extended by amnesty, abandoned, 1 if there is more to do else 0}.
 local function sweep(keys, args)
   local shard = open_shard(keys)
   local max_attempts, stall_ms, limit = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
   local leases, deadlines, counters = key_of(shard, 'leases'), key_of(shard, 'deadlines'), key_of(shard, 'counters')
-  local requeued, expired, poisoned, amnestied = 0, 0, 0, 0
+  local requeued, expired, poisoned, amnestied, abandoned = 0, 0, 0, 0, 0
 
   local swept_ms = tonumber(redis.call('HGET', counters, 'swept_ms'))
   redis.call('HSET', counters, 'swept_ms', shard.now_ms)
@@ -650,6 +716,18 @@ local function sweep(keys, args)
     end
   end
 
+  local watched = key_of(shard, 'watched')
+  local unwatched = redis.call('ZRANGEBYSCORE', watched, '-inf', shard.now_ms, 'LIMIT', 0, limit)
+  for _, id in ipairs(unwatched) do
+    local job = get_job(shard, id, QUEUE_FIELDS)
+    if job.state and not is_final(job.state) then
+      end_job(shard, job, 'cancelled', notice_of(id))
+      abandoned = abandoned + 1
+    else
+      redis.call('ZREM', watched, id)
+    end
+  end
+
   local lost = redis.call('ZRANGEBYSCORE', leases, '-inf', shard.now_ms, 'LIMIT', 0, limit)
   for _, id in ipairs(lost) do
     local job = get_job(shard, id, QUEUE_FIELDS)
@@ -666,8 +744,8 @@ local function sweep(keys, args)
   end
 
   send_news(shard)
-  local is_cut_off = #overdue == limit or #lost == limit
-  return { requeued, expired, poisoned, amnestied, is_cut_off and 1 or 0 }
+  local is_cut_off = #overdue == limit or #unwatched == limit or #lost == limit
+  return { requeued, expired, poisoned, amnestied, abandoned, is_cut_off and 1 or 0 }
 end
 
 ------------------------------------------------------------------------------------------------------------------------
@@ -680,6 +758,8 @@ end
 register('enqueue', enqueue, {})
 register('attach', attach, { 'allow-oom' })
 register('status', status, { 'no-writes' })
+register('keep_watching', keep_watching, { 'allow-oom' })
+register('unwatch', unwatch, { 'allow-oom' })
 register('read', read, { 'no-writes' })
 register('cancel', cancel, { 'allow-oom' })
 register('load', load, { 'no-writes' })

@@ -36,7 +36,7 @@ from oasst_jobs.records import (
     TenantPolicy,
 )
 
-__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "ClaimReply", "QueueClient", "job_size"]
+__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "WATCHED_PER_CALL", "ClaimReply", "QueueClient", "job_size"]
 
 T = TypeVar("T")
 
@@ -45,6 +45,9 @@ JOB_VERSION = 1
 
 # A call over more items would keep Redis from everyone else for too long.
 PUSH_ITEMS_PER_CALL = 128
+
+# As many jobs as one call keeps watched.
+WATCHED_PER_CALL = 256
 
 # Jobs that one sweep looks at in each index before it lets others in.
 _SWEEP_LIMIT = 100
@@ -126,8 +129,11 @@ class QueueClient:
         limits: QueueLimits,
         policy: TenantPolicy,
         max_tokens_ahead: int | None,
+        grace_ms: int | None,
     ) -> Submitted:
         """Puts a job into the queue, or adds the gateway to the watchers of the one that is there.
+
+        An empty `gateway_id` is nobody's.
 
         Raises:
             RequestConflictError: if the one that is there came from another request.
@@ -153,6 +159,7 @@ class QueueClient:
             _or_empty(policy.max_waiting_jobs),
             _or_empty(policy.max_waiting_tokens),
             _or_empty(max_tokens_ahead),
+            _or_empty(grace_ms),
         )
         match verdict:
             case b"conflict":
@@ -175,6 +182,15 @@ class QueueClient:
     async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
         """Adds the gateway to a job's watchers."""
         return _read_snapshot(await self._call("attach", job_id, gateway_id))
+
+    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
+        """Puts off the end of jobs that the gateway watches. At most WATCHED_PER_CALL in one call."""
+        await self._call("keep_watching", gateway_id, *job_ids)
+
+    async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
+        """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""
+        state = await self._call("unwatch", job_id, gateway_id)
+        return None if state is None else JobState(state.decode())
 
     async def status(self, job_id: str) -> JobSnapshot | None:
         return _read_snapshot(await self._call("status", job_id))

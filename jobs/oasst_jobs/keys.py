@@ -22,6 +22,9 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  sweep and load. Gone when empty.
 `oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue, read
                                  by sweep. Gone when empty.
+`oasst:{0}:watched`              sorted set. Jobs that end when nobody watches them any more, by when that is (ms) if
+                                 nobody says otherwise. Written by enqueue, attach, keep_watching and unwatch, read by
+                                 sweep. Gone when empty.
 `oasst:{0}:claim:<worker>`       string. The worker's last claim: its id, then the job ids. Written and read by claim.
                                  Goes after one lease.
 `oasst:{0}:wake:<model>`         list. At most one token: there is work. Written by enqueue, release, sweep and claim,
@@ -48,6 +51,7 @@ Fields of a job hash. All times are milliseconds of Redis's own clock.
 `lost_leases`                    how many of them lost their lease; absent for none
 `lease_ms`                       length of the present lease
 `watchers`                       gateways that watch, separated by spaces
+`grace_ms`                       how long it runs on when nobody watches; absent for as long as it takes
 `enqueued_ms` `claimed_ms` `deadline_ms`  arrival, first claim, deadline; the last two may be absent
 `retention_ms`                   how long hash and log stay after the end
 `outcome`                        the Outcome message, if a worker ended the job

@@ -189,6 +189,8 @@ class SweepReport:
     poisoned: int = 0
     # Leases extended because nobody could have renewed them.
     amnestied: int = 0
+    # Jobs that nobody watched any more, and whose grace was over.
+    abandoned: int = 0
 
     def __add__(self, other: "SweepReport") -> "SweepReport":
         return SweepReport(
@@ -196,4 +198,5 @@ class SweepReport:
             expired=self.expired + other.expired,
             poisoned=self.poisoned + other.poisoned,
             amnestied=self.amnestied + other.amnestied,
+            abandoned=self.abandoned + other.abandoned,
         )

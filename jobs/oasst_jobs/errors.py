@@ -6,11 +6,15 @@ import redis.exceptions
 
 __all__ = [
     "FencedError",
+    "JobNotAcceptedError",
     "LibraryMissingError",
+    "PoisonedPromptError",
     "QueueError",
     "QueueFullError",
     "QueueUnavailableError",
     "RequestConflictError",
+    "TenantFullError",
+    "TooMuchAheadError",
     "UnavailableReason",
     "UnsupportedServerError",
     "translate",
@@ -30,6 +34,7 @@ class UnavailableReason(StrEnum):
     STORAGE_FULL = "QUEUE_STORAGE_FULL"
     MEMORY_FULL = "QUEUE_MEMORY_FULL"
     CLUSTER_DOWN = "QUEUE_CLUSTER_DOWN"
+    NOT_REPLICATED = "QUEUE_NOT_REPLICATED"
 
 
 class QueueError(Exception):
@@ -52,13 +57,42 @@ class LibraryMissingError(QueueError):
     """The server does not have our functions; for QueueClient, which then loads them."""
 
 
-class QueueFullError(QueueError):
-    """As many jobs wait as are allowed to."""
+class JobNotAcceptedError(QueueError):
+    """The job was not let in, and nothing of it is stored. It may come again later."""
 
-    def __init__(self, waiting_jobs: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting_jobs} jobs wait already; come back in {retry_after_s:.1f} s")
+
+class QueueFullError(JobNotAcceptedError):
+    """As many jobs or tokens wait for the model as may."""
+
+    def __init__(self, *, waiting_jobs: int, waiting_tokens: int) -> None:
+        super().__init__(f"{waiting_jobs} jobs with {waiting_tokens} tokens wait already")
         self.waiting_jobs = waiting_jobs
-        self.retry_after_s = retry_after_s
+        self.waiting_tokens = waiting_tokens
+
+
+class TenantFullError(JobNotAcceptedError):
+    """As many jobs or tokens of the tenant wait as may."""
+
+    def __init__(self, *, waiting_jobs: int, waiting_tokens: int) -> None:
+        super().__init__(f"{waiting_jobs} jobs with {waiting_tokens} tokens of the tenant wait already")
+        self.waiting_jobs = waiting_jobs
+        self.waiting_tokens = waiting_tokens
+
+
+class TooMuchAheadError(JobNotAcceptedError):
+    """More tokens would be served before the job than its submitter allowed."""
+
+    def __init__(self, *, jobs_ahead: int, tokens_ahead: int) -> None:
+        super().__init__(f"{jobs_ahead} jobs with {tokens_ahead} tokens would come before it")
+        self.jobs_ahead = jobs_ahead
+        self.tokens_ahead = tokens_ahead
+
+
+class PoisonedPromptError(JobNotAcceptedError):
+    """The tenant's same prompt killed its workers a short while ago."""
+
+    def __init__(self) -> None:
+        super().__init__("this prompt killed every worker that ran it a short while ago")
 
 
 class RequestConflictError(QueueError):
@@ -99,7 +133,7 @@ _REASON_OF_REPLY = {
 }
 
 # The client library turns some replies into classes of their own and cuts the first word off. Subclasses come first.
-_REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReason], ...] = (
+_REASON_OF_CLASS: tuple[tuple[type[Exception], UnavailableReason], ...] = (
     (redis.exceptions.AuthenticationError, UnavailableReason.ACCESS_DENIED),
     (redis.exceptions.AuthorizationError, UnavailableReason.ACCESS_DENIED),
     (redis.exceptions.NoPermissionError, UnavailableReason.ACCESS_DENIED),
@@ -107,6 +141,8 @@ _REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReas
     (redis.exceptions.ReadOnlyError, UnavailableReason.READ_ONLY),
     (redis.exceptions.OutOfMemoryError, UnavailableReason.MEMORY_FULL),
     (redis.exceptions.ClusterDownError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.AskError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.RedisClusterException, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.MasterDownError, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.TryAgainError, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.TimeoutError, UnavailableReason.TIMEOUT),
@@ -114,11 +150,13 @@ _REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReas
 )
 
 
-def translate(error: redis.exceptions.RedisError) -> QueueError:
+def translate(error: redis.exceptions.RedisError | redis.exceptions.RedisClusterException) -> QueueError:
     """Our error for one of the client library's; a plain QueueError is a defect, not a state of the server."""
     message = f"Redis: {str(error) or type(error).__name__}"
+    # What a server says to a new connection comes wrapped into "no connection".
+    refusal = error.__cause__ if type(error) is redis.exceptions.ConnectionError else None
     for error_class, reason in _REASON_OF_CLASS:
-        if isinstance(error, error_class):
+        if isinstance(error, error_class) or isinstance(refusal, error_class):
             return QueueUnavailableError(reason, message)
     if str(error).lower().startswith(_MISSING_LIBRARY):
         return LibraryMissingError(message)

@@ -1,4 +1,4 @@
-"""News of jobs for one gateway: one reader of its stream, fanned out to whoever waits.
+"""News of jobs for one gateway: one reader of its stream in each shard, fanned out to whoever waits.
 
 The gateway's stream is fast and may lose; the job's log is the truth. A subscription knows the position up to which it
 has told everything, so it sees what it missed and has it read from the log:
@@ -20,8 +20,9 @@ from contextlib import asynccontextmanager
 
 from oasst.jobs.v1 import job_pb2
 
+from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
-from oasst_jobs.functions import QueueClient
+from oasst_jobs.functions import Shard
 from oasst_jobs.outcomes import diverged, lost
 from oasst_jobs.records import LogSnapshot
 
@@ -38,9 +39,9 @@ _BATCHES_PER_TRIM = 1000
 class Subscription:
     """One reader's view of one job: LogEntry after LogEntry without gap or repeat, then its Outcome, then the end.
 
-    Iterating starts once the job has been submitted or attached to. A job that is gone, because its retention is over
-    or Redis lost it, ends with an Outcome that has failed as ABORTED with the reason JOB_LOST; one whose log is shorter
-    than what was seen of it, with the reason STREAM_DIVERGED.
+    Reading, by iterating or by `take`, starts once the job has been submitted or attached to. A job that is gone,
+    because its retention is over or Redis lost it, ends with an Outcome that has failed as ABORTED with the reason
+    JOB_LOST; one whose log is shorter than what was seen of it, with the reason STREAM_DIVERGED.
     """
 
     def __init__(self, job_id: str, *, after: int, now_s: float, catch_up: Callable[["Subscription"], None]) -> None:
@@ -51,27 +52,44 @@ class Subscription:
         self.heard_s = now_s
         # Whether reading the log is due.
         self.is_stale = False
-        # Whether somebody iterates: before that, the job need not exist.
+        # Whether somebody reads: before that, the job need not exist.
         self.is_read = False
         # Whether the outcome was put into `_news`.
         self.is_over = False
         self._catch_up = catch_up
         self._news: deque[job_pb2.LogEntry | job_pb2.Outcome] = deque()
-        self._has_news = asyncio.Event()
+        self._failure: Exception | None = None
+        # Set when the reader has something to look at.
+        self._called = asyncio.Event()
 
     def __aiter__(self) -> "Subscription":
         return self
 
     async def __anext__(self) -> job_pb2.LogEntry | job_pb2.Outcome:
-        if not self.is_read:
-            self.is_read = True
-            self._catch_up(self)
+        self._start_reading()
         while not self._news:
             if self.is_over:
                 raise StopAsyncIteration
-            self._has_news.clear()
-            await self._has_news.wait()
+            await self._wait()
         return self._news.popleft()
+
+    async def take(self) -> list[job_pb2.LogEntry | job_pb2.Outcome]:
+        """Everything that came since the last time, waiting for some. Nothing if the reader was called for nothing."""
+        self._start_reading()
+        if not self._news:
+            await self._wait()
+        news = list(self._news)
+        self._news.clear()
+        return news
+
+    def call(self) -> None:
+        """The reader's `take` returns, with what there is."""
+        self._called.set()
+
+    def fail(self, failure: Exception) -> None:
+        """The reader is raised `failure` once it has read what came before."""
+        self._failure = failure
+        self._called.set()
 
     def update(self, update: job_pb2.JobUpdate, now_s: float) -> None:
         """Takes news from the gateway's stream; asks for the log where they do not join on."""
@@ -98,21 +116,34 @@ class Subscription:
             if log.outcome is not None:
                 self._tell_outcome(log.outcome)
 
+    def _start_reading(self) -> None:
+        if not self.is_read:
+            self.is_read = True
+            self._catch_up(self)
+
+    async def _wait(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._called.clear()
+        await self._called.wait()
+        if self._failure is not None and not self._news:
+            raise self._failure
+
     def _tell_entry(self, entry: job_pb2.LogEntry) -> None:
         if not self.is_over:
             self.told_position = entry.end_position
             self._news.append(entry)
-            self._has_news.set()
+            self._called.set()
 
     def _tell_outcome(self, outcome: job_pb2.Outcome) -> None:
         if not self.is_over:
             self.is_over = True
             self._news.append(outcome)
-            self._has_news.set()
+            self._called.set()
 
 
 class Inbox:
-    """The one reader of a gateway's stream.
+    """The one reader of a gateway's streams.
 
     Any number of subscriptions may watch the same job. One that hears nothing for `recheck_s` has its log read, so
     that nothing lost on the way can leave a reader waiting.
@@ -136,7 +167,8 @@ class Inbox:
     async def run(self) -> None:
         """Serves the subscriptions until cancelled. While the queue is unavailable they wait."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read_stream())
+            for shard in self._client.shards:
+                tasks.create_task(self._read_stream(shard))
             tasks.create_task(self._read_logs())
             tasks.create_task(self._watch_silence())
 
@@ -153,27 +185,27 @@ class Inbox:
             if not watching and self._subscriptions.get(job_id) is watching:
                 del self._subscriptions[job_id]
 
-    async def _read_stream(self) -> None:
-        """Reads the gateway's stream, over lost connections."""
+    async def _read_stream(self, shard: Shard) -> None:
+        """Reads the gateway's stream of a shard, over lost connections."""
         while True:
             try:
-                await self._read_from_now()
+                await self._read_from_now(shard)
             except QueueUnavailableError as error:
                 _log.warning("inbox lost its connection gateway=%s reason=%s", self._gateway_id, error.reason)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _read_from_now(self) -> None:
+    async def _read_from_now(self, shard: Shard) -> None:
         """Passes on each batch from now on; what came before, the subscriptions read from their logs."""
-        last_id = await self._client.last_update_id(self._gateway_id)
+        last_id = await shard.last_update_id(self._gateway_id)
         self._mark_all_stale()
         num_read = 0
         while True:
-            for batch_id, batch in await self._client.read_updates(self._gateway_id, last_id):
+            for batch_id, batch in await shard.read_updates(self._gateway_id, last_id):
                 self._pass_on(batch)
                 last_id = batch_id
                 num_read += 1
             if num_read >= _BATCHES_PER_TRIM:
-                await self._client.trim_updates(self._gateway_id, last_id)
+                await shard.trim_updates(self._gateway_id, last_id)
                 num_read = 0
 
     async def _read_logs(self) -> None:

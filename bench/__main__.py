@@ -18,8 +18,11 @@ from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import OURS, EngineRow, measure_engine
 from bench.path import PathRow, measure_path
 from bench.start import StartRow, measure_start
+from bench.training import OURS as OUR_TRAINER
+from bench.training import THEIRS as THEIR_TRAINER
+from bench.training import TRAINED_SHAPES, TrainingRow, measure_training
 
-PARTS = ("engine", "path", "start")
+PARTS = ("engine", "path", "start", "training")
 
 
 def main() -> None:
@@ -29,6 +32,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--training-steps", type=int, default=12)
     parser.add_argument("--json", type=Path, help="also writes the figures to this file")
     options = parser.parse_args()
 
@@ -53,6 +57,12 @@ def main() -> None:
                 streams = max(options.concurrent)
                 rows = [measure_path(name, path, streams=streams, **lengths) for name, path in checkpoints.items()]
                 console.print(_path_table(rows))
+            elif part == "training":
+                rows = [
+                    measure_training(shape, steps=options.training_steps, rounds=options.rounds)
+                    for shape in TRAINED_SHAPES
+                ]
+                console.print(_training_table(rows))
             else:
                 rows = [measure_start(options.rounds)]
                 console.print(_start_table(rows[0]))
@@ -113,6 +123,22 @@ def _start_table(row: StartRow) -> Table:
     table.add_row("from there to everything stopped", f"{row.stopped_s:.1f} s")
     for process, mib in row.resident_mib.items():
         table.add_row(f"resident memory of {process}", f"{mib:.0f} MiB")
+    return table
+
+
+def _training_table(rows: list[TrainingRow]) -> Table:
+    table = Table(title="Training: tokens per second without padding, fp32; most memory of the process")
+    for heading in ("shape", OUR_TRAINER, THEIR_TRAINER, "ratio", "memory", "their memory"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.shape,
+            f"{row.tokens_per_s[OUR_TRAINER]:.0f}",
+            f"{row.tokens_per_s[THEIR_TRAINER]:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.peak_mib[OUR_TRAINER]:.0f} MiB",
+            f"{row.peak_mib[THEIR_TRAINER]:.0f} MiB",
+        )
     return table
 
 

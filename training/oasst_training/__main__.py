@@ -16,8 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse_options(argv)
     try:
         recipe = load_recipe(options.recipe, options.configs, options.set)
-        from oasst_training.run import run_recipe  # Here, because PyTorch takes seconds and a typing error should not.
+        # Not above: PyTorch takes seconds to load, and a misspelt key should not.
+        from transformers.utils import logging as transformers_logging
 
+        from oasst_training.run import run_recipe
+
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped.
         folders = (options.recipe.resolve().parent, recipe.cache_dir)
         model = run_recipe(recipe, folders, resume=options.resume, deepspeed=options.deepspeed)
     except TrainingError as error:

@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 # The original's, so that the same trees are split alike.
 _SPLIT_SEED = 287631038922
-_ALPACA = {"repo_id": "yahma/alpaca-cleaned", "filename": "alpaca_data_cleaned.json"}
+_ALPACA_REPO, _ALPACA_FILE = "yahma/alpaca-cleaned", "alpaca_data_cleaned.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _alpaca_file(spec: AlpacaSpec, recipe: Recipe, folders: Sequence[Path]) -> P
     if spec.input_file_path:
         return find_file(spec.input_file_path, folders, key="datasets")
     try:
-        return Path(hf_hub_download(**_ALPACA, repo_type="dataset", cache_dir=recipe.cache_dir))
+        return Path(hf_hub_download(_ALPACA_REPO, _ALPACA_FILE, repo_type="dataset", cache_dir=recipe.cache_dir))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise RecipeError(
             "datasets: alpaca cannot be downloaded from the hub; give its file as `input_file_path`"

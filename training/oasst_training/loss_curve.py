@@ -10,6 +10,7 @@ from oasst_training.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["EvaluationPoint", "LossCurve", "StepPoint", "can_draw"]
 
@@ -71,6 +72,10 @@ class LossCurve:
 
     def draw(self, folder: Path) -> None:
         """`loss_curve.png` in this folder shows the curve. Needs matplotlib."""
+        self.figure().savefig(folder / _PNG_NAME, dpi=120)
+
+    def figure(self) -> "Figure":
+        """Losses above, the learning rate below. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 6), layout="constrained")
@@ -82,7 +87,7 @@ class LossCurve:
         for axes in (loss, rate):
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(folder / _PNG_NAME, dpi=120)
+        return figure
 
     def _draw_losses(self, axes: "Axes") -> None:
         steps, losses = [point.step for point in self.steps], [point.loss for point in self.steps]

@@ -76,8 +76,11 @@ def load_base(name: str, cache_dir: Path, *, seed: int) -> tuple[GPTNeoXForCausa
     """
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-        if config.model_type != "gpt_neox":
-            raise RecipeError(f"model_name: {name} is a {config.model_type}; this recipe trains gpt_neox")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model_name: {name} cannot be loaded: {error}") from error
+    if config.model_type != "gpt_neox":
+        raise RecipeError(f"model_name: {name} is a {config.model_type}; this recipe trains gpt_neox")
+    try:
         tokenizer_file = cached_file(name, "tokenizer.json", cache_dir=cache_dir)
         tokenizer = load_tokenizer(Path(str(tokenizer_file)).parent)
         model = GPTNeoXForCausalLM.from_pretrained(name, dtype=torch.float32, cache_dir=cache_dir)

@@ -65,7 +65,7 @@ class Recipe(_Strict):
 
     # What is trained on what.
     model_name: str  # A folder, or an id on the hub, with a GPT-NeoX checkpoint.
-    datasets: Annotated[tuple[DataSetSpec, ...], Field(min_length=1)]
+    datasets: tuple[DataSetSpec, ...]
     output_dir: Path = Path("saved_model")
     cache_dir: Path = Path(".cache")  # Downloads, and the second place where data files are looked for.
 
@@ -134,13 +134,15 @@ class Recipe(_Strict):
     @classmethod
     def _join_extra_datasets(cls, keys: Any) -> Any:
         """`datasets_extra` is how a block adds data sets to those of an earlier one: YAML cannot extend a list."""
-        extra = keys.get("datasets_extra") or []
-        return {**keys, "datasets": [*(keys.get("datasets") or []), *extra], "datasets_extra": ()}
+        extra = keys.get("datasets_extra")
+        if not extra or not isinstance(extra, list):
+            return keys
+        return {**keys, "datasets": [*keys.get("datasets", ()), *extra], "datasets_extra": ()}
 
     @field_validator("datasets", mode="before")
     @classmethod
-    def _name_datasets(cls, entries: Sequence[Any]) -> list[Any]:
-        return [_named(entry) for entry in entries]
+    def _name_datasets(cls, entries: Any) -> Any:
+        return [_named(entry) for entry in entries] if isinstance(entries, list) else entries
 
 
 def load_recipe(path: Path, blocks: Sequence[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -208,8 +210,8 @@ def _named(entry: Any) -> Any:
     match entry:
         case str():
             return {"name": entry}
-        case {**one} if len(one) == 1:
-            [(name, options)] = one.items()
+        case dict() if len(entry) == 1:
+            [(name, options)] = entry.items()
             return {**(options or {}), "name": name}
         case _:
             return entry

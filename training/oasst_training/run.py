@@ -213,7 +213,7 @@ def _make_accelerator(recipe: Recipe, folders: Sequence[Path], *, deepspeed: boo
     if not has_gpu:
         torch.use_deterministic_algorithms(True)
     return Accelerator(
-        cpu=not has_gpu,
+        cpu=not has_gpu and not deepspeed,  # Told to use a CPU, accelerate would quietly leave DeepSpeed out.
         mixed_precision="no" if recipe.dtype == "fp32" else recipe.dtype,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         deepspeed_plugin=zero_plugin(recipe, folders) if deepspeed else None,

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO, set up by a file such as the original's `zero_config.json`."""
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,12 @@ def zero_plugin(recipe: Recipe, folders: Sequence[Path]) -> DeepSpeedPlugin:
     """What tells accelerate to train with DeepSpeed, by the recipe's `deepspeed_config`.
 
     Raises:
-        RecipeError: if DeepSpeed is not installed, or the file is missing or asks for what cannot be done.
+        RecipeError: if DeepSpeed is not installed or not launched, or the file cannot be used.
     """
     if find_spec("deepspeed") is None:
         raise RecipeError("--deepspeed: DeepSpeed is not installed; `pip install deepspeed`, or train without the flag")
+    if "LOCAL_RANK" not in os.environ:
+        raise RecipeError("--deepspeed: start it by `torchrun --nproc-per-node GPUS -m oasst_training ...`")
     config = fill_config(_read_config(recipe.deepspeed_config, folders), recipe)
     return DeepSpeedPlugin(hf_ds_config=config)
 

@@ -1,8 +1,6 @@
 """The history of a run, as data and as a picture."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from oasst_training.evaluation import Evaluation
@@ -55,13 +53,3 @@ def test_the_picture_shows_training_and_every_evaluated_set(curve):
 def test_even_a_run_of_a_step_has_a_picture(curve, tmp_path, num_steps):
     LossCurve(curve.steps[:num_steps]).draw(tmp_path)
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_matplotlib_is_loaded_for_drawing_only():
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import oasst_training.run, sys; print('matplotlib' in sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert loaded.stdout == "False\n"

@@ -136,7 +136,7 @@ def test_a_half_written_checkpoint_does_not_count(train, tmp_path):
 
 
 def test_two_processes_train_what_one_trains(command, train, tmp_path):
-    """One process takes two micro batches a step, two take one each. Measured: equal; promised: 1e-6 of the loss."""
+    """One process takes two micro batches a step, two take one each: the same sum of two gradients, bit for bit."""
     one = train(gradient_accumulation_steps=2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -150,16 +150,11 @@ def test_two_processes_train_what_one_trains(command, train, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], errors
+    assert are_equal(one, tmp_path / "two" / "model")
     ours, theirs = curve_of(tmp_path / "run"), curve_of(tmp_path / "two")
-    assert [point["loss"] for point in theirs["steps"]] == pytest.approx(
-        [point["loss"] for point in ours["steps"]], rel=1e-6
-    )
-    assert [point["loss"] for point in theirs["evaluations"]] == pytest.approx(
-        [point["loss"] for point in ours["evaluations"]], rel=1e-6
-    )
-    two = weights_of(tmp_path / "two" / "model")
-    for name, weight in weights_of(one).items():
-        torch.testing.assert_close(two[name], weight, atol=1e-3, rtol=1e-3)
+    for points in ("steps", "evaluations"):
+        losses = [point["loss"] for point in ours[points]]
+        assert [point["loss"] for point in theirs[points]] == pytest.approx(losses, rel=1e-6)
 
 
 def test_a_run_is_not_written_over(train, tmp_path):

@@ -110,8 +110,7 @@ class _Run:
             if is_last or step % self._recipe.eval_steps == 0:
                 self._evaluate(step, progress)
             if step % self._recipe.save_steps == 0:
-                self._log(step, progress)
-                self._save(step)
+                self._save(step, progress)
         progress.close()
         return self._finish()
 
@@ -133,7 +132,11 @@ class _Run:
         self._accelerator.wait_for_everyone()
 
     def _log(self, step: int, progress: Progress) -> None:
-        """The curve has the losses of all steps up to this one, as means over all processes."""
+        """The curve has the losses of all steps up to this one, as means over all processes.
+
+        Raises:
+            DivergedError: if one of them is no number.
+        """
         if not self._pending:
             return
         losses = self._accelerator.reduce(torch.stack([result.loss for result in self._pending]), "mean").tolist()
@@ -169,7 +172,8 @@ class _Run:
         if self._accelerator.is_main_process:
             self._curve.write(self._recipe.output_dir)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, progress: Progress) -> None:
+        self._log(step, progress)
         checkpoint = self._checkpoints.partial(step)
         self._accelerator.save_state(str(checkpoint.state))
         self._accelerator.wait_for_everyone()

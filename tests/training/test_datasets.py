@@ -169,6 +169,14 @@ def test_a_missing_file_is_named_with_the_folders_that_were_searched(tiny_recipe
         load_datasets(tiny_recipe(), tokenizer, [tmp_path, tiny_recipe().cache_dir])
 
 
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"\xff")])
+def test_a_damaged_file_is_named_by_its_data_set(tiny_recipe, tokenizer, tmp_path, content):
+    (tmp_path / "trees.jsonl.gz").write_bytes(content)
+    recipe = tiny_recipe(datasets="[{oasst_export: {input_file_path: trees.jsonl.gz}}]")
+    with pytest.raises(DataError, match=r"datasets\.0: oasst_export cannot be read"):
+        load_datasets(recipe, tokenizer, [tmp_path])
+
+
 def test_data_sets_without_anything_to_train_on_are_refused(tiny_recipe, tokenizer, data_folder):
     recipe = tiny_recipe(datasets="[{oasst_export: {input_file_path: trees.jsonl, lang: fr}}]")
     with pytest.raises(RecipeError, match="nothing in them to train on"):

@@ -1,5 +1,6 @@
 """The data sets of a recipe: rows of token ids to train on, and others, never trained on, to evaluate on."""
 
+import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset, random_split
 
 from oasst_training.curriculum import Curriculum
 from oasst_training.dialogues import format_dialogue, load_dialogues
-from oasst_training.errors import RecipeError
+from oasst_training.errors import DataError, RecipeError
 from oasst_training.instructions import read_instructions
 from oasst_training.message_trees import read_threads
 from oasst_training.recipe import AlpacaSpec, DataSetSpec, DialoguesSpec, OasstExportSpec, Recipe, find_file
@@ -36,7 +37,7 @@ _ALPACA_REPO, _ALPACA_FILE = "yahma/alpaca-cleaned", "alpaca_data_cleaned.json"
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """A data set's rows. No conversation has rows in both lists."""
+    """A data set's rows."""
 
     name: str
     training: list[Row]
@@ -48,9 +49,14 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, folders: Sequence[Path])
 
     Raises:
         RecipeError: if a file is missing, or nothing is left to train on.
-        DataError: naming the file and line that is not what it should be.
+        DataError: naming the file and line, or the data set, that is not what it should be.
     """
-    loaded = [_load(spec, tokenizer, recipe, folders) for spec in recipe.datasets]
+    loaded = []
+    for index, spec in enumerate(recipe.datasets):
+        try:
+            loaded.append(_load(spec, tokenizer, recipe, folders))
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise DataError(f"datasets.{index}: {spec.name} cannot be read: {error}") from error
     names = _distinct([spec.name for spec in recipe.datasets])
     datasets = [DataSet(name, *rows) for name, rows in zip(names, loaded, strict=True)]
     if not any(dataset.training for dataset in datasets):

@@ -24,8 +24,10 @@ format: .venv/dev         ## Bring the code into the project's style
 proto: .venv/dev          ## Generate the Python code of the protobuf files
 	$(BIN)/python protos/generate.py
 
-demo: .venv/dev           ## Train the demo checkpoint anew
-	$(BIN)/python -m oasst_training.train_demo
+train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, ask it
+	rm -rf build/demo
+	$(BIN)/python -m oasst_training.train_demo --work-dir build/demo
+	printf 'What is a meme?\nAnd who coined the word?\n' | $(BIN)/oasst up --chat --model training/oasst_training/demo
 
 bench: .venv/dev          ## Measure engine, whole path and start; prints ratios
 	$(BIN)/python -m bench
@@ -34,7 +36,7 @@ clean:                    ## Remove the environment and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
 
 help:                     ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 .venv/all .venv/dev: .venv/%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oasst-serve needs Python 3.11 or newer")'
@@ -44,4 +46,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz lint format proto demo bench clean help
+.PHONY: run test fuzz lint format proto train-demo bench clean help

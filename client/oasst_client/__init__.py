@@ -29,6 +29,7 @@ from oasst_client._errors import (
     UnimplementedError,
 )
 from oasst_client._request_id import new_request_id
+from oasst_client._transcript import parse_transcript, render_transcript
 from oasst_client._types import (
     Accepted,
     ChatOptions,
@@ -109,4 +110,6 @@ __all__ = [
     "Waiting",
     "WorkerLoad",
     "new_request_id",
+    "parse_transcript",
+    "render_transcript",
 ]

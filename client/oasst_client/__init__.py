@@ -28,6 +28,7 @@ from oasst_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
+from oasst_client._profile import Profile, ProfileError, connect, connect_async, load_profile
 from oasst_client._request_id import new_request_id
 from oasst_client._transcript import parse_transcript, render_transcript
 from oasst_client._types import (
@@ -94,6 +95,8 @@ __all__ = [
     "PermissionDeniedError",
     "Preset",
     "Priority",
+    "Profile",
+    "ProfileError",
     "ProtocolError",
     "QueueStatus",
     "RequestCancelledError",
@@ -109,6 +112,9 @@ __all__ = [
     "Usage",
     "Waiting",
     "WorkerLoad",
+    "connect",
+    "connect_async",
+    "load_profile",
     "new_request_id",
     "parse_transcript",
     "render_transcript",

@@ -67,7 +67,7 @@ def test_models_lists_what_is_served(server):
 
 def test_a_service_that_is_not_there_is_one_line_on_stderr():
     result = oasst("models", "--address", "127.0.0.1:1")
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

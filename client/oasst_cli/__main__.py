@@ -9,11 +9,13 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 from oasst_client import OasstError
 
+from oasst_cli.bench.command import bench
 from oasst_cli.cancel import cancel
 from oasst_cli.chat import chat
 from oasst_cli.complete import complete
 from oasst_cli.exits import EXIT_CODES, exit_of
 from oasst_cli.models import models
+from oasst_cli.report.command import report
 from oasst_cli.tokenize import tokenize
 from oasst_cli.up import up
 
@@ -27,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, chat, complete, cancel, models, tokenize):
+for command in (up, chat, complete, cancel, models, tokenize, bench, report):
     app.command(epilog=EXIT_CODES)(command)
 
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Annotated
 
 import typer
-from oasst_client import ChatOptions, Model, Profile, connect, connect_async
+from oasst_client import AsyncClient, ChatOptions, Model, Profile, connect, connect_async
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

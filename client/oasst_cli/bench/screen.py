@@ -40,8 +40,9 @@ def _full(summary: Summary, limits_s: Mapping[str, float]) -> RenderableType:
         lines.append(f"[red]failed: {told}[/red]")
     own = summary.overhead
     lines.append(
-        f"[dim]the tool itself: {own.cpu_share:.0%} of a core, {own.cpu_s_per_token * 1e6:.0f} us per token; p99 of its "
-        f"delays: {_milliseconds(own.send_delay_p99_s)} ms to send, {_milliseconds(own.loop_delay_p99_s)} ms to read[/dim]"
+        f"[dim]the tool itself: {own.cpu_share:.0%} of a core, {own.cpu_s_per_token * 1e6:.0f} us per token; "
+        f"99 of 100 times it sent within {_milliseconds(own.send_delay_p99_s)} ms and read within "
+        f"{_milliseconds(own.loop_delay_p99_s)} ms[/dim]"
     )
     return Group(*lines, latencies)
 

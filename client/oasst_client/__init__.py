@@ -7,6 +7,7 @@ An idea that spreads.
 """
 
 from oasst_client._async_client import AsyncClient, AsyncCompletionStream
+from oasst_client._channel import Tls
 from oasst_client._client import Client, CompletionStream
 from oasst_client._conversation import AsyncConversation, Conversation
 from oasst_client._errors import (
@@ -24,16 +25,19 @@ from oasst_client._errors import (
     ProtocolError,
     RequestCancelledError,
     RequestConflictError,
+    StreamDivergedError,
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
 )
 from oasst_client._profile import Profile, ProfileError, connect, connect_async, load_profile
 from oasst_client._request_id import new_request_id
+from oasst_client._retry import RetryPolicy
 from oasst_client._transcript import parse_transcript, render_transcript
 from oasst_client._types import (
     Accepted,
     ChatOptions,
+    ChatSnapshot,
     ChatState,
     Choice,
     ChoiceFinish,
@@ -68,6 +72,7 @@ __all__ = [
     "AsyncCompletionStream",
     "AsyncConversation",
     "ChatOptions",
+    "ChatSnapshot",
     "ChatState",
     "Choice",
     "ChoiceFinish",
@@ -101,8 +106,11 @@ __all__ = [
     "QueueStatus",
     "RequestCancelledError",
     "RequestConflictError",
+    "RetryPolicy",
     "Role",
+    "StreamDivergedError",
     "Timings",
+    "Tls",
     "TokenAlternative",
     "TokenLogprob",
     "Truncation",

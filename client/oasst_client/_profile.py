@@ -11,27 +11,27 @@ the one named `default` is used when nobody asks for another:
     api_key = "..."
     tls = true
 
->>> load_profile(environment={"OASST_CONFIG": "no.toml", "OASST_ADDRESS": "chat.example:443", "OASST_TLS": "yes"})
-Profile(address='chat.example:443', tls=True, tls_ca_file=None, tls_cert_file=None, tls_key_file=None)
+>>> load_profile(environment={"OASST_CONFIG": "none.toml", "OASST_ADDRESS": "chat.example:443"}).address
+'chat.example:443'
 """
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from oasst_client._async_client import AsyncClient
+from oasst_client._channel import Tls
 from oasst_client._client import Client
 from oasst_client._errors import OasstError
+from oasst_client._retry import DEFAULT_RETRY, RetryPolicy
 
 __all__ = [
     "Profile",
     "ProfileError",
-    "channel_credentials",
     "connect",
     "connect_async",
     "load_profile",
@@ -55,39 +55,75 @@ class Profile:
     address: str = _DEFAULT_ADDRESS
     # Sent with every call. Secret.
     api_key: str | None = field(default=None, repr=False)
-    # Whether the connection is encrypted and the server's certificate checked. Any of the files below turns it on.
-    tls: bool = False
+    # Whether the connection is encrypted and the server's certificate checked; any of those below turns it on. A key
+    # goes to another machine in plain text only where this is False, not where nothing was said.
+    tls: bool | None = None
     # Certificates of the authorities to trust (PEM); without it those that gRPC brings.
     tls_ca_file: Path | None = None
     # The caller's own certificate chain and its key (PEM), for a server that asks for them.
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
+    # The name in the server's certificate, where it is not that of the address.
+    tls_server_name: str | None = None
+
+    @property
+    def tls_options(self) -> Tls | bool | None:
+        """What a client is told of TLS.
+
+        Raises:
+            ProfileError: a certificate comes without its key.
+        """
+        if not self.tls:
+            return self.tls
+        try:
+            return Tls(self.tls_ca_file, self.tls_cert_file, self.tls_key_file, self.tls_server_name)
+        except ValueError as error:
+            raise ProfileError(str(error)) from error
 
 
-def connect(profile: Profile | str | None = None, *, query_timeout_s: float = 10.0) -> Client:
+def connect(
+    profile: Profile | str | None = None, *, retry: RetryPolicy = DEFAULT_RETRY, query_timeout_s: float = 10.0
+) -> Client:
     """A client of the service that the profile, its name, or else environment and file tell of.
 
     Raises:
         ProfileError: there is no such profile, or it cannot be used.
     """
     chosen = profile if isinstance(profile, Profile) else load_profile(profile)
-    return Client(
-        chosen.address,
-        credentials=channel_credentials(chosen),
-        metadata=_authorization(chosen),
-        query_timeout_s=query_timeout_s,
-    )
+    with _told_as_profile_errors():
+        return Client(
+            chosen.address,
+            api_key=chosen.api_key,
+            tls=chosen.tls_options,
+            retry=retry,
+            query_timeout_s=query_timeout_s,
+        )
 
 
-def connect_async(profile: Profile | str | None = None, *, query_timeout_s: float = 10.0) -> AsyncClient:
+def connect_async(
+    profile: Profile | str | None = None, *, retry: RetryPolicy = DEFAULT_RETRY, query_timeout_s: float = 10.0
+) -> AsyncClient:
     """`connect` for an event loop; called inside a coroutine."""
     chosen = profile if isinstance(profile, Profile) else load_profile(profile)
-    return AsyncClient(
-        chosen.address,
-        credentials=channel_credentials(chosen),
-        metadata=_authorization(chosen),
-        query_timeout_s=query_timeout_s,
-    )
+    with _told_as_profile_errors():
+        return AsyncClient(
+            chosen.address,
+            api_key=chosen.api_key,
+            tls=chosen.tls_options,
+            retry=retry,
+            query_timeout_s=query_timeout_s,
+        )
+
+
+@contextmanager
+def _told_as_profile_errors() -> Iterator[None]:
+    """What a client cannot be made of is the profile's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise ProfileError(f"{error.filename} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ProfileError(str(error)) from error
 
 
 def load_profile(
@@ -126,27 +162,6 @@ def profile_path(environment: Mapping[str, str]) -> Path:
         return Path(given).expanduser()
     folder = environment.get("XDG_CONFIG_HOME")
     return (Path(folder) if folder else Path.home() / ".config") / "oasst" / "profiles.toml"
-
-
-def channel_credentials(profile: Profile) -> grpc.ChannelCredentials | None:
-    """What gRPC needs for TLS; None for a plain connection.
-
-    Raises:
-        ProfileError: a file cannot be read, or a certificate comes without its key.
-    """
-    if not profile.tls:
-        return None
-    if bool(profile.tls_cert_file) != bool(profile.tls_key_file):
-        raise ProfileError("tls_cert_file and tls_key_file belong together; give both or neither")
-    return grpc.ssl_channel_credentials(
-        root_certificates=_read(profile.tls_ca_file),
-        private_key=_read(profile.tls_key_file),
-        certificate_chain=_read(profile.tls_cert_file),
-    )
-
-
-def _authorization(profile: Profile) -> list[tuple[str, str]]:
-    return [("authorization", f"Bearer {profile.api_key}")] if profile.api_key else []
 
 
 def _profile_of(path: Path, name: str, *, is_required: bool) -> Profile:
@@ -190,13 +205,6 @@ def _from_text(key: str, variable: str, text: str) -> str | bool | Path:
 
 
 def _with_values(profile: Profile, values: Mapping[str, Any]) -> Profile:
-    """`profile` with these values; a file for TLS turns it on."""
-    tls = values.get("tls", profile.tls or any(key.endswith("_file") for key in values))
-    return replace(profile, **{**values, "tls": tls})
-
-
-def _read(path: Path | None) -> bytes | None:
-    try:
-        return None if path is None else path.read_bytes()
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read: {error.strerror}") from error
+    """`profile` with these values; what is for TLS turns it on."""
+    implied = True if any(key.startswith("tls_") for key in values) else profile.tls
+    return replace(profile, **{"tls": implied, **values})

@@ -9,9 +9,10 @@
 An idea that spreads.
 ['What is a meme?']
 
-Answers are texts, or whatever a function makes of the request; an error among them is what the service refuses with:
+Answers are texts, or whatever a function makes of the request; an error among them is what the service refuses with
+(and the client tries again, as ever, if the error says that it may pass):
 
->>> full = OverloadedError("the queue is full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after_s=2)
+>>> full = OverloadedError("the queue is full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL")
 >>> with FakeServer(full) as server, Client(server.address) as client:
 ...     client.chat("What is a meme?")
 Traceback (most recent call last):
@@ -331,14 +332,14 @@ class _FakeChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def WatchChat(
         self, request: chat_pb2.WatchChatRequest, context: _Context
     ) -> AsyncIterator[chat_pb2.ChatEvent]:
-        chat = await self._find(request.request_id, context)
+        chat = await self._find(request.request_id, context, resume_token=request.resume_token)
         yield chat_pb2.ChatEvent(next_position=request.after, accepted=chat.accepted())
         async for event in chat.events(request.after):
             yield event
         await _fail_if(chat.error(), context)
 
     async def GetChat(self, request: chat_pb2.GetChatRequest, context: _Context) -> chat_pb2.GetChatResponse:
-        chat = await self._find(request.request_id, context)
+        chat = await self._find(request.request_id, context, resume_token=request.resume_token)
         response = chat_pb2.GetChatResponse(state=chat.state(), response=chat.response(self._model))
         if (error := chat.error()) and chat.state() != chat_pb2.CHAT_STATE_RUNNING:
             code = grpc.StatusCode[error.code].value[0]
@@ -364,10 +365,11 @@ class _FakeChatServicer(chat_pb2_grpc.ChatServiceServicer):
         self._chats[chat.id] = chat
         return chat
 
-    async def _find(self, request_id: str, context: _Context) -> _FakeChat:
-        if request_id not in self._chats:
-            error = APIError("there is no such request", code="NOT_FOUND", reason="REQUEST_NOT_FOUND")
-            await _fail_if(error, context)
+    async def _find(self, request_id: str, context: _Context, *, resume_token: str | None = None) -> _FakeChat:
+        """The chat of this id; where a resume token is needed, only for whoever brings it."""
+        chat = self._chats.get(request_id)
+        if chat is None or resume_token not in (None, chat.resume_token):
+            await _fail_if(APIError("there is no such chat", code="NOT_FOUND", reason="CHAT_NOT_FOUND"), context)
         return self._chats[request_id]
 
 

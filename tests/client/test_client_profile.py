@@ -76,11 +76,12 @@ def test_what_cannot_be_meant_is_refused(path, name, environment, complaint):
 @pytest.mark.parametrize(
     ("profile", "complaint"),
     [
-        (Profile(tls=True, tls_cert_file=Path("c.pem")), "belong together"),
+        (Profile(tls=True, tls_cert_file=Path("c.pem")), "needs cert and key"),
         (Profile(tls=True, tls_ca_file=Path("missing.pem")), r"missing\.pem cannot be read"),
+        (Profile(address="chat.example:1", api_key="secret"), "would travel unencrypted"),
     ],
 )
-def test_files_for_tls_must_be_there_and_whole(profile, complaint):
+def test_what_no_connection_can_be_made_of_is_refused(profile, complaint):
     with pytest.raises(ProfileError, match=complaint):
         connect(profile)
 

@@ -4,6 +4,7 @@ import grpc
 import pytest
 from oasst.v1 import chat_pb2, chat_pb2_grpc
 from oasst_client import (
+    ChatState,
     Client,
     FieldViolation,
     FinishReason,
@@ -12,12 +13,13 @@ from oasst_client import (
     NotFoundError,
     OverloadedError,
     RequestCancelledError,
+    RetryPolicy,
 )
 from oasst_client.testing import Answer, FakeServer
 
 
 def ask(server, question="Hi", **options):
-    with Client(server.address, metadata=[("authorization", "Bearer key")]) as client:
+    with Client(server.address, api_key="key", retry=RetryPolicy(max_attempts=1)) as client:
         return client.chat(question, **options)
 
 
@@ -77,16 +79,25 @@ def test_a_chat_can_be_cancelled_from_elsewhere_and_its_reader_is_told():
             client.cancel("unknown")
 
 
-def test_a_chat_that_was_submitted_can_be_watched_from_any_token_and_read():
+def test_a_chat_that_was_submitted_can_be_watched_and_read_by_who_has_its_token():
+    with FakeServer("one two three") as server, Client(server.address) as client:
+        accepted = client.submit("Hi")
+        with client.watch(accepted.request_id, accepted.resume_token) as stream:
+            assert stream.completion().text == "one two three"
+        snapshot = client.get(accepted.request_id, accepted.resume_token)
+        assert snapshot.state is ChatState.FINISHED
+        with pytest.raises(NotFoundError):
+            client.get(accepted.request_id, "stolen")
+
+
+def test_a_chat_can_be_watched_from_any_token():
     with FakeServer("one two three") as server, grpc.insecure_channel(server.address) as channel:
         stub = chat_pb2_grpc.ChatServiceStub(channel)
-        request = chat_pb2.ChatRequest(prompt="<|prompter|>Hi<|endoftext|><|assistant|>")
-        accepted = stub.SubmitChat(request).accepted
-        watched = list(stub.WatchChat(chat_pb2.WatchChatRequest(request_id=accepted.request_id, after=1)))
+        accepted = stub.SubmitChat(chat_pb2.ChatRequest(prompt="<|prompter|>Hi<|endoftext|><|assistant|>")).accepted
+        request = chat_pb2.WatchChatRequest(request_id=accepted.request_id, resume_token=accepted.resume_token, after=1)
+        watched = list(stub.WatchChat(request))
         assert [event.delta.text for event in watched if event.HasField("delta")] == [" two", " three"]
         assert watched[-1].HasField("finished")
-        read = stub.GetChat(chat_pb2.GetChatRequest(request_id=accepted.request_id))
-        assert (read.state, read.response.choices[0].text) == (chat_pb2.CHAT_STATE_FINISHED, "one two three")
 
 
 def test_tokens_are_words_and_control_tokens_only_where_they_are_asked_for():

@@ -13,10 +13,12 @@ from oasst_cli.bench.command import bench
 from oasst_cli.cancel import cancel
 from oasst_cli.chat import chat
 from oasst_cli.complete import complete
+from oasst_cli.doctor import doctor
 from oasst_cli.exits import EXIT_CODES, exit_of
 from oasst_cli.models import models
 from oasst_cli.report.command import report
 from oasst_cli.tokenize import tokenize
+from oasst_cli.top.command import top
 from oasst_cli.up import up
 
 __all__ = ["app", "main"]
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, chat, complete, cancel, models, tokenize, bench, report):
+for command in (up, chat, complete, cancel, models, top, tokenize, doctor, bench, report):
     app.command(epilog=EXIT_CODES)(command)
 
 

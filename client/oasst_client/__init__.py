@@ -30,7 +30,15 @@ from oasst_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
-from oasst_client._profile import Profile, ProfileError, connect, connect_async, load_profile
+from oasst_client._profile import (
+    Profile,
+    ProfileError,
+    connect,
+    connect_async,
+    load_profile,
+    open_channel,
+    profile_path,
+)
 from oasst_client._request_id import new_request_id
 from oasst_client._retry import RetryPolicy
 from oasst_client._transcript import parse_transcript, render_transcript
@@ -124,6 +132,8 @@ __all__ = [
     "connect_async",
     "load_profile",
     "new_request_id",
+    "open_channel",
     "parse_transcript",
+    "profile_path",
     "render_transcript",
 ]

@@ -23,8 +23,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from oasst_client._async_client import AsyncClient
-from oasst_client._channel import Tls
+from oasst_client._channel import Tls, channel_credentials, channel_options, target_of
 from oasst_client._client import Client
 from oasst_client._errors import OasstError
 from oasst_client._retry import DEFAULT_RETRY, RetryPolicy
@@ -35,6 +37,7 @@ __all__ = [
     "connect",
     "connect_async",
     "load_profile",
+    "open_channel",
     "profile_path",
 ]
 
@@ -113,6 +116,21 @@ def connect_async(
             retry=retry,
             query_timeout_s=query_timeout_s,
         )
+
+
+def open_channel(profile: Profile) -> grpc.Channel:
+    """A gRPC channel to the service, for what this package has no call for, such as `grpc.health.v1`.
+
+    Raises:
+        ProfileError: the profile cannot be used.
+    """
+    with _told_as_profile_errors():
+        tls = profile.tls_options
+        credentials, options = channel_credentials(tls), channel_options(tls)
+    target = target_of(profile.address)
+    if credentials is None:
+        return grpc.insecure_channel(target, options)
+    return grpc.secure_channel(target, credentials, options)
 
 
 @contextmanager

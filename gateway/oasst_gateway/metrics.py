@@ -48,7 +48,14 @@ class GatewayMetrics:
             "queue_wait_seconds", "From a request's acceptance to a worker's claim.", _REQUEST_SECONDS
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self.cached_prompt_tokens = counter(
+            "cached_prompt_tokens_total", "Prompt tokens of finished requests whose keys and values were reused."
+        )
         self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
+        self.tenant_requests = counter("tenant_requests_total", "Accepted requests, by tenant.", "tenant")
+        self.tenant_prompt_tokens = counter(
+            "tenant_prompt_tokens_total", "Prompt tokens of accepted requests, by tenant.", "tenant"
+        )
 
         self.redis_up = gauge("redis_up", "1 while the queue answers.")
         self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")
@@ -105,6 +112,7 @@ class ChatMeter:
         """The chat has run to its end."""
         if not self._is_first:
             return
+        self._metrics.cached_prompt_tokens.inc(finished.usage.cached_tokens)
         self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)
         if self._first_token_s is not None and self._num_tokens > 1:
             per_token_s = (self._clock() - self._first_token_s) / (self._num_tokens - 1)

@@ -10,7 +10,7 @@ from random import Random
 from typing import Annotated
 
 import typer
-from oasst_client import AsyncClient, ChatOptions, Model, Profile, connect, connect_async
+from oasst_client import AsyncClient, ChatOptions, Model, Profile, RetryPolicy, connect, connect_async
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -37,6 +37,8 @@ from oasst_cli.plotting import PlotError, check_plotting
 
 __all__ = ["bench"]
 
+# A refusal is part of what is measured.
+_NO_RETRY = RetryPolicy(max_attempts=1)
 _DEFAULT_LOAD = ClosedLoad(8)
 _WARMUP_LOAD = ClosedLoad(4)
 
@@ -173,7 +175,7 @@ def _measure(profile: Profile, plan: _Plan, workload: Workload) -> tuple[list[Su
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
         async def measure() -> None:
-            async with connect_async(profile) as client:
+            async with connect_async(profile, retry=_NO_RETRY) as client:
                 for load in plan.loads:
                     records[load.name], own = await _measure_load(client, load, plan, workload, progress)
                     summaries.append(summarize(load, records[load.name], limits_s=plan.limits_s, overhead=own))

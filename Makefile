@@ -21,6 +21,9 @@ format: .venv/dev         ## Bring the code into the project's style
 proto: .venv/dev          ## Generate the Python code of the protobuf files
 	$(BIN)/python protos/generate.py
 
+docs: .venv/dev           ## Write the command's reference anew
+	$(BIN)/typer oasst_cli.__main__ utils docs --name oasst --output docs/client/command-reference.md
+
 demo: .venv/dev           ## Train the demo checkpoint anew
 	$(BIN)/python -m oasst_training.train_demo
 
@@ -41,4 +44,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format proto demo bench clean help
+.PHONY: run test lint format proto docs demo bench clean help

@@ -53,15 +53,18 @@ def check_plotting() -> None:
 
 
 @contextmanager
-def new_figure(path: Path, title: str, *, rows: int, columns: int) -> Iterator[Any]:
-    """The grid of axes (an array, so that it can be flattened) of a figure that is written to `path` at the end."""
+def new_figure(path: Path, title: str, *, rows: int, columns: int, width: float = 5.2) -> Iterator[Any]:
+    """The grid of axes (an array, so that it can be flattened) of a figure that is written to `path` at the end.
+
+    `width` is that of each, in inches.
+    """
     check_plotting()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE):
         # Not through pyplot: nothing is shown, and no figure is kept alive behind our back.
-        figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
+        figure = Figure(figsize=(width * columns, 3.6 * rows), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         yield figure.subplots(rows, columns, squeeze=False)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_plots"]
 
-_NUM_WINDOWS = 60
+# Shorter ones show single steps of the engine, not its throughput.
+_MIN_WINDOW_S = 1.0
+_MAX_WINDOWS = 60
 _MS_PER_S = 1000
 
 
@@ -47,10 +49,10 @@ def _draw_cdfs(path: Path, title: str, records: Mapping[str, Sequence[RequestRec
 
 
 def _draw_throughput(path: Path, title: str, records: Mapping[str, Sequence[RequestRecord]]) -> None:
-    with new_figure(path, title, rows=1, columns=1) as grid:
+    with new_figure(path, title, rows=1, columns=1, width=9) as grid:
         axes = grid[0][0]
         for (name, each), colour in zip(records.items(), cycle(COLOURS), strict=False):
-            window_s = max(record.ended_s for record in each) / _NUM_WINDOWS
+            window_s = max(_MIN_WINDOW_S, max(record.ended_s for record in each) / _MAX_WINDOWS)
             times_s, rates = zip(*tokens_per_s_over_time(each, window_s=window_s), strict=True)
             axes.plot(times_s, rates, label=name, color=colour)
             axes.fill_between(times_s, rates, color=colour, alpha=0.12)
@@ -77,4 +79,4 @@ def _draw_over_load(path: Path, title: str, summaries: Sequence[Summary]) -> Non
 
 def _name_loads(axes: "Axes", records: Mapping[str, Sequence[RequestRecord]]) -> None:
     if len(records) > 1:
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")

@@ -49,7 +49,7 @@ def _full(summary: Summary, limits_s: Mapping[str, float]) -> RenderableType:
 
 def _side_by_side(summaries: Sequence[Summary]) -> Table:
     names = ("ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e p99")
-    table = _table("load", "requests/s", "tokens/s", "goodput/s", *names, "failed")
+    table = _table("load", "req/s", "tok/s", "good/s", *names, "failed")
     for each in summaries:
         values = [_value(each.latencies_s.get(metric), percentile) for metric, percentile in map(str.split, names)]
         table.add_row(
@@ -79,7 +79,7 @@ def _milliseconds(seconds: float) -> str:
 
 def _table(*columns: str) -> Table:
     """Names to the left, numbers to the right."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left")
     return table

@@ -86,7 +86,7 @@ def draw_comparison(
             draw_cdf(divergence, [float(at) for at in each.first_divergences], label=each.config, colour=colour)
         divergence.set(title="First difference, of the outputs that differ", xlabel="character")
         divergence.legend(loc="lower right")
-        lengths.set(title="Characters: range, middle half and median", ylim=(0, None))
+        lengths.set(title="Characters: range, middle half and median")
         _draw_lengths(lengths, configs, reports)
 
 
@@ -116,6 +116,7 @@ def _draw_lengths(axes: "Axes", configs: Sequence[str], reports: tuple[Report, R
             whiskerprops={"color": colour},
             capprops={"color": colour},
         )
+    axes.set_ylim(bottom=0)
     _name_places(axes, configs)
 
 

@@ -10,6 +10,7 @@ import redis.exceptions
 from job_samples import finished, make_entry, make_job
 from oasst_jobs import (
     Claimer,
+    Durability,
     JobState,
     PushItem,
     PushStatus,
@@ -24,6 +25,7 @@ from oasst_jobs import (
     connect,
 )
 from oasst_jobs.errors import translate
+from oasst_jobs.functions import Shard
 
 
 async def submit(submitter: Submitter, request_id: str = "job") -> str:
@@ -66,10 +68,19 @@ async def test_other_versions_of_the_library_stay(client: QueueClient, redis_cli
 
 
 async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio.Redis, claimer: Claimer) -> None:
-    elsewhere = Submitter(QueueClient(redis_client, shard=1), gateway_id="gateway-1", limits=QueueLimits())
-    await submit(elsewhere)
+    shard = Shard(redis_client, 1)
+    await shard.enqueue(
+        make_job("elsewhere"),
+        digest=b"digest",
+        timeout_ms=None,
+        gateway_id="gateway-1",
+        limits=QueueLimits(),
+        policy=TenantPolicy(),
+        max_tokens_ahead=None,
+        durability=Durability.LOCAL,
+    )
     assert await claimer.claim(max_jobs=1, max_tokens=1000) == []
-    assert (await elsewhere.load()).waiting_jobs == 1
+    assert (await shard.load()).waiting_jobs == 1
 
 
 async def test_a_server_that_is_gone_is_unreachable_and_serves_again_when_it_is_back(
@@ -187,10 +198,9 @@ class _OldServer(redis.asyncio.Redis):
 
     about: dict[str, str]
 
-    async def info(self, *sections: str, **options: object) -> dict[str, str]:
-        return self.about
-
     async def execute_command(self, *command: object, **options: object) -> object:
+        if command[0] == "INFO":
+            return self.about
         raise redis.exceptions.ResponseError("unknown command 'FCALL', with args beginning with: 'oasst_load'")
 
 
@@ -222,6 +232,7 @@ async def test_cancelled_calls_never_leave_their_answer_to_the_next(valkey_url: 
             limits=QueueLimits(),
             policy=TenantPolicy(),
             max_tokens_ahead=None,
+            durability=Durability.LOCAL,
         )
         for job in ids
     ]

@@ -259,7 +259,7 @@ async def test_every_stream_is_whole_whatever_dies(valkey, seed: int, num_jobs: 
         assert log is not None
         assert log.state.is_terminal
         assert log.state is not JobState.FINISHED or log.end_position == length_of(job.job_id)
-    root = plain.keys.root
+    root = plain.shards[0].keys.root
     assert await redis_client.exists(f"{root}:leases", f"{root}:deadlines", f"{root}:waiting_tokens") == 0
     assert await redis_client.keys(f"{root}:waiting:*") == []
     await redis_client.aclose()

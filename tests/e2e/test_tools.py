@@ -13,9 +13,8 @@ from oasst_client import Client, Conversation
 
 TOUR = (Path(__file__).parents[2] / "docs" / "client" / "tour.md").read_text()
 BIN = Path(sys.executable).parent
-STEPS = [
-    step for block in re.findall(r"```console\n(.*?)```", TOUR, re.DOTALL) for step in re.split(r"^\$ ", block, flags=re.M)
-]
+SESSIONS = re.findall(r"```console\n(.*?)```", TOUR, re.DOTALL)
+STEPS = [step for session in SESSIONS for step in re.split(r"^\$ ", session, flags=re.MULTILINE) if step]
 
 
 @pytest.fixture
@@ -26,11 +25,11 @@ def environment(up, tmp_path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "OASST_ADDRESS": up.address, "OASST_CONFIG": config, "COLUMNS": "100"}
 
 
-@pytest.mark.parametrize("step", filter(None, STEPS))
+@pytest.mark.parametrize("step", STEPS)
 def test_the_tour_is_true(step, environment, tmp_path):
     command, _, expected = step.partition("\n")
     result = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
+        ["/bin/bash", "-o", "pipefail", "-c", command],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -43,7 +42,7 @@ def test_the_tour_is_true(step, environment, tmp_path):
 
 
 def test_the_tour_has_something_to_show():
-    assert len(list(filter(None, STEPS))) >= 6
+    assert len(STEPS) >= 6
 
 
 def test_the_tour_in_python_is_true(environment, tmp_path):
@@ -67,7 +66,7 @@ def test_a_conversation_counts_its_tokens_as_the_service_does(up):
 def test_a_report_is_made_of_real_answers_and_comes_out_the_same_again(up, environment, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"What is a meme?"\n"Why do owls hoot?"\n')
     for name in ("a.json", "b.json"):
-        command = ["oasst", "report", "prompts.jsonl", "--out", name, "--json"]
+        command = [BIN / "oasst", "report", "prompts.jsonl", "--out", name, "--json"]
         subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=100)
     made = Report.read(tmp_path / "a.json")
     assert made.prompts == Report.read(tmp_path / "b.json").prompts

@@ -142,6 +142,9 @@ async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat: bool) -
         if chat:
             return await _chat(addresses[0])
         progress.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
+        metrics = [announcement.metrics for _, announcement in announcements if announcement.metrics]
+        watch = ["oasst top", "--address", addresses[0], *(f"--metrics {each}" for each in metrics)]
+        progress.say(f"watch it: {' '.join(watch)}")
         await asyncio.get_running_loop().create_future()  # Until cancelled.
     return 0
 

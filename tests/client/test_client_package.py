@@ -11,10 +11,10 @@ import oasst_client
 import pytest
 
 MODULES = [
-    f"{package.__name__}.{module.name}"
+    module.name
     for package in (oasst_client, oasst_cli)
-    for module in pkgutil.iter_modules(package.__path__)
-    if module.name != "__main__"
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not module.name.endswith("__main__")
 ] + ["oasst_client"]
 
 

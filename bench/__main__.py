@@ -137,7 +137,8 @@ def _flood_table(row: FloodRow) -> Table:
     table.add_column("value", justify="right")
     table.add_row("requests, and the seconds in which they were sent", f"{row.requests} in {row.sent_in_s:.1f} s")
     table.add_row("accepted", str(row.accepted))
-    table.add_row("refused", str(row.refused))
+    table.add_row("refused by the gateway", str(row.refused))
+    table.add_row("turned away by gRPC's limit on streams", str(row.turned_away))
     table.add_row(
         "from sending to refusal, median and 99 %", f"{row.refusal_p50_ms:.0f} and {row.refusal_p99_ms:.0f} ms"
     )

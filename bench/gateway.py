@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ class FloodRow:
     requests: int
     sent_in_s: float
     accepted: int
-    refused: int
+    refused: int  # By the gateway, with the time to come back.
+    turned_away: int  # By gRPC itself, as more streams than a connection may have; a client's retry comes again.
     refusal_p50_ms: float  # From sending to the refusal.
     refusal_p99_ms: float
     cpu_us_per_request: float
@@ -142,6 +144,7 @@ async def _read_all(process: psutil.Process, address: str, streams: int, tokens:
 
 async def _flood(process: psutil.Process, address: str, requests: int) -> FloodRow:
     refusal_s: list[float] = []
+    codes: Counter[grpc.StatusCode] = Counter()
     async with grpc.aio.insecure_channel(address) as channel:
         chat = channel.unary_unary(CHAT, request_serializer=chat_pb2.ChatRequest.SerializeToString)
 
@@ -150,6 +153,7 @@ async def _flood(process: psutil.Process, address: str, requests: int) -> FloodR
             try:
                 await chat(_request(16))
             except grpc.aio.AioRpcError as error:
+                codes[error.code()] += 1
                 if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                     refusal_s.append(time.perf_counter() - sent_s)
 
@@ -166,6 +170,7 @@ async def _flood(process: psutil.Process, address: str, requests: int) -> FloodR
             num_answered = len(refusal_s)
             await asyncio.sleep(0.5)
         cpu_s = _cpu_s(process) - busy_s
+        num_accepted = requests - codes.total()
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
@@ -173,8 +178,9 @@ async def _flood(process: psutil.Process, address: str, requests: int) -> FloodR
     return FloodRow(
         requests=requests,
         sent_in_s=sent_in_s,
-        accepted=requests - len(refusal_s),
-        refused=len(refusal_s),
+        accepted=num_accepted,
+        refused=codes[grpc.StatusCode.RESOURCE_EXHAUSTED],
+        turned_away=codes[grpc.StatusCode.UNAVAILABLE],
         refusal_p50_ms=cuts[49] * 1e3,
         refusal_p99_ms=cuts[98] * 1e3,
         cpu_us_per_request=cpu_s / requests * 1e6,

@@ -110,6 +110,7 @@ class Chats:
             InvalidRequestError, NotTrustedError, NoWorkerError, RefusedError, QueueError: the request was not accepted.
         """
         with self._opened():
+            self._admission.check_open()
             meter = ChatMeter(self._metrics)
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
@@ -121,6 +122,7 @@ class Chats:
 
     async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant) -> chat_pb2.Accepted:
         """The request is in the queue, and nobody needs to watch it. Raises what `open` raises."""
+        self._admission.check_open()
         # The RPC's own deadline is for being accepted, not for the answer.
         prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
         return await self._submit(prepared, tenant, is_watched=False)

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -115,6 +115,8 @@ def bench(
         raise typer.BadParameter("--shared-prefix is for random prompts; leave out --prompts")
     if any(each <= 0 for each in rate or ()):
         raise typer.BadParameter("must be above 0", param_hint="--rate")
+    if out and not out.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
     # Each load once: a load is known by its name.
     loads: list[Load] = [OpenLoad(each, burstiness) for each in dict.fromkeys(rate or ())]
     loads += [ClosedLoad(each) for each in dict.fromkeys(concurrency or ())]
@@ -125,22 +127,18 @@ def bench(
     try:
         if plots:
             check_plotting()
-        outputs = Lengths.parse(output_tokens or "64")
-        with ExitStack() as exits:
-            reached = exits.enter_context(instant_service()) if overhead else chosen_profile(address, profile)
-            with connect(reached) as client:
-                served = client.model("" if overhead else model or "")
-            workload: Workload = (
-                PromptFile.read(prompts, outputs if output_tokens else None)
-                if prompts
-                else RandomPrompts(served, Lengths.parse(prompt_tokens), outputs, shared_prefix, seed)
-            )
-            summaries, records = _measure(reached, plan, workload)
+        prompt_lengths, output_lengths = Lengths.parse(prompt_tokens), Lengths.parse(output_tokens or "64")
+        file = PromptFile.read(prompts, output_lengths if output_tokens else None) if prompts else None
     except (PlotError, WorkloadError) as error:
         raise typer.BadParameter(str(error)) from error
-    title = f"{served.name} at {'itself' if overhead else reached.address}"
+    with instant_service() if overhead else nullcontext(chosen_profile(address, profile)) as reached:
+        with connect(reached) as client:
+            served = client.model("" if overhead else model or "")
+        workload = file or RandomPrompts(served, prompt_lengths, output_lengths, shared_prefix, seed)
+        summaries, records = _measure(reached, plan, workload)
     if out:
         out.write_text(json_line(_document(served, summaries, records)), encoding="utf-8")
+    title = "the load generator itself" if overhead else f"{served.name} at {reached.address}"
     drawn = draw_plots(plots, title, summaries, records) if plots else []
     if as_json:
         print(json_line([summary.to_json() for summary in summaries]))

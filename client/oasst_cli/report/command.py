@@ -85,7 +85,7 @@ def report(
                 num_threads=concurrency,
             )
             _make(chosen_profile(address, profile), out, texts, configs, args, as_json=as_json)
-    except (ReportError, PlotError) as error:
+    except (OSError, PlotError, ReportError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

@@ -1,14 +1,20 @@
 """A sampling report as a document: read strictly, written as the original tool writes it."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["PromptResults", "Report", "ReportError", "SamplingResult", "read_prompts", "write_atomically"]
+__all__ = [
+    "END_OF_TEXT",
+    "PromptResults",
+    "Report",
+    "ReportError",
+    "SamplingResult",
+    "read_prompts",
+    "write_atomically",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -114,9 +120,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file holds `text`; at no moment does it hold half of it."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as temporary:
-        temporary.write(text)
-    os.replace(temporary.name, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _prompt(line: str, where: str) -> str:

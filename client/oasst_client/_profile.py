@@ -190,9 +190,9 @@ def _profile_of(path: Path, name: str, *, is_required: bool) -> Profile:
             known = ", ".join(profiles) or "none"
             raise ProfileError(f"there is no profile {name!r} in {path}; there is {known}")
         return Profile()
-    table = profiles[name]
-    if not isinstance(table, dict):
+    if not isinstance(profiles[name], dict):
         raise ProfileError(f"{path}: {name} must be a table, [{name}]")
+    table: dict[str, Any] = profiles[name]
     types: dict[str, type] = {each.name: bool if each.name == "tls" else str for each in fields(Profile)}
     for key, value in table.items():
         if key not in types:

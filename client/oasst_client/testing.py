@@ -84,7 +84,7 @@ class FakeTokenizer:
         """The ids of a text; control tokens spelled out in it are words like any other unless they are to be parsed."""
         if not parse_control_tokens:
             return [self._id_of_word(word) for word in self._WORD.findall(text)]
-        ids = []
+        ids: list[int] = []
         for index, part in enumerate(self._CONTROL.split(text)):
             # What stands between the control tokens is at the even places.
             ids += [self._control_ids[part]] if index % 2 else self.encode(part)

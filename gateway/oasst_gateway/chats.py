@@ -354,7 +354,11 @@ class Chats:
     def _depart(self, job_id: str) -> None:
         task = asyncio.create_task(self._unwatch_until_heard(job_id))
         self._departures[job_id] = task
-        task.add_done_callback(lambda _: self._departures.pop(job_id))
+        task.add_done_callback(functools.partial(self._forget_departure, job_id))
+
+    def _forget_departure(self, job_id: str, departure: asyncio.Task[None]) -> None:
+        if self._departures.get(job_id) is departure:  # And not a later one.
+            del self._departures[job_id]
 
     async def _unwatch_until_heard(self, job_id: str) -> None:
         """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""

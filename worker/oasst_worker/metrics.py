@@ -37,6 +37,10 @@ class WorkerMetrics:
         self.decode_tokens = counter("decode_tokens_total", "Tokens computed one at a time.")
         self.generated_tokens = counter("generated_tokens_total", "Tokens drawn.")
         self.preemptions = counter("preemptions_total", "Sequences that gave their KV cache back to be computed again.")
+        self.prefix_lookup_tokens = counter(
+            "prefix_lookup_tokens_total", "Prompt tokens of sequences that began to run: what could have been reused."
+        )
+        self.prefix_hit_tokens = counter("prefix_hit_tokens_total", "Those of them that were in the KV cache already.")
         self.running_sequences = gauge("running_sequences", "Sequences that hold KV cache.")
         self.waiting_sequences = gauge("waiting_sequences", "Sequences that wait inside the engine.")
         self.max_sequences = gauge("max_sequences", "Sequences that may run at once.")
@@ -67,7 +71,7 @@ class WorkerMetrics:
         self.reconcile_repairs = counter(
             "reconcile_repairs_total", "Disagreements between jobs and indexes that were put right; should stay 0."
         )
-        self._num_preemptions = 0
+        self._load = EngineLoad()  # As of the last record.
 
     def record_claim(self, claimed: ClaimedJob) -> None:
         self.claimed_jobs.inc()
@@ -92,8 +96,10 @@ class WorkerMetrics:
         self.max_sequences.set(max_sequences)
         self.kv_tokens_used.set(load.kv_tokens_used)
         self.kv_tokens_total.set(kv_tokens_total)
-        self.preemptions.inc(load.num_preemptions - self._num_preemptions)
-        self._num_preemptions = load.num_preemptions
+        self.preemptions.inc(load.num_preemptions - self._load.num_preemptions)
+        self.prefix_lookup_tokens.inc(load.num_prompt_tokens - self._load.num_prompt_tokens)
+        self.prefix_hit_tokens.inc(load.num_cached_tokens - self._load.num_cached_tokens)
+        self._load = load
 
     def record_end(self, job: RunningJob) -> None:
         """The job ended here, with an outcome."""

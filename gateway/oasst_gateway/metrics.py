@@ -48,9 +48,6 @@ class GatewayMetrics:
             "queue_wait_seconds", "From a request's acceptance to a worker's claim.", _REQUEST_SECONDS
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
-        self.cached_prompt_tokens = counter(
-            "cached_prompt_tokens_total", "Prompt tokens of finished requests whose keys and values were reused."
-        )
         self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
         self.tenant_requests = counter("tenant_requests_total", "Accepted requests, by tenant.", "tenant")
         self.tenant_prompt_tokens = counter(
@@ -112,7 +109,6 @@ class ChatMeter:
         """The chat has run to its end."""
         if not self._is_first:
             return
-        self._metrics.cached_prompt_tokens.inc(finished.usage.cached_tokens)
         self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)
         if self._first_token_s is not None and self._num_tokens > 1:
             per_token_s = (self._clock() - self._first_token_s) / (self._num_tokens - 1)

@@ -25,8 +25,8 @@ _LATENCIES = {
     "oasst_gateway_inter_token_latency_seconds": "inter-token latency",
 }
 _GENERATED = "oasst_gateway_generated_tokens_total"
-_PROMPT = "oasst_gateway_prompt_tokens_total"
-_CACHED = "oasst_gateway_cached_prompt_tokens_total"
+_LOOKED_UP = "oasst_worker_prefix_lookup_tokens_total"
+_HIT = "oasst_worker_prefix_hit_tokens_total"
 _REQUESTS_BY_TENANT = "oasst_gateway_tenant_requests_total"
 _PROMPT_BY_TENANT = "oasst_gateway_tenant_prompt_tokens_total"
 
@@ -106,10 +106,9 @@ def _tokens_per_s(load: Load, before: Samples, now: Samples, elapsed_s: float) -
 
 
 def _prefix_hits(now: Samples) -> float | None:
-    """Of all prompt tokens since the gateways started."""
-    if not now.values.get(_PROMPT):
-        return None
-    return now.values.get(_CACHED, 0.0) / now.values[_PROMPT]
+    """Of all prompt tokens since the workers started; None where no worker tells, or none had a prompt."""
+    looked_up = now.values.get(_LOOKED_UP)
+    return now.values.get(_HIT, 0.0) / looked_up if looked_up else None
 
 
 def _tenants(before: Samples, now: Samples, elapsed_s: float) -> dict[str, tuple[float, float]]:

@@ -24,6 +24,9 @@ format: .venv/dev         ## Bring the code into the project's style
 proto: .venv/dev          ## Generate the Python code of the protobuf files
 	$(BIN)/python protos/generate.py
 
+docs: .venv/dev           ## Write the command's reference anew
+	$(BIN)/typer oasst_cli.__main__ utils docs --name oasst --output docs/client/command-reference.md
+
 train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, ask it
 	rm -rf build/demo
 	$(BIN)/python -m oasst_training.train_demo --work-dir build/demo
@@ -46,4 +49,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz lint format proto train-demo bench clean help
+.PHONY: run test fuzz lint format proto docs train-demo bench clean help

@@ -303,6 +303,8 @@ class Chats:
         job = submitted.job
         if submitted.is_new:
             self._metrics.prompt_tokens.inc(len(job.prompt_token_ids))
+            self._metrics.tenant_requests.labels(tenant.name).inc()
+            self._metrics.tenant_prompt_tokens.labels(tenant.name).inc(len(job.prompt_token_ids))
         logger.info(
             "accepted job_id=%s request_id=%s is_new=%s ahead=%d prompt_tokens=%d max_new_tokens=%d n=%d",
             job.job_id,

@@ -49,6 +49,10 @@ class GatewayMetrics:
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
         self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
+        self.tenant_requests = counter("tenant_requests_total", "Accepted requests, by tenant.", "tenant")
+        self.tenant_prompt_tokens = counter(
+            "tenant_prompt_tokens_total", "Prompt tokens of accepted requests, by tenant.", "tenant"
+        )
 
         self.redis_up = gauge("redis_up", "1 while the queue answers.")
         self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")

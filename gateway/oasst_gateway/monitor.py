@@ -8,9 +8,10 @@ from oasst.v1 import chat_pb2
 from oasst_jobs import QueueError, QueueLoad, Submitter
 
 from oasst_gateway.errors import StartError
+from oasst_gateway.health import Health
 from oasst_gateway.metrics import GatewayMetrics
 
-__all__ = ["QueueMonitor", "estimate_wait_s", "measure_loop_lag"]
+__all__ = ["QueueMonitor", "estimate_wait_s", "watch_event_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,11 @@ def estimate_wait_s(load: QueueLoad | None, *, position: int) -> float | None:
     return share_ahead * load.waiting_tokens / tokens_per_s
 
 
-async def measure_loop_lag(metrics: GatewayMetrics) -> None:
-    """Observes how late the event loop wakes a sleeper, until cancelled."""
+async def watch_event_loop(metrics: GatewayMetrics, health: Health) -> None:
+    """Observes how late the event loop wakes a sleeper, and tells health that it does, until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         due_s = loop.time() + _LAG_INTERVAL_S
         await asyncio.sleep(_LAG_INTERVAL_S)
+        health.record_turn()
         metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due_s))

@@ -53,7 +53,7 @@ class GatewaySettings(BaseSettings):
         "redis://127.0.0.1:6379/0", description="Where the queue is."
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
-    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of Prometheus metrics.")
+    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of /metrics, /healthz and /readyz.")
     gateway_id: str = Field(
         default_factory=_draw_gateway_id,
         pattern=r"^[A-Za-z0-9._-]{1,128}$",

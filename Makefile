@@ -5,7 +5,7 @@ BIN := .venv/bin
 run: .venv/all            ## Start the whole stack on this machine and chat with it
 	@$(BIN)/oasst up --chat
 
-test: .venv/dev           ## Run the tests
+test: .venv/dev .venv/helm ## Run the tests
 	$(BIN)/pytest
 
 lint: .venv/dev           ## Check style, types and the protobuf files
@@ -27,6 +27,14 @@ demo: .venv/dev           ## Train the demo checkpoint anew
 bench: .venv/dev          ## Measure engine, whole path and start; prints ratios
 	$(BIN)/python -m bench
 
+chart: .venv/dev .venv/helm ## Check the chart: every profile by Helm, its rules by promtool, the images by hadolint
+	@command -v promtool >/dev/null || { echo "make chart needs promtool: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/python -m observe chart
+
+observe: .venv/dev        ## Scrape a real run with a real Prometheus; check rules and dashboards, draw their pictures
+	@command -v prometheus >/dev/null || { echo "make observe needs Prometheus: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/python -m observe run
+
 clean:                    ## Remove the environment and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
 
@@ -40,5 +48,10 @@ help:                     ## Show this list
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -e '.[$*]' >&2
 	@touch $@
 
+# Helm as a library. Its metadata asks for Python 3.12; it runs on 3.11 as well.
+.venv/helm: .venv/dev
+	$(BIN)/pip install --disable-pip-version-check -q --ignore-requires-python --no-deps helm-sdkpy==0.1.32 >&2
+	@touch $@
+
 .DELETE_ON_ERROR:
-.PHONY: run test lint format proto demo bench clean help
+.PHONY: run test lint format proto demo bench chart observe clean help

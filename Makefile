@@ -1,6 +1,8 @@
 # Each target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer) the environment is made with.
 PYTHON ?= python3
 BIN := .venv/bin
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	--python-version 3.12 --python-platform x86_64-manylinux_2_28
 
 run: .venv/all            ## Start the whole stack on this machine and chat with it
 	@$(BIN)/oasst up --chat
@@ -35,6 +37,15 @@ observe: .venv/dev        ## Scrape a real run with a real Prometheus; check rul
 	@command -v prometheus >/dev/null || { echo "make observe needs Prometheus: apt-get install prometheus" >&2; exit 1; }
 	$(BIN)/python -m observe run
 
+images:                   ## Build the gateway's and the worker's image; needs Docker
+	docker build -f docker/Dockerfile --target gateway -t oasst-gateway:0.1.0 .
+	docker build -f docker/Dockerfile --target worker -t oasst-worker:0.1.0 .
+
+lock: .venv/dev           ## Pin what the images install, by hash
+	echo hatchling | $(LOCK) -o docker/build.txt -
+	$(LOCK) --extra gateway -o docker/gateway.txt pyproject.toml
+	$(LOCK) --extra worker -o docker/worker.txt pyproject.toml
+
 clean:                    ## Remove the environment and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
 
@@ -54,4 +65,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format proto demo bench chart observe clean help
+.PHONY: run test lint format proto demo bench chart observe images lock clean help

@@ -1,9 +1,12 @@
-"""What an orchestrator sees of a gateway over HTTP."""
+"""What an orchestrator sees of a gateway: over HTTP, and by a chat of its own."""
 
 import asyncio
+import os
+import sys
 import urllib.error
 import urllib.request
 from http import HTTPStatus
+from pathlib import Path
 
 from gateway_harness import Gateway
 from oasst_gateway.health import Health
@@ -52,3 +55,25 @@ async def test_a_leaving_gateway_does_not_become_ready_again() -> None:
     await health.leave()
     await health.set_queue_available(True)
     assert not health.is_ready
+
+
+async def test_helm_test_streams_a_chat_and_fails_where_none_comes(gateway: Gateway, worker: object) -> None:
+    program = Path(__file__).parents[2] / "helm" / "oasst-serve" / "files" / "stream_chat.py"
+
+    async def run(**environment: str) -> tuple[int | None, bytes]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(program),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=os.environ | {"OASST_ADDRESS": gateway.listen, "OASST_QUESTION": "Hello!"} | environment,
+        )
+        stdout, _ = await process.communicate()
+        return process.returncode, stdout
+
+    exit_code, text = await run()
+    assert exit_code == 0
+    assert text.strip()
+    exit_code, text = await run(OASST_QUESTION="")
+    assert exit_code == 1
+    assert not text

@@ -11,9 +11,13 @@ from helm_release import CHART, Release
 from yamllint import linter
 from yamllint.config import YamlLintConfig
 
-KUBERNETES_VERSIONS = ("1.30", "1.33", "1.37")
+KUBERNETES_VERSIONS = ("1.27", "1.32", "1.37")
 # Their schemas come with their operators, not with Kubernetes.
 CUSTOM_KINDS = {"GRPCRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}
+SECRETS_OF_PROFILES = {
+    *("oasst-gateway", "oasst-gateway-tls", "oasst-tenants", "oasst-redis", "oasst-redis-ca"),
+    *("oasst-test", "oasst-test-tls"),
+}
 LINT_RULES = YamlLintConfig(
     "extends: default\n"
     "rules: {line-length: disable, braces: {max-spaces-inside: 1}, quoted-strings: disable, document-start: disable,"
@@ -120,8 +124,8 @@ def test_pods_have_longer_to_stop_than_their_chats(release: Release) -> None:
         [spec] = [pod["spec"] for name, pod in release.pods().items() if name.endswith(component)]
         [container] = spec["containers"]
         drain_s = next(int(each["value"]) for each in container["env"] if each["name"] == variable)
-        pre_stop_s = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-        assert spec["terminationGracePeriodSeconds"] >= pre_stop_s + drain_s + 10
+        delay_s = sum(int(each["value"]) for each in container["env"] if each["name"].endswith("DRAIN_DELAY_S"))
+        assert spec["terminationGracePeriodSeconds"] >= delay_s + drain_s + 10
 
 
 def test_selectors_find_exactly_the_pods_of_their_component(release: Release) -> None:
@@ -169,8 +173,8 @@ def test_what_scales_or_routes_finds_its_target(release: Release) -> None:
 
 def test_what_a_pod_mounts_or_reads_exists(release: Release) -> None:
     """Secrets, ConfigMaps and claims are of this release, or their names were given in the values."""
-    made = {(each["kind"], each["metadata"]["name"]) for each in release.objects}
-    given = {("Secret", name) for name in ("oasst-gateway", "oasst-redis", "oasst-redis-ca")}
+    made = {(each["kind"], each["metadata"]["name"]) for each in (*release.objects, *release.tests)}
+    given = {("Secret", name) for name in SECRETS_OF_PROFILES}
     given |= {("PersistentVolumeClaim", "models")}
     for pod in release.pods().values():
         volumes = pod["spec"].get("volumes", [])
@@ -242,4 +246,4 @@ def test_the_notes_name_services_that_exist(release: Release) -> None:
 
 def test_the_chart_has_a_profile_for_each_way_to_run_it() -> None:
     profiles = {path.stem for path in (CHART / "profiles").glob("*.yaml")}
-    assert profiles >= {"minimal", "one-gpu", "production", "external-redis", "keda", "hpa"}
+    assert profiles >= {"minimal", "one-gpu", "production", "external-redis", "keda", "hpa", "tls"}

@@ -47,6 +47,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"volume": {"existingClaim": "models"}}}, "set model.path to a folder below it"),
     ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}}, "is above maxReplicas"),
     ({"gateway": {"route": {"enabled": True}}}, "name the Gateway that the route is attached to"),
+    ({"gateway": {"tls": {"clientCertificates": True}}}, "needs gateway.tls.secret"),
+    ({"gateway": {"options": {"jwt-issuer": "i", "jwt-audience": "a"}}}, "set gateway.tenantsSecret"),
     ({"gateway": {"ingress": {"enabled": True}}}, "needs gateway.ingress.host"),
     ({"worker": {"autoscaling": {"type": "keda"}}}, "set monitoring.podMonitors.enabled=true"),
     (
@@ -87,8 +89,26 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
         (
             "gateway",
             GatewaySettings,
-            {"drain-grace-s", "gateway-id", "listen", "metrics-listen", "model", "model-name", "redis-url"}
-            | {"resume-secret", "reuse-port"},
+            {
+                "drain-delay-s",
+                "drain-grace-s",
+                "gateway-id",
+                "listen",
+                "metrics",
+                "metrics-listen",
+                "model",
+                "model-name",
+            }
+            | {
+                "redis-url",
+                "resume-secret",
+                "reuse-port",
+                "tls-cert",
+                "tls-key",
+                "tls-client-ca",
+                "tenants",
+                "jwt-key",
+            },
         ),
         (
             "worker",

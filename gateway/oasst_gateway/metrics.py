@@ -28,20 +28,29 @@ class GatewayMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"oasst_gateway_{name}", text, labels, buckets=buckets, registry=registry)
 
+        def gen_ai_histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            """One that OpenTelemetry's conventions for generative AI name, with the label that they require."""
+            labels = ["gen_ai_operation_name"]
+            metric = Histogram(f"gen_ai_server_{name}", text, labels, buckets=buckets, registry=registry)
+            return metric.labels("chat")
+
         self.requests = counter("requests_total", "RPCs that ended, by their gRPC code.", "rpc", "code")
         self.requests_in_flight = gauge("requests_in_flight", "RPCs that are open.", "rpc")
         self.request_seconds = histogram(
             "request_duration_seconds", "From an RPC's first byte to its status.", _REQUEST_SECONDS, "rpc"
         )
         self.invalid_requests = counter("invalid_requests_total", "Requests refused as invalid, by reason.", "reason")
+        self.refused_requests = counter(
+            "refused_requests_total", "RPCs that ended with an error, by the reason their caller was told.", "reason"
+        )
 
-        self.time_to_first_token_seconds = histogram(
+        self.time_to_first_token_seconds = gen_ai_histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_SECONDS
         )
         self.inter_token_seconds = histogram(
             "inter_token_latency_seconds", "Between two tokens, or bunches of tokens, of a request.", _TOKEN_SECONDS
         )
-        self.time_per_output_token_seconds = histogram(
+        self.time_per_output_token_seconds = gen_ai_histogram(
             "time_per_output_token_seconds", "Mean time per token after the first, by request.", _TOKEN_SECONDS
         )
         self.queue_wait_seconds = histogram(

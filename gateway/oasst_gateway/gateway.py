@@ -68,7 +68,12 @@ async def running_gateway(
         await health.start()
         monitor = QueueMonitor(submitter, model_name=model.name, metrics=metrics, on_change=health.set_queue_available)
         await stack.enter_async_context(
-            _running(inbox.run(), Sweeper(client).run(), monitor.run(), watch_event_loop(metrics, health))
+            _running(
+                inbox.run(),
+                Sweeper(client, on_sweep=metrics.record_sweep).run(),
+                monitor.run(),
+                watch_event_loop(metrics, health),
+            )
         )
         await monitor.wait_available(settings.redis_wait_s)
         await client.check_server()

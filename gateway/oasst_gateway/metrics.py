@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict, fields
 
 from oasst.v1 import chat_pb2
-from oasst_jobs import QueueLoad
+from oasst_jobs import QueueLoad, SweepReport
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = ["ChatMeter", "GatewayMetrics"]
@@ -59,6 +60,12 @@ class GatewayMetrics:
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
         self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
 
+        # The same name wherever it is counted: any process may have swept.
+        self.swept = Counter(
+            "oasst_queue_swept_total", "Jobs that sweeps set right, by what was done.", ["kind"], registry=registry
+        )
+        for kind in fields(SweepReport):
+            self.swept.labels(kind.name)  # Shown as 0 from the start, so that the first one is an increase.
         self.redis_up = gauge("redis_up", "1 while the queue answers.")
         self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")
         self.waiting_tokens = gauge("queue_waiting_tokens", "Tokens that those requests ask for, prompts included.")
@@ -67,6 +74,11 @@ class GatewayMetrics:
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _LAG_SECONDS
         )
+
+    def record_sweep(self, report: SweepReport) -> None:
+        """Adds what a sweep of this process set right in the queue."""
+        for kind, number in asdict(report).items():
+            self.swept.labels(kind).inc(number)
 
     def record_load(self, load: QueueLoad) -> None:
         """The queue's gauges show `load`."""

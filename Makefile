@@ -29,12 +29,16 @@ demo: .venv/dev           ## Train the demo checkpoint anew
 bench: .venv/dev          ## Measure engine, whole path and start; prints ratios
 	$(BIN)/python -m bench
 
-chart: .venv/dev .venv/helm ## Check the chart: every profile by Helm, its rules by promtool, the images by hadolint
+chart: .venv/dev .venv/helm ## Check the chart, its rules and the images; prints a table of profiles and checks
 	@command -v promtool >/dev/null || { echo "make chart needs promtool: apt-get install prometheus" >&2; exit 1; }
-	$(BIN)/python -m observe chart
+	$(BIN)/pytest tests/ops --matrix
 
-observe: .venv/dev        ## Scrape a real run with a real Prometheus; check rules and dashboards, draw their pictures
-	@command -v prometheus >/dev/null || { echo "make observe needs Prometheus: apt-get install prometheus" >&2; exit 1; }
+dashboards: .venv/dev     ## Write the dashboards and the table of metrics
+	$(BIN)/python -m observe write
+
+observe: .venv/dev        ## Watch a real run with a real Prometheus: rules, dashboards, pictures, cost
+	@command -v prometheus >/dev/null && command -v prometheus-redis-exporter >/dev/null || \
+		{ echo "make observe needs Prometheus: apt-get install prometheus prometheus-redis-exporter" >&2; exit 1; }
 	$(BIN)/python -m observe run
 
 images:                   ## Build the gateway's and the worker's image; needs Docker
@@ -65,4 +69,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format proto demo bench chart observe images lock clean help
+.PHONY: run test lint format proto demo bench chart dashboards observe images lock clean help

@@ -12,6 +12,7 @@ from oasst_client import OasstError
 from oasst_cli.chat import chat
 from oasst_cli.complete import complete
 from oasst_cli.models import models
+from oasst_cli.plan.command import plan
 from oasst_cli.up import up
 
 __all__ = ["app", "main"]
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, chat, complete, models):
+for command in (up, chat, complete, models, plan):
     app.command(epilog=_EXIT_CODES)(command)
 
 

@@ -43,7 +43,7 @@ class WorkerMetrics:
         self.waiting_sequences = gauge("waiting_sequences", "Sequences that wait inside the engine.")
         self.max_sequences = gauge("max_sequences", "Sequences that may run at once.")
         self.kv_tokens_used = gauge("kv_tokens_used", "Positions of KV cache in use.")
-        self.kv_tokens_total = gauge("kv_tokens_total", "Positions of KV cache in all.")
+        self.kv_tokens_total = gauge("kv_tokens_capacity", "Positions of KV cache in all.")
 
         self.jobs = counter(
             "jobs_total",

@@ -1,0 +1,22 @@
+"""`python -m observe write|run`: writes what is generated, or watches a real run with a real Prometheus."""
+
+import argparse
+
+from observe.dashboards import write_dashboards
+from observe.metrics_table import write_page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m observe", description=__doc__)
+    parser.add_argument("what", choices=["write", "run"])
+    if parser.parse_args().what == "write":
+        write_dashboards()
+        write_page()
+    else:
+        from observe.run import observe_run
+
+        observe_run()
+
+
+if __name__ == "__main__":
+    main()

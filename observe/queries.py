@@ -11,12 +11,9 @@ from oasst_gateway.metrics import GatewayMetrics
 from oasst_worker.metrics import WorkerMetrics
 from prometheus_client import CollectorRegistry, GCCollector, Metric, PlatformCollector, ProcessCollector
 
-__all__ = ["RULES", "Rule", "labels_of", "metrics_of", "names_in", "read_rules", "series_of"]
+__all__ = ["RULES", "Rule", "declared_metrics", "names_in", "read_rules", "series_of"]
 
 RULES = Path(__file__).parent.parent / "helm" / "oasst-serve" / "files" / "rules.yaml"
-
-# Put on every series where it is scraped.
-TARGET_LABELS = {"namespace", "release", "component", "instance", "job", "pod", "container"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ def read_rules(path: Path = RULES) -> list[Rule]:
     ]
 
 
-def metrics_of(component: str) -> list[Metric]:
-    """Every metric that a gateway or a worker declares, those of its process among them."""
+def declared_metrics(component: str) -> CollectorRegistry:
+    """Every metric of a gateway or a worker, those of its process among them, as before its first request."""
     registry = CollectorRegistry()
     if component == "gateway":
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -52,7 +49,7 @@ def metrics_of(component: str) -> list[Metric]:
         GatewayMetrics(registry)
     else:
         WorkerMetrics(registry)
-    return list(registry.collect())
+    return registry
 
 
 def series_of(metric: Metric) -> set[str]:
@@ -68,11 +65,6 @@ def names_in(expr: str) -> Iterator[tuple[str, dict[str, str]]]:
         ValueError: if the query is not PromQL.
     """
     yield from _selectors(promql.parse(expr))
-
-
-def labels_of(expr: str) -> set[str]:
-    """The labels by which the query groups or matches."""
-    return {label for _, asked in names_in(expr) for label in asked}
 
 
 def _selectors(node: Any) -> Iterator[tuple[str, dict[str, str]]]:

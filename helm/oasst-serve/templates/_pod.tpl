@@ -63,7 +63,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* A text as a block of YAML, four spaces in. */}}
+{{/* A `text` as a block of YAML, so many spaces in; empty lines stay empty. */}}
 {{- define "oasst.block" -}}
-{{- regexReplaceAll "(?m)^ +$" (. | trim | nindent 4) "" -}}
+{{- regexReplaceAll "(?m)^ +$" (.text | trim | nindent .indent) "" -}}
 {{- end }}

@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO, random_prompts
 from bench.path import running_stack
-from bench.simulation import Arrival, Chat, StepLaw, WorkerShape, poisson_arrivals, simulate, work_of
+from bench.simulation import Arrival, Chat, Simulated, StepLaw, WorkerShape, poisson_arrivals, simulate, work_of
 
 SIMULATED_S = 120.0
 PLANNED = (("H200", 1, 1), ("H200", 1, 4), ("A100-80", 1, 2), ("A10G", 2, 4))
@@ -68,7 +69,8 @@ def _simulate_evenly(rate: float, machine: Machine, num_workers: int) -> list[Ch
         seed=1,
     )
     shape = WorkerShape(machine.step_s, machine.kv_tokens)
-    return [chat for chat in simulate(arrivals, shape, num_workers=num_workers) if chat.arrival.at_s > SIMULATED_S / 4]
+    chats = simulate(arrivals, shape, num_workers=num_workers).chats
+    return [chat for chat in chats if chat.arrival.at_s > SIMULATED_S / 4]
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,52 @@ class Measured:
 
 
 def _measured_table() -> str:
-    """The demo on this machine: how far the simulation is off."""
+    """The demo on this machine, and how far the simulation is off.
+
+    Twice: with steps as long as the engine alone takes for them, and with the same law stretched until its mean step is
+    the one that the worker told of. The first shows what the path and its neighbours cost, the second how well the
+    queue, the claims and the batches are simulated.
+    """
     law = fit_law()
     vocabulary = Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab_size()
     rows = [
-        "| requests/s | first token, p50: measured | simulated | off | ms/token: measured | simulated | off |",
+        "| requests/s | | measured | simulated | off | with the worker's steps | off |",
         "|---|---|---|---|---|---|---|",
     ]
     with running_stack(DEMO) as stack:
-        address = stack["addresses"][0]
-        delivery_s = _delivery_s(address, law, vocabulary)
-        shape = WorkerShape(law, kv_tokens=65536, max_sequences=MAX_SEQUENCES, delivery_s=delivery_s)
+        worker = next(each for each in stack["processes"] if each["role"] == "worker")
         for rate in MEASURED_RATES:
             arrivals = poisson_arrivals(
                 rate, MEASURED_S, prompt_tokens=MEASURED_PROMPTS, output_tokens=MEASURED_OUTPUTS, seed=2
             )
-            measured = asyncio.run(_send(address, arrivals, vocabulary))
-            rows.append(_compare(rate, measured, simulate(arrivals, shape, num_workers=1)))
+            before = _steps_of(worker["metrics"])
+            measured = asyncio.run(_send(stack["addresses"][0], arrivals, vocabulary))
+            num_steps, seconds = (now - then for now, then in zip(_steps_of(worker["metrics"]), before, strict=True))
+            alone = _simulate_demo(arrivals, law)
+            told = _simulate_demo(arrivals, _stretch(law, arrivals, mean_step_s=seconds / num_steps))
+            rows += _compare(rate, measured, alone, told, mean_step_s=seconds / num_steps)
     return "\n".join(rows)
+
+
+def _simulate_demo(arrivals: Sequence[Arrival], law: StepLaw) -> Simulated:
+    shape = WorkerShape(law, kv_tokens=65536, max_sequences=MAX_SEQUENCES)
+    return simulate(arrivals, shape, num_workers=1)
+
+
+def _stretch(law: StepLaw, arrivals: Sequence[Arrival], *, mean_step_s: float) -> StepLaw:
+    """The law times the factor with which the simulation's mean step is this; slower steps make larger batches."""
+    factor = 1.0
+    for _ in range(8):
+        factor *= mean_step_s / _simulate_demo(arrivals, lambda work: factor * law(work)).mean_step_s  # noqa: B023
+    return lambda work: factor * law(work)
+
+
+def _steps_of(metrics_address: str) -> tuple[float, float]:
+    """How many steps the worker has taken, and the seconds they took in all."""
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("oasst_worker_step_seconds_"))
+    return float(values["oasst_worker_step_seconds_count"]), float(values["oasst_worker_step_seconds_sum"])
 
 
 def fit_law() -> StepLaw:
@@ -121,16 +151,6 @@ def fit_law() -> StepLaw:
     # Long steps count no more than short ones.
     fixed_s, token_s, cached_s = np.linalg.lstsq(causes / seconds[:, None], np.ones_like(seconds), rcond=None)[0]
     return lambda work: float(fixed_s + token_s * work.num_tokens + cached_s * work.cached_tokens)
-
-
-def _delivery_s(address: str, law: StepLaw, vocabulary: int) -> float:
-    """What the path adds to a lone request's first token, on an idle service."""
-    lone = [Arrival(0.5 * number, 64, 2) for number in range(10)]
-    measured = asyncio.run(_send(address, lone, vocabulary))
-    simulated = simulate(lone, WorkerShape(law, kv_tokens=65536), num_workers=1)
-    return statistics.median(each.time_to_first_token_s for each in measured) - statistics.median(
-        chat.time_to_first_token_s for chat in simulated
-    )
 
 
 async def _send(address: str, arrivals: Sequence[Arrival], vocabulary: int) -> list[Measured]:
@@ -159,13 +179,25 @@ async def _send(address: str, arrivals: Sequence[Arrival], vocabulary: int) -> l
         return list(await asyncio.gather(*tasks))
 
 
-def _compare(rate: float, measured: Sequence[Measured], simulated: Sequence[Chat]) -> str:
-    cells = [f"{rate:g}"]
-    first_s = [statistics.median(each.time_to_first_token_s for each in both) for both in (measured, simulated)]
-    token_s = [statistics.mean(each.time_per_token_s for each in both) for both in (measured, simulated)]
-    for real_s, model_s in (first_s, token_s):
-        cells += [f"{real_s * 1e3:.1f}", f"{model_s * 1e3:.1f}", f"{(model_s - real_s) / real_s:+.0%}"]
-    return f"| {' | '.join(cells)} |"
+def _compare(
+    rate: float, measured: Sequence[Measured], alone: Simulated, told: Simulated, *, mean_step_s: float
+) -> list[str]:
+    def first_s(chats: Sequence[Measured | Chat]) -> float:
+        return statistics.median(chat.time_to_first_token_s for chat in chats)
+
+    def token_s(chats: Sequence[Measured | Chat]) -> float:
+        return statistics.mean(chat.time_per_token_s for chat in chats)
+
+    lines = (
+        ("step, mean", mean_step_s, alone.mean_step_s, told.mean_step_s),
+        ("first token, p50", first_s(measured), first_s(alone.chats), first_s(told.chats)),
+        ("per token, mean", token_s(measured), token_s(alone.chats), token_s(told.chats)),
+    )
+    return [
+        f"| {rate:g} | {what} | {real_s * 1e3:.1f} ms | {alone_s * 1e3:.1f} ms | {alone_s / real_s - 1:+.0%}"
+        f" | {told_s * 1e3:.1f} ms | {told_s / real_s - 1:+.0%} |"
+        for what, real_s, alone_s, told_s in lines
+    ]
 
 
 if __name__ == "__main__":

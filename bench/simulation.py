@@ -15,7 +15,7 @@ from oasst_worker import engine
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams
 from oasst_worker.engine.batch import Batch, Sample
 
-__all__ = ["Arrival", "Chat", "StepLaw", "WorkerShape", "poisson_arrivals", "simulate", "work_of"]
+__all__ = ["Arrival", "Chat", "Simulated", "StepLaw", "WorkerShape", "poisson_arrivals", "simulate", "work_of"]
 
 StepLaw = Callable[[StepWork], float]
 
@@ -60,6 +60,19 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Simulated:
+    """Every request, in the order of their ends, and what the workers did for them."""
+
+    chats: list[Chat]
+    num_steps: int
+    stepping_s: float  # Over all workers.
+
+    @property
+    def mean_step_s(self) -> float:
+        return self.stepping_s / self.num_steps
+
+
+@dataclass(frozen=True)
 class WorkerShape:
     """How much a worker holds, and how long its steps take."""
 
@@ -67,8 +80,6 @@ class WorkerShape:
     kv_tokens: int
     max_sequences: int = 64
     step_tokens: int = 512
-    # From a step's end until its tokens are with the caller, and from there back: the rest of the path.
-    delivery_s: float = 0.0
 
 
 def poisson_arrivals(
@@ -84,11 +95,12 @@ def poisson_arrivals(
     return arrivals
 
 
-def simulate(arrivals: Sequence[Arrival], shape: WorkerShape, *, num_workers: int) -> list[Chat]:
-    """Every request, served; in the order of their ends."""
+def simulate(arrivals: Sequence[Arrival], shape: WorkerShape, *, num_workers: int) -> Simulated:
+    """Every request is served."""
     coming = deque(arrivals)
     waiting: deque[Arrival] = deque()
     ended: list[Chat] = []
+    num_steps, stepping_s = 0, 0.0
     workers = [(0.0, number, _Worker(shape)) for number in range(num_workers)]
     while workers:
         now_s, number, worker = heapq.heappop(workers)
@@ -96,13 +108,15 @@ def simulate(arrivals: Sequence[Arrival], shape: WorkerShape, *, num_workers: in
             waiting.append(coming.popleft())
         worker.claim(waiting, now_s)
         if worker.has_work():
-            now_s += worker.step(now_s, ended)
+            step_s = worker.step(now_s, ended)
+            num_steps, stepping_s = num_steps + 1, stepping_s + step_s
+            now_s += step_s
         elif coming:
             now_s = coming[0].at_s
         else:
             continue  # Nothing is left for it.
         heapq.heappush(workers, (now_s, number, worker))
-    return ended
+    return Simulated(ended, num_steps, stepping_s)
 
 
 def work_of(batch: Batch) -> StepWork:
@@ -179,12 +193,12 @@ class _Worker:
         """One step of the engine; how long it took."""
         outputs = self._engine.step()
         step_s = self._executor.last_step_s
-        told_s = now_s + step_s + self.shape.delivery_s
+        ended_s = now_s + step_s
         for output in outputs:
             chat = self._chats[output.sequence_id]
-            chat.first_token_s = chat.first_token_s or told_s
+            chat.first_token_s = chat.first_token_s or ended_s
             if output.finish is not None:
-                chat.ended_s = told_s
+                chat.ended_s = ended_s
                 ended.append(chat)
                 del self._chats[output.sequence_id], self._sequences[output.sequence_id]
         return step_s

@@ -67,25 +67,35 @@ def plan(
             f"no choice holds the model and gives a token each {token_ms:g} ms: "
             "allow more time (--token-ms), more cards (--cards) or another one (--gpu)"
         )
-    plans.sort(key=lambda found: found.num_cards)
+    plans.sort(key=lambda found: (found.num_cards, found.machine.num_cards))
     services = make_service_plan(load, time_per_token_s=plans[0].time_per_token_s)
     if as_json:
         for found in plans:
             print(json.dumps(_figures(found, load, services, price)))
     else:
         console = Console(highlight=False)
-        console.print(_table(plans, load, price))
+        console.print(_table(plans if gpu else _best_of_each_card(plans), load, price))
         console.print(_services_text(services))
 
 
+def _best_of_each_card(plans: list[Plan]) -> list[Plan]:
+    """The plan with the fewest cards for each kind of card; of equals the one with fewer cards in a worker."""
+    best: dict[str, Plan] = {}
+    for found in plans:  # The cheapest first.
+        best.setdefault(found.machine.card.name, found)
+    return list(best.values())
+
+
 def _table(plans: list[Plan], load: Load, price: float | None) -> Table:
-    headings = ["worker", "fits", "batch", "ms/token", "first token", "tokens/s", "workers", "cards", "card h/M tokens"]
-    table = Table(*headings, *(["cost/M tokens"] if price is not None else []), box=None)
+    table = Table(box=None, pad_edge=False)
+    headings = ["worker", "fits", "batch", "ms/token", "first token", "tokens/s", "workers", "cards", "card-h/Mtok"]
+    for heading in [*headings, *(["cost/Mtok"] if price is not None else [])]:
+        table.add_column(heading, justify="left" if heading == "worker" else "right", no_wrap=True)
     for found in plans:
         card = found.machine.card
         hours = found.card_hours_per_million_tokens(load)
         table.add_row(
-            f"{found.machine.num_cards}x {card.name}{'' if card.is_measured else ' *'}",
+            f"{found.machine.num_cards}x {card.name}{'' if card.is_measured else '*'}",
             str(found.max_sequences),
             str(found.batch_size),
             f"{found.time_per_token_s * 1e3:.1f}",

@@ -10,6 +10,9 @@ run: .venv/all            ## Start the whole stack on this machine and chat with
 test: .venv/dev .venv/helm ## Run the tests
 	$(BIN)/pytest
 
+fuzz: .venv/dev           ## Fuzz the queue with many seeds
+	$(BIN)/pytest -m fuzz tests/jobs
+
 lint: .venv/dev           ## Check style, types and the protobuf files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,7 +36,7 @@ chart: .venv/dev .venv/helm ## Check the chart, its rules and the images; prints
 	@command -v promtool >/dev/null || { echo "make chart needs promtool: apt-get install prometheus" >&2; exit 1; }
 	$(BIN)/pytest tests/ops --matrix
 
-dashboards: .venv/dev     ## Write the dashboards and the table of metrics
+generated: .venv/dev      ## Write the dashboards, the table of metrics and the queue's users
 	$(BIN)/python -m observe write
 
 observe: .venv/dev        ## Watch a real run with a real Prometheus: rules, dashboards, pictures, cost
@@ -54,7 +57,7 @@ clean:                    ## Remove the environment and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
 
 help:                     ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 .venv/all .venv/dev: .venv/%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oasst-serve needs Python 3.11 or newer")'
@@ -69,4 +72,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format proto demo bench chart dashboards observe images lock clean help
+.PHONY: run test fuzz lint format proto demo bench chart generated observe images lock clean help

@@ -16,10 +16,14 @@ from rich.table import Table
 
 from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import OURS, EngineRow, measure_engine
+from bench.gateway import FloodRow, GatewayRow, measure_flood, measure_gateway
 from bench.path import PathRow, measure_path
+from bench.queue import QueueFigures, measure_queue
 from bench.start import StartRow, measure_start
 
-PARTS = ("engine", "path", "start")
+PARTS = ("engine", "path", "gateway", "queue", "start")
+# Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
+GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 100_000], help="jobs that wait, for queue")
     parser.add_argument("--json", type=Path, help="also writes the figures to this file")
     options = parser.parse_args()
 
@@ -53,6 +58,16 @@ def main() -> None:
                 streams = max(options.concurrent)
                 rows = [measure_path(name, path, streams=streams, **lengths) for name, path in checkpoints.items()]
                 console.print(_path_table(rows))
+            elif part == "gateway":
+                rows = [measure_gateway(*load) for load in GATEWAY_LOADS]
+                console.print(_gateway_table(rows))
+                flood = measure_flood(10_000, max_waiting=100)
+                console.print(_flood_table(flood))
+                rows.append(flood)
+            elif part == "queue":
+                waiting = tuple(options.waiting)
+                rows = [measure_queue(streams=(1, 8, 32, 128), waiting_jobs=waiting, rounds=options.rounds)]
+                console.print(_queue_table(rows[0]))
             else:
                 rows = [measure_start(options.rounds)]
                 console.print(_start_table(rows[0]))
@@ -105,6 +120,38 @@ def _path_table(rows: list[PathRow]) -> Table:
     return table
 
 
+def _gateway_table(rows: list[GatewayRow]) -> Table:
+    table = Table(title="Processor time of a gateway for each streamed message, beside a bare gRPC server's")
+    for heading in ("streams", "step", "tokens/s", "messages/token", "us/message", "bare us/message", "us/token"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.streams),
+            f"{row.step_ms:g} ms",
+            f"{row.tokens_per_s:.0f}",
+            f"{row.messages_per_token:.2f}",
+            f"{row.cpu_us_per_message:.1f}",
+            f"{row.bare_us_per_message:.1f}",
+            f"{row.cpu_us_per_token:.1f}",
+        )
+    return table
+
+
+def _flood_table(row: FloodRow) -> Table:
+    table = Table(title="A flood of requests into a queue that takes a hundred")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("requests, and the seconds in which they were sent", f"{row.requests} in {row.sent_in_s:.1f} s")
+    table.add_row("accepted", str(row.accepted))
+    table.add_row("refused by the gateway", str(row.refused))
+    table.add_row("turned away by gRPC's limit on streams", str(row.turned_away))
+    table.add_row(
+        "from sending to refusal, median and 99 %", f"{row.refusal_p50_ms:.0f} and {row.refusal_p99_ms:.0f} ms"
+    )
+    table.add_row("processor time of the gateway for each", f"{row.cpu_us_per_request:.0f} us")
+    return table
+
+
 def _start_table(row: StartRow) -> Table:
     table = Table(title="Start on the demo checkpoint, warm environment")
     table.add_column("figure")
@@ -113,6 +160,23 @@ def _start_table(row: StartRow) -> Table:
     table.add_row("from there to everything stopped", f"{row.stopped_s:.1f} s")
     for process, mib in row.resident_mib.items():
         table.add_row(f"resident memory of {process}", f"{mib:.0f} MiB")
+    return table
+
+
+def _queue_table(figures: QueueFigures) -> Table:
+    table = Table(title=f"Queue alone on {figures.server}, append-only file synced every second")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for push in figures.pushes:
+        table.add_row(f"server per token, {push.streams} streams", f"{push.server_us_per_token:.1f} us")
+        table.add_row(f"worker per token, {push.streams} streams", f"{push.worker_us_per_token:.1f} us")
+    for claim in figures.claims:
+        table.add_row(f"claim, {claim.waiting_jobs:,} jobs waiting", f"{claim.claim_us:.0f} us")
+        table.add_row(f"submit, {claim.waiting_jobs:,} jobs waiting", f"{claim.submit_us:.0f} us")
+    table.add_row("memory of a waiting job of 128 tokens", f"{figures.memory.bytes_per_waiting_job:.0f} bytes")
+    table.add_row("memory of a logged token", f"{figures.memory.bytes_per_logged_token:.0f} bytes")
+    for name, value_ms in figures.claimed_after_ms.items():
+        table.add_row(f"submit to claim by an idle worker, {name}", f"{value_ms:.1f} ms")
     return table
 
 

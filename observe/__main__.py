@@ -4,6 +4,7 @@ import argparse
 
 from observe.dashboards import write_dashboards
 from observe.metrics_table import write_page
+from observe.queue_users import write_users
 
 
 def main() -> None:
@@ -12,6 +13,7 @@ def main() -> None:
     if parser.parse_args().what == "write":
         write_dashboards()
         write_page()
+        write_users()
     else:
         from observe.run import observe_run
 

@@ -1,4 +1,4 @@
-"""Grafana's dashboards, written from the panels below: `python -m observe dashboards`.
+"""Grafana's dashboards, written from the panels below: `make generated`.
 
 A panel's queries hold `$release`, which the dashboard's variable fills in.
 """

@@ -1,4 +1,4 @@
-"""docs/operations/metrics.md, written from the metrics that gateway and worker declare: `python -m observe table`."""
+"""docs/operations/metrics.md, written from the metrics that gateway and worker declare: `make generated`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "operations" / "metrics.md"
 _HEAD = """\
 # Metrics
 
-Written by `make dashboards` from the code; a test compares. Gateway and worker serve them at `/metrics` of
+Written by `make generated` from the code; a test compares. Gateway and worker serve them at `/metrics` of
 `--metrics-listen`. All values are in base units. No label holds anything that a caller chose, so there are at most a
 few hundred series for each process.
 

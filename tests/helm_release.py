@@ -42,9 +42,8 @@ class Release:
 
     def pods(self) -> dict[str, Manifest]:
         """Name -> the pod or the template of pods."""
-        templates = {
-            each["metadata"]["name"]: each["spec"]["template"] for each in self.of_kind("Deployment", "StatefulSet")
-        }
+        makers = self.of_kind("Deployment", "StatefulSet", "Job")
+        templates = {each["metadata"]["name"]: each["spec"]["template"] for each in makers}
         return templates | {each["metadata"]["name"]: each for each in self.of_kind("Pod")}
 
 
@@ -52,7 +51,7 @@ class Renderer:
     """Helm against an API server. `url` is one that knows the chart's kinds."""
 
     def __init__(self, url: str) -> None:
-        # Helm for Linux on x86-64 is inside; elsewhere the import fails, and so do the tests, saying why.
+        # 120 MB of Helm are inside, for Linux on x86-64 alone: not loaded where only the chart's path is wanted.
         import helm_sdkpy
 
         self._helm = helm_sdkpy

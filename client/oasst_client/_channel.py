@@ -23,6 +23,9 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
     # Notices a dead peer while a stream waits. The gateway allows a ping each 10 s, and none are sent between calls.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # A keepalive ping waits behind any other: one that gRPC sent to measure bandwidth would otherwise hold it for 60 s.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -101,10 +104,12 @@ def call_metadata(
 def channel_options(
     tls: Tls | bool | None = None, extra: Sequence[tuple[str, str | int]] = ()
 ) -> list[tuple[str, str | int]]:
-    """The channel options of this package, those of the caller last so that they win."""
-    server_name = tls.server_name if isinstance(tls, Tls) else None
-    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
-    return [*_OPTIONS, *named, *extra]
+    """The channel options of this package; the caller's own stand in place of those of the same name."""
+    merged = dict(_OPTIONS)
+    if isinstance(tls, Tls) and tls.server_name:
+        merged["grpc.ssl_target_name_override"] = tls.server_name
+    merged.update(extra)  # gRPC itself would take the first of two.
+    return list(merged.items())
 
 
 def _stays_here(address: str) -> bool:

@@ -108,11 +108,9 @@ def test_images_are_pinned(release: Release) -> None:
 
 
 def test_every_server_is_probed_by_what_it_does(release: Release) -> None:
-    for name, pod in release.pods().items():
-        if pod.get("kind") == "Pod":
-            continue
-        for container in pod["spec"]["containers"]:
-            assert {"livenessProbe", "readinessProbe"} <= set(container), f"{name}/{container['name']}"
+    for server in release.of_kind("Deployment", "StatefulSet"):
+        for container in server["spec"]["template"]["spec"]["containers"]:
+            assert {"livenessProbe", "readinessProbe"} <= set(container), container["name"]
             if container["name"] in ("gateway", "worker"):
                 assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
                 assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
@@ -189,7 +187,7 @@ def test_what_a_pod_mounts_or_reads_exists(release: Release) -> None:
 
 
 def test_mounts_name_volumes_of_their_pod(release: Release) -> None:
-    for workload in (*release.of_kind("Deployment", "StatefulSet"), *release.of_kind("Pod")):
+    for workload in release.of_kind("Deployment", "StatefulSet", "Job", "Pod"):
         pod = workload["spec"].get("template", workload)
         volumes = {each["name"] for each in pod["spec"].get("volumes", [])}
         volumes |= {each["metadata"]["name"] for each in workload["spec"].get("volumeClaimTemplates", [])}
@@ -231,7 +229,10 @@ def test_whoever_may_call_a_pod_is_let_out_to_it(release: Release) -> None:
 
 def test_no_manifest_shows_a_password(release: Release) -> None:
     passwords = {
-        each["stringData"]["password"] for each in release.of_kind("Secret") if "password" in each.get("stringData", {})
+        value
+        for secret in release.of_kind("Secret")
+        for key, value in secret.get("stringData", {}).items()
+        if key.endswith("password")
     }
     for manifest in (*release.objects, *release.tests):
         if manifest["kind"] != "Secret":

@@ -38,6 +38,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "put whole URLs into a Secret",
     ),
     (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "loadFunctions": True}}},
+        "needs redis.external.existingSecret",
+    ),
+    (
         {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "caSecret": "ca"}}},
         "begin it with rediss://",
     ),

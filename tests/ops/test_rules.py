@@ -98,11 +98,11 @@ def test_alerts_fire_when_they_should_and_are_silent_otherwise() -> None:
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=[dashboard.name for dashboard in DASHBOARDS])
 def test_the_dashboards_in_the_chart_are_as_their_panels_say(dashboard) -> None:
     written = json.loads((FOLDER / f"{dashboard.name}.json").read_text())
-    assert written == render(dashboard), "run `make dashboards`"
+    assert written == render(dashboard), "run `make generated`"
 
 
 def test_the_table_of_metrics_is_as_the_code_declares() -> None:
-    assert PAGE.read_text() == render_page(), "run `make dashboards`"
+    assert PAGE.read_text() == render_page(), "run `make generated`"
 
 
 @needs_promtool

@@ -53,6 +53,14 @@ PYTHIA_12B = ModelShape(num_layers=36, hidden_size=5120, vocab_size=50288, max_p
 
 
 @dataclass(frozen=True)
+class Link:
+    """From a card to the others of its machine."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
 class Card:
     """A GPU, as it performs: what was measured, or nine tenths of what its maker tells."""
 
@@ -60,26 +68,24 @@ class Card:
     memory_bytes: float
     read_bytes_per_s: float
     flop_per_s: float  # In fp16, dense.
-    # To the other cards of its machine.
-    link_bytes_per_s: float
-    link_latency_s: float
+    link: Link
     is_measured: bool = False
 
 
-_NVLINK = {"link_bytes_per_s": 300e9, "link_latency_s": 15e-6}
-_PCIE = {"link_bytes_per_s": 16e9, "link_latency_s": 100e-6}
+_NVLINK = Link(bytes_per_s=300e9, latency_s=15e-6)
+_PCIE = Link(bytes_per_s=16e9, latency_s=100e-6)
 
 CARDS = {
     card.name: card
     for card in (
-        Card("H200", 149.3e9, 4.30e12, 790e12, **_NVLINK, is_measured=True),
-        Card("H100", 85.5e9, 3.00e12, 790e12, **_NVLINK),
-        Card("A100-80", 85.9e9, 1.74e12, 250e12, **_NVLINK),
-        Card("A100-40", 42.4e9, 1.40e12, 250e12, **_NVLINK),
-        Card("L40S", 48.3e9, 0.78e12, 290e12, **_PCIE),
-        Card("A10G", 24.1e9, 0.54e12, 63e12, **_PCIE),
-        Card("L4", 24.1e9, 0.27e12, 100e12, **_PCIE),
-        Card("T4", 16.1e9, 0.29e12, 30e12, **_PCIE),
+        Card("H200", 149.3e9, 4.30e12, 790e12, _NVLINK, is_measured=True),
+        Card("H100", 85.5e9, 3.00e12, 790e12, _NVLINK),
+        Card("A100-80", 85.9e9, 1.74e12, 250e12, _NVLINK),
+        Card("A100-40", 42.4e9, 1.40e12, 250e12, _NVLINK),
+        Card("L40S", 48.3e9, 0.78e12, 290e12, _PCIE),
+        Card("A10G", 24.1e9, 0.54e12, 63e12, _PCIE),
+        Card("L4", 24.1e9, 0.27e12, 100e12, _PCIE),
+        Card("T4", 16.1e9, 0.29e12, 30e12, _PCIE),
     )
 }
 
@@ -133,4 +139,4 @@ class Machine:
             return 0.0
         row_bytes = work.num_tokens * self.model.hidden_size * self.model.bytes_per_value
         sent_bytes = 2 * row_bytes * (self.num_cards - 1) / self.num_cards
-        return self.model.num_layers * (self.card.link_latency_s + sent_bytes / self.card.link_bytes_per_s)
+        return self.model.num_layers * (self.card.link.latency_s + sent_bytes / self.card.link.bytes_per_s)

@@ -4,16 +4,16 @@
 {{- .Values.redis.builtIn.existingSecret | default (include "oasst.name" (dict "root" . "component" "valkey")) -}}
 {{- end }}
 
-{{/* The URL, never in clear where it holds a password. */}}
+{{/* The URL of the component's own user (gateway, worker or admin), never in clear where it holds a password. */}}
 {{- define "oasst.redis.env" -}}
-{{- $variable := printf "OASST_%s_REDIS_URL" (upper .component) -}}
+{{- $variable := eq .component "admin" | ternary "OASST_REDIS_URL" (printf "OASST_%s_REDIS_URL" (upper .component)) -}}
 {{- with .root.Values.redis -}}
 {{- if .builtIn.enabled -}}
 - name: REDIS_PASSWORD
   valueFrom:
-    secretKeyRef: {name: {{ include "oasst.redis.secret" $.root }}, key: password}
+    secretKeyRef: {name: {{ include "oasst.redis.secret" $.root }}, key: {{ $.component }}-password}
 - name: {{ $variable }}
-  value: redis://default:$(REDIS_PASSWORD)@{{ include "oasst.name" (dict "root" $.root "component" "valkey") }}:6379/0
+  value: redis://oasst-{{ $.component }}:$(REDIS_PASSWORD)@{{ include "oasst.name" (dict "root" $.root "component" "valkey") }}:6379/0
 {{- else if .external.existingSecret -}}
 - name: {{ $variable }}
   valueFrom:

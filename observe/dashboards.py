@@ -149,8 +149,9 @@ QUEUE = Dashboard(
             (
                 _of_queue("oasst_gateway_queue_waiting_jobs", "waiting"),
                 _of_queue("oasst_gateway_queue_running_jobs", "running"),
+                _of_queue("oasst_gateway_queue_dead_jobs", "dead"),
             ),
-            "Waiting ones grow while workers are too few.",
+            "Waiting ones grow while workers are too few. Dead ones killed their workers; see OasstDeadLetters.",
         ),
         Panel(
             "Tokens waiting and running",

@@ -31,7 +31,7 @@ OpenTelemetry gives them in Prometheus. Each process also has Prometheus's own `
 
 def render_page() -> str:
     gateway, worker = CollectorRegistry(), CollectorRegistry()
-    tables = [
+    tables: list[tuple[str, GatewayMetrics | WorkerMetrics]] = [
         ("Gateway", GatewayMetrics(gateway)),
         ("Worker", WorkerMetrics(worker)),
     ]

@@ -70,7 +70,7 @@ def names_in(expr: str) -> Iterator[tuple[str, dict[str, str]]]:
 def _selectors(node: Any) -> Iterator[tuple[str, dict[str, str]]]:
     # Any: the parser's classes share no type.
     if isinstance(node, promql.VectorSelector):
-        yield node.name, {matcher.name: matcher.value for matcher in node.matchers.matchers}
+        yield node.name or "", {matcher.name: matcher.value for matcher in node.matchers.matchers}
     elif isinstance(node, promql.MatrixSelector):
         yield from _selectors(node.vector_selector)
     elif isinstance(node, promql.Call):

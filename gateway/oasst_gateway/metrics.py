@@ -70,6 +70,9 @@ class GatewayMetrics:
         self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")
         self.waiting_tokens = gauge("queue_waiting_tokens", "Tokens that those requests ask for, prompts included.")
         self.running_jobs = gauge("queue_running_jobs", "Requests that workers run, over all gateways.")
+        self.dead_jobs = gauge(
+            "queue_dead_jobs", "Requests set aside because workers died with them, over all gateways."
+        )
         self.workers = gauge("workers", "Workers that told of themselves lately.")
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _LAG_SECONDS
@@ -85,6 +88,7 @@ class GatewayMetrics:
         self.waiting_jobs.set(load.waiting_jobs)
         self.waiting_tokens.set(load.waiting_tokens)
         self.running_jobs.set(load.running_jobs)
+        self.dead_jobs.set(load.dead_jobs)
         self.workers.set(len(load.workers))
 
 

@@ -45,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "caSecret": "ca"}}},
         "begin it with rediss://",
     ),
+    ({"gateway": {"options": {"queue-shards": 4}}}, "different numbers of queue-shards"),
     ({"model": {"hub": HUB | {"revision": ""}}}, "name the full commit to serve"),
     ({"model": {"hub": HUB | {"sha256": {}}}}, "lacks config.json or tokenizer.json"),
     ({"model": {"hub": HUB}}, "names no weights"),

@@ -114,16 +114,18 @@ def _first_token_s(load: Load, machine: Machine, batch: int, step_tokens: int) -
 
 @dataclass(frozen=True)
 class ServiceCosts:
-    """What gateways and the queue spend, as measured on one core of 2.4 GHz; bench/RESULTS.md tells how."""
+    """What gateways and the queue spend. Measured by `python -m bench gateway queue` on a busy core of 2.4 GHz."""
 
-    gateway_cpu_s_per_message: float = 60e-6
-    gateway_cpu_s_per_request: float = 3e-3
+    gateway_cpu_s_per_message: float = 110e-6
+    redis_cpu_s_per_token: float = 11.5e-6
+    redis_cpu_s_per_request: float = 300e-6  # To submit it and to claim it.
+    redis_bytes_per_request: float = 1.4e3
+    redis_bytes_per_prompt_token: float = 2.0
+    redis_bytes_per_output_token: float = 36.0
+    # Assumed, not measured.
+    gateway_cpu_s_per_request: float = 1e-3
+    gateway_bytes: float = 100e6
     gateway_bytes_per_stream: float = 60e3
-    redis_cpu_s_per_token: float = 10e-6
-    redis_cpu_s_per_request: float = 300e-6
-    # While a job waits or runs, and for the retention after it.
-    redis_bytes_per_request: float = 4e3
-    redis_bytes_per_token: float = 60.0
     # A core that is busier answers late.
     max_core_share: float = 0.6
 
@@ -155,13 +157,18 @@ def make_service_plan(
     )
     redis_cores = tokens_per_s * costs.redis_cpu_s_per_token + load.requests_per_s * costs.redis_cpu_s_per_request
     num_gateways = max(2, math.ceil(gateway_cores / costs.max_core_share))
+    # A job can be read while it runs and for the retention after its end.
     stored_requests = load.requests_per_s * (load.output_tokens * time_per_token_s + retention_s)
     return ServicePlan(
         num_streams=num_streams,
         tokens_per_s=tokens_per_s,
         num_gateways=num_gateways,
-        gateway_bytes=100e6 + num_streams / num_gateways * costs.gateway_bytes_per_stream,
+        gateway_bytes=costs.gateway_bytes + num_streams / num_gateways * costs.gateway_bytes_per_stream,
         num_shards=max(1, math.ceil(redis_cores / costs.max_core_share)),
         redis_bytes=stored_requests
-        * (costs.redis_bytes_per_request + (load.prompt_tokens + load.output_tokens) * costs.redis_bytes_per_token),
+        * (
+            costs.redis_bytes_per_request
+            + load.prompt_tokens * costs.redis_bytes_per_prompt_token
+            + load.output_tokens * costs.redis_bytes_per_output_token
+        ),
     )

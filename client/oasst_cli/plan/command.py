@@ -111,10 +111,10 @@ def _table(plans: list[Plan], load: Load, price: float | None) -> Table:
 
 def _services_text(services: ServicePlan) -> str:
     return (
-        "* by its maker's figures, not measured.\n"
+        "* by its maker's figures; the others were measured.\n"
         f"Beside them, for {services.num_streams:,} streams at once and {services.tokens_per_s:,.0f} tokens/s:\n"
-        f"  {services.num_gateways} gateway processes of {services.gateway_bytes / 1e6:,.0f} MB\n"
-        f"  {services.num_shards} Redis primaries, {services.redis_bytes / 1e9:,.1f} GB in all"
+        f"  gateway processes: {services.num_gateways:,}, each of one core and {services.gateway_bytes / 1e6:,.0f} MB\n"
+        f"  Redis primaries: {services.num_shards:,}, of {services.redis_bytes / 1e9:,.2f} GB in all"
     )
 
 

@@ -16,6 +16,7 @@ from oasst_cli.complete import complete
 from oasst_cli.doctor import doctor
 from oasst_cli.exits import EXIT_CODES, exit_of
 from oasst_cli.models import models
+from oasst_cli.plan.command import plan
 from oasst_cli.report.command import report
 from oasst_cli.tokenize import tokenize
 from oasst_cli.top.command import top
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, chat, complete, cancel, models, top, tokenize, doctor, bench, report):
+for command in (up, chat, complete, cancel, models, top, tokenize, doctor, bench, report, plan):
     app.command(epilog=EXIT_CODES)(command)
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
+from oasst_jobs import failpoints
 
 from oasst_gateway.backlog import Backlog
 from oasst_gateway.errors import ChatFailedError
@@ -56,6 +57,7 @@ class Chat:
             if news.entries:
                 for event in delta_events(news.entries, position=position):
                     self._meter.saw_delta(event.delta)
+                    failpoints.reach("gateway.sending")
                     yield event
                 position = news.entries[-1].end_position
             if news.outcome is not None:

@@ -17,6 +17,7 @@ from oasst_jobs import (
     QueueLoad,
     QueueUnavailableError,
     Submitter,
+    failpoints,
     job_id_for,
 )
 
@@ -188,7 +189,9 @@ class Chats:
 
     async def _submit(self, prepared: PreparedChat) -> chat_pb2.Accepted:
         job = prepared.job
+        failpoints.reach("gateway.submitting")
         submitted = await self._submitter.submit(job, digest=prepared.digest, timeout_ms=prepared.timeout_ms)
+        failpoints.reach("gateway.submitted")
         if submitted.is_new:
             self._metrics.prompt_tokens.inc(len(job.prompt_token_ids))
         else:

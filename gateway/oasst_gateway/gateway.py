@@ -59,7 +59,7 @@ async def running_gateway(
         redis = connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         client = QueueClient(redis)
-        limits = QueueLimits(max_waiting_jobs=settings.max_waiting_jobs)
+        limits = QueueLimits(max_waiting_jobs=settings.max_waiting_jobs, retention_s=settings.retention_s)
         submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits)
         inbox = Inbox(client, gateway_id=settings.gateway_id)
         health = Health()

@@ -6,12 +6,17 @@ import socket
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+from oasst_jobs.failpoints import parse_failpoints
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from oasst_gateway.errors import StartError
 
-__all__ = ["GatewaySettings", "read_settings"]
+__all__ = ["FAILPOINTS", "GatewaySettings", "read_settings"]
+
+# Places in the gateway where a test can break it: before a request is queued, after that and before its caller hears of
+# it, and before each event that a caller is sent.
+FAILPOINTS = ("gateway.submitting", "gateway.submitted", "gateway.sending")
 
 
 def _draw_gateway_id() -> str:
@@ -29,6 +34,11 @@ def _check_redis_url(url: str) -> str:
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must begin with redis://, rediss:// or unix://")
     return url
+
+
+def _check_failpoints(text: str) -> str:
+    parse_failpoints(text, known=FAILPOINTS)
+    return text
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
@@ -63,6 +73,7 @@ class GatewaySettings(BaseSettings):
     max_new_tokens: int | None = Field(None, ge=1, description="Unset: what the model's positions allow.")
     max_choices: int = Field(8, ge=1, le=128, description="Most completions of one request.")
     max_waiting_jobs: int = Field(1024, ge=1, description="Requests that may wait for workers, over all gateways.")
+    retention_s: float = Field(300.0, gt=0, description="How long a request and its answer stay after its end.")
     max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on this gateway.")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
     resume_secret: SecretStr | None = Field(
@@ -72,6 +83,9 @@ class GatewaySettings(BaseSettings):
     reuse_port: bool = Field(False, description="Lets several gateways of one machine share a port.")
     redis_wait_s: float = Field(60.0, ge=0, description="How long the start waits for Redis before it fails.")
     drain_grace_s: float = Field(30.0, ge=0, description="How long open chats may go on once asked to stop.")
+    failpoints: Annotated[str, AfterValidator(_check_failpoints)] = Field(
+        "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from oasst.jobs.v1.job_pb2 import Outcome
-from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError
+from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError, failpoints
 
 from oasst_worker.choice import Choice
 from oasst_worker.intake import Intake, JobRefusedError
@@ -155,6 +155,7 @@ class Consumer:
         )
         if not claimed_jobs:
             return False
+        failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
         for index, claimed in enumerate(claimed_jobs):
             if self._jobs and claimed.job.n > self._loop.max_sequences - self.num_sequences:
@@ -249,7 +250,9 @@ class Consumer:
         """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
         started_s = self._clock()
         items = [job.next_item(now_s=started_s) for job in jobs]
+        failpoints.reach("worker.pushing")
         statuses = await self._reach("push", lambda: self._claimer.push(items), give_up=self._closing)
+        failpoints.reach("worker.pushed")
         if statuses is None:
             return
         self._metrics.push_seconds.observe(self._clock() - started_s)
@@ -298,6 +301,7 @@ class Consumer:
         jobs = list(self._jobs.values())
         if not jobs:
             return
+        failpoints.reach("worker.releasing")
         try:
             await self._claimer.release([job.claimed for job in jobs])
         except QueueUnavailableError as error:

@@ -8,7 +8,7 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
-from oasst_jobs.errors import UnsupportedServerError, translate
+from oasst_jobs.errors import QueueUnavailableError, UnavailableReason, UnsupportedServerError, translate
 
 __all__ = ["MAX_BLOCK_S", "check_server", "connect", "translated"]
 
@@ -20,6 +20,9 @@ MAX_BLOCK_S = 1.0
 
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_CONNECTIONS = 64
+
+# What uvloop says, as a RuntimeError, of a connection that broke since its last use. The client library lets it through.
+_BROKEN_ON_UVLOOP = "the handler is closed"
 
 # The first versions with everything that is used here.
 _MIN_REDIS = (7, 0)
@@ -41,7 +44,7 @@ def connect(url: str) -> redis.asyncio.Redis:
         retry=Retry(
             ExponentialWithJitterBackoff(base=0.02, cap=0.2),
             retries=1,
-            supported_errors=(redis.exceptions.ConnectionError, redis.exceptions.ReadOnlyError),
+            supported_errors=(redis.exceptions.ConnectionError, redis.exceptions.ReadOnlyError, RuntimeError),
         ),
         protocol=2,
         decode_responses=False,
@@ -79,5 +82,9 @@ async def translated(reply: Awaitable[Any]) -> Any:
     # Any: replies have the shape that their command gives them.
     try:
         return await reply
+    except RuntimeError as error:
+        if _BROKEN_ON_UVLOOP not in str(error):
+            raise
+        raise QueueUnavailableError(UnavailableReason.UNREACHABLE, "Redis: the connection broke") from error
     except redis.exceptions.RedisError as error:
         raise translate(error) from error

@@ -21,7 +21,7 @@ MAX_BLOCK_S = 1.0
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_CONNECTIONS = 64
 
-# What uvloop says, as a RuntimeError, of a connection that broke since its last use. The client library lets it through.
+# What uvloop says, as a RuntimeError, of a connection that broke since its last use; the client library passes it on.
 _BROKEN_ON_UVLOOP = "the handler is closed"
 
 # The first versions with everything that is used here.

@@ -105,6 +105,11 @@ class Load:
         """The caller is gone, without a word."""
         self._streams[id(transcript)].cancel()
 
+    def forget(self, transcript: Transcript) -> None:
+        """Nothing is kept of a stream that has ended."""
+        del self._streams[id(transcript)]
+        self.transcripts.remove(transcript)
+
     async def close(self) -> None:
         for stream in self._streams.values():
             stream.cancel()

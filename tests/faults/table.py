@@ -3,7 +3,7 @@
 import random
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from faults.world import Shape, World
@@ -46,16 +46,20 @@ def row(
     return lambda scenario: Row(number, fault, promise, scenario, shape or Shape(), is_quick)
 
 
-async def run_row(row: Row, seed: int, keep_failed_in: Path | None = None) -> Result:
+async def run_row(row: Row, seed: int, *, keep_failed_in: Path | None = None, packages: Path | None = None) -> Result:
     """The row's promise held in a world of its own; whatever is left to chance follows from the seed.
 
-    Logs and history of a run that failed are kept in a folder named after row and seed.
+    Logs and history of a run that failed are kept in a folder named after row and seed. `packages` stand in for ours.
+
+    Raises:
+        AssertionError: if the promise was broken.
     """
     # Not pytest's folder: the path of a unix socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         folder = Path(temporary)
         try:
-            async with World.open(folder, row.shape, random.Random(f"{row.number} {seed}")) as world:
+            shape = replace(row.shape, packages=packages)
+            async with World.open(folder, shape, random.Random(f"{row.number} {seed}")) as world:
                 evidence = await row.scenario(world)
         except BaseException:
             if keep_failed_in is not None:

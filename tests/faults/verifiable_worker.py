@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from oasst_worker.__main__ import main
 from oasst_worker.detokenizer import Detokenizer
 from oasst_worker.engine import Batch, Chunk, Engine, EngineConfig, Sample, Sequence

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import sys
 import time
@@ -44,6 +45,10 @@ class Shape:
     worker_options: tuple[str, ...] = ()
     gateway_options: tuple[str, ...] = ()
     valkey_options: tuple[str, ...] = ()
+    # Whether workers write down each step.
+    has_ledgers: bool = True
+    # A folder whose packages the processes use instead of ours.
+    packages: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,8 @@ class World:
         link = await self._link(name, str(self.folder / "valkey.sock"))
         command = [
             *(sys.executable, str(_WORKER), "--step-s", str(shape.step_s if step_s is None else step_s)),
-            *("--ledger", str(self.folder / f"{name}.ledger"), "--", "--worker-id", name),
+            *(("--ledger", str(self.folder / f"{name}.ledger")) if shape.has_ledgers else ()),
+            *("--", "--worker-id", name),
             *("--redis-url", f"redis://{link.address}/0", "--metrics-listen", "127.0.0.1:0"),
             *("--lease-s", str(shape.lease_s), *shape.worker_options, *options),
         ]
@@ -156,7 +162,9 @@ class World:
 
     async def _run(self, name: str, command: list[str]) -> ServiceProcess:
         log = self.folder / f"{name}.log"
-        process = await ServiceProcess.start(name, command, log=log, environment={"PYTHONPATH": str(_TESTS)})
+        paths = [str(path) for path in (self.shape.packages, _TESTS) if path]
+        environment = {"PYTHONPATH": os.pathsep.join(paths)}
+        process = await ServiceProcess.start(name, command, log=log, environment=environment)
         self._exits.push_async_callback(process.end)
         return process
 
@@ -211,6 +219,10 @@ class World:
         processes = [*self.workers.values(), *self.gateways.values()]
         values = await asyncio.gather(*(each.metric(name, **labels) for each in processes if each.is_running))
         return sum(values)
+
+    async def queue_info(self) -> dict[str, int]:
+        """What the queue's server tells of its memory."""
+        return await self._redis.info("memory")
 
     # --- Doing to the queue what no client of ours does
 

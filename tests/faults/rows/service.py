@@ -37,7 +37,6 @@ async def rolling_restart_of_workers(world: World) -> Evidence:
         raise AssertionError(f"a stream paused for {longest_s:.1f} s")
     return {
         "requests": len(load.transcripts),
-        "failed": 0,
         "tokens computed again": again,
         "longest pause s": longest_s,
     }
@@ -63,9 +62,7 @@ async def killed_in_drain(world: World) -> Evidence:
     return recovery(world)
 
 
-@row(
-    "34", "metrics of every process are read 20 times a second", "a page takes less than 100 ms; streams do not notice"
-)
+@row("34", "metrics of every process are read many times a second", "a page takes no time; streams do not notice")
 async def scraped(world: World) -> Evidence:
     load = world.load
     await load.ended(load.ask_many(12, num_tokens=150))
@@ -89,7 +86,7 @@ async def scraped(world: World) -> Evidence:
         raise AssertionError(f"streams took {watched_s:.2f} s while metrics were read, {usual_s:.2f} s otherwise")
     return {
         "pages": len(pages_s),
-        "99th percentile of a page s": p99_s,
+        "99 of 100 pages within s": p99_s,
         "streams took s": watched_s,
         "instead of s": usual_s,
     }

@@ -65,6 +65,8 @@ async def start_gateway(model: ServedModel, valkey_url: str, **settings: object)
         "listen": "127.0.0.1:0",
         "metrics_listen": "127.0.0.1:0",
         "drain_grace_s": 2.0,
+        "detach_grace_s": 0.0,
+        "worker_wait_s": 0.0,
         **settings,
     }
     registry = CollectorRegistry()

@@ -18,11 +18,12 @@ def make_job(
     model: str = MODEL,
     priority: chat_pb2.Priority = chat_pb2.PRIORITY_NORMAL,
     version: int = JOB_VERSION,
+    tenant: str = "tenant",
 ) -> job_pb2.Job:
     return job_pb2.Job(
         version=version,
-        job_id=job_id_for("tenant", request_id),
-        tenant="tenant",
+        job_id=job_id_for(tenant, request_id),
+        tenant=tenant,
         model=model,
         prompt_token_ids=range(prompt_tokens),
         limits=generation_pb2.GenerationLimits(max_new_tokens=max_new_tokens),

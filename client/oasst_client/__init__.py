@@ -7,6 +7,7 @@ An idea that spreads.
 """
 
 from oasst_client._async_client import AsyncClient, AsyncCompletionStream
+from oasst_client._channel import Tls
 from oasst_client._client import Client, CompletionStream
 from oasst_client._conversation import AsyncConversation, Conversation
 from oasst_client._errors import (
@@ -24,14 +25,17 @@ from oasst_client._errors import (
     ProtocolError,
     RequestCancelledError,
     RequestConflictError,
+    StreamDivergedError,
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
 )
 from oasst_client._request_id import new_request_id
+from oasst_client._retry import RetryPolicy
 from oasst_client._types import (
     Accepted,
     ChatOptions,
+    ChatSnapshot,
     ChatState,
     Choice,
     ChoiceFinish,
@@ -66,6 +70,7 @@ __all__ = [
     "AsyncCompletionStream",
     "AsyncConversation",
     "ChatOptions",
+    "ChatSnapshot",
     "ChatState",
     "Choice",
     "ChoiceFinish",
@@ -97,8 +102,11 @@ __all__ = [
     "QueueStatus",
     "RequestCancelledError",
     "RequestConflictError",
+    "RetryPolicy",
     "Role",
+    "StreamDivergedError",
     "Timings",
+    "Tls",
     "TokenAlternative",
     "TokenLogprob",
     "Truncation",

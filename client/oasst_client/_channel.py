@@ -1,31 +1,21 @@
 """How a connection is made: the target and the options both shells open their channel with."""
 
+import ipaddress
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["channel_options", "target_of"]
+import grpc
+
+__all__ = ["Tls", "call_metadata", "channel_credentials", "channel_options", "target_of"]
 
 # Larger than any answer: 8 choices of 2,048 tokens with 20 alternatives each.
 _MAX_RECEIVE_BYTES = 16 * 1024 * 1024
 
-# Every call may be tried again: a request keeps its id over retries, and the gateway attaches a repeated id to what
-# already runs. RESOURCE_EXHAUSTED is not in the list: gRPC's own size limit has that code, and it never goes away.
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
-    "methodConfig": [
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-}
+# All addresses are used in turn. Trying again is not gRPC's business but ours: see `_retry`.
+_SERVICE_CONFIG: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 _OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
@@ -64,6 +54,76 @@ def target_of(address: str) -> str:
     return f"dns:///{address}"
 
 
-def channel_options(extra: Sequence[tuple[str, str | int]] = ()) -> list[tuple[str, str | int]]:
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How the server proves who it is, and how the client does.
+
+    >>> Tls(ca="ca.pem", cert="me.pem", key="me.key").server_name is None
+    True
+    """
+
+    # PEM file of whoever signs the server's certificate. None: those that gRPC comes with.
+    ca: str | os.PathLike[str] | None = None
+    # PEM files of the client's own certificate and key, for servers that ask for one.
+    cert: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    # The name in the server's certificate, where it is not that of the address.
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client certificate needs cert and key")
+
+
+def channel_credentials(tls: Tls | bool | None) -> grpc.ChannelCredentials | None:
+    """The credentials of a connection; None for a plain one."""
+    if not tls:
+        return None
+    files = Tls() if tls is True else tls
+    return grpc.ssl_channel_credentials(_read(files.ca), _read(files.key), _read(files.cert))
+
+
+def call_metadata(
+    address: str, tls: Tls | bool | None, api_key: str | None, metadata: Sequence[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """What is sent with every call.
+
+    Raises:
+        ValueError: the key would go to another machine in plain text, and nobody said that it may.
+    """
+    if api_key is None:
+        return tuple(metadata)
+    if tls is None and not _stays_here(address):
+        raise ValueError("the API key would travel unencrypted: give tls=True, or tls=False if something else encrypts")
+    return (*metadata, ("authorization", f"Bearer {api_key}"))
+
+
+def channel_options(
+    tls: Tls | bool | None = None, extra: Sequence[tuple[str, str | int]] = ()
+) -> list[tuple[str, str | int]]:
     """The channel options of this package, those of the caller last so that they win."""
-    return [*_OPTIONS, *extra]
+    server_name = tls.server_name if isinstance(tls, Tls) else None
+    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+    return [*_OPTIONS, *named, *extra]
+
+
+def _stays_here(address: str) -> bool:
+    """Whether all addresses are this machine's own."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    hosts = address.removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:").lstrip("/")
+    return all(_is_loopback(host) for host in hosts.split(","))
+
+
+def _is_loopback(host_and_port: str) -> bool:
+    host = host_and_port.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: str | os.PathLike[str] | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()

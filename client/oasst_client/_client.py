@@ -1,6 +1,9 @@
 """The synchronous shell: one thread, blocking calls."""
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack
 
@@ -10,9 +13,22 @@ from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc
 
 from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
-from oasst_client._channel import channel_options, target_of
-from oasst_client._errors import error_from_call
-from oasst_client._types import ChatOptions, ChatState, Completion, Delta, Event, Load, MessageLike, Model
+from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of
+from oasst_client._continuation import Continuation, EventRequest
+from oasst_client._errors import APIError, error_from_call, stream_closed
+from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
+from oasst_client._types import (
+    Accepted,
+    ChatOptions,
+    ChatSnapshot,
+    ChatState,
+    Completion,
+    Delta,
+    Event,
+    Load,
+    MessageLike,
+    Model,
+)
 
 __all__ = ["Client", "CompletionStream"]
 
@@ -35,12 +51,21 @@ class CompletionStream:
     An idea that spreads.
     >>> stream.completion().finish_reason
     <FinishReason.END_OF_TEXT: 'end_of_text'>
+
+    A connection that is lost is made again, to whichever address answers, and the stream goes on with the next token.
     """
 
-    def __init__(self, call: _EventCall, request_id: str, accumulator: Accumulator) -> None:
-        self.request_id = request_id
-        self._call = call
-        self._accumulator = accumulator
+    def __init__(
+        self,
+        continuation: Continuation,
+        start_call: Callable[[EventRequest, float | None], _EventCall],
+        cancel_request: Callable[[str], None],
+    ) -> None:
+        self._continuation = continuation
+        self._start_call = start_call
+        self._cancel_request = cancel_request
+        self._closed = threading.Event()
+        self._call = start_call(continuation.next_call, continuation.attempts.remaining_s)
 
     def __enter__(self) -> Self:
         return self
@@ -62,15 +87,16 @@ class CompletionStream:
             APIError: the request failed, or was cancelled.
             ProtocolError: the stream has a gap, a repeat or no end.
         """
-        if self._accumulator.completion:
-            return
-        try:
-            for message in self._call:
-                if event := self._accumulator.add(message):
-                    yield event
-        except grpc.RpcError as error:
-            raise error_from_call(error, request_id=self.request_id) from error
-        self._accumulator.end()
+        while not self._continuation.is_over:
+            try:
+                for message in self._call:
+                    if event := self._continuation.add(message):
+                        yield event
+                self._accumulator.end()
+            except grpc.RpcError as error:
+                self._recover(error_from_call(error, request_id=self.request_id), error)
+            except APIError as error:
+                self._recover(error, error)
 
     def completion(self) -> Completion:
         """The whole completion, after reading what is left of the stream."""
@@ -79,13 +105,47 @@ class CompletionStream:
         return self._accumulator.end()
 
     @property
+    def request_id(self) -> str:
+        """The request's id: with the resume token of its `accepted` event, it can be watched from elsewhere."""
+        return self._continuation.request_id
+
+    @property
     def text(self) -> str:
         """The first choice's text so far."""
         return self._accumulator.text
 
+    @property
+    def num_resumes(self) -> int:
+        """How often the stream was taken up again after its connection, or its request, was lost."""
+        return self._continuation.num_resumes
+
     def close(self) -> None:
-        """Ends the call; a request that has not finished is cancelled."""
+        """Ends the call. One's own request is cancelled if it has not ended, unless it has a `detach_grace_s`."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
         self._call.cancel()
+        if not self._continuation.is_over and self._continuation.ends_with_its_caller:
+            self._cancel_request(self.request_id)
+
+    @property
+    def _accumulator(self) -> Accumulator:
+        return self._continuation.accumulator
+
+    def _recover(self, error: APIError, cause: Exception) -> None:
+        """The next call has begun; raises the error if there is none."""
+        self._call.cancel()
+        if not self._closed.is_set():
+            try:
+                delay_s = self._continuation.recover(error)
+            except APIError as final:
+                if final is cause:
+                    raise
+                raise final from cause
+            self._closed.wait(delay_s)
+        if self._closed.is_set():
+            raise stream_closed(self.request_id) from cause
+        self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
 
 
 class Client:
@@ -96,9 +156,11 @@ class Client:
 
     Args:
         address: `host:port`, several of them parted by commas, or any gRPC target.
-        credentials: for TLS, from `grpc.ssl_channel_credentials()`; without them the connection is plain.
-        metadata: sent with every call, for example an authorization header.
-        query_timeout_s: how long calls that generate nothing may take.
+        api_key: proves who is calling. Over a plain connection it is sent to this machine only, unless `tls` is False.
+        tls: True, or a `Tls` with files of one's own; without it the connection is plain.
+        metadata: sent with every call.
+        retry: how to go on after errors that may pass.
+        query_timeout_s: how long calls that generate nothing may take, retries included.
         options: gRPC channel options on top of this package's own.
     """
 
@@ -106,17 +168,21 @@ class Client:
         self,
         address: str,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+        tls: Tls | bool | None = None,
         metadata: Sequence[tuple[str, str]] = (),
+        retry: RetryPolicy = DEFAULT_RETRY,
         query_timeout_s: float = 10.0,
         options: Sequence[tuple[str, str | int]] = (),
     ) -> None:
-        target, all_options = target_of(address), channel_options(options)
+        target, all_options = target_of(address), channel_options(tls, options)
+        self._metadata = call_metadata(address, tls, api_key, metadata)
+        credentials = channel_credentials(tls)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, all_options)
         else:
             self._channel = grpc.secure_channel(target, credentials, all_options)
-        self._metadata = tuple(metadata)
+        self._retry = retry
         self._query_timeout_s = query_timeout_s
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
@@ -157,9 +223,12 @@ class Client:
         'An idea that spreads.'
         """
         request = wire.chat_request(messages, prompt, token_ids, options)
-        return wire.completion_from(
-            self._call(self._chat.Chat, request, options.get("timeout_s"), request_id=request.request_id)
-        )
+        try:
+            response = self._call_again(self._chat.Chat, request, options.get("timeout_s"), request.request_id)
+        except KeyboardInterrupt:
+            self._cancel_quietly(request.request_id)
+            raise
+        return wire.completion_from(response)
 
     def stream(
         self,
@@ -175,8 +244,57 @@ class Client:
         `on_finished` is called with the whole completion if the request runs to its end.
         """
         request = wire.chat_request(messages, prompt, token_ids, options)
-        call = self._chat.ChatStream(request, timeout=options.get("timeout_s"), metadata=self._metadata)
-        return CompletionStream(call, request.request_id, Accumulator(request.request_id, on_finished))
+        return self._stream(request, Accumulator(request.request_id, on_finished), options.get("timeout_s"))
+
+    def submit(
+        self,
+        messages: str | Iterable[MessageLike] | None = None,
+        *,
+        prompt: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Accepted:
+        """The request is in the queue and runs with nobody watching; arguments as for `chat`.
+
+        `timeout_s` is for the request itself. Its id and resume token give it back, from anywhere:
+
+        >>> accepted = client.submit("What is a meme?")
+        >>> client.watch(accepted.request_id, accepted.resume_token).completion().text
+        'An idea that spreads.'
+        """
+        request = wire.submit_request(messages, prompt, token_ids, options)
+        response = self._call_again(self._chat.SubmitChat, request, self._query_timeout_s, request.request_id)
+        return wire.accepted_from(response.accepted)
+
+    def watch(
+        self,
+        request_id: str,
+        resume_token: str,
+        *,
+        timeout_s: float | None = None,
+        on_finished: Callable[[Completion], None] | None = None,
+    ) -> CompletionStream:
+        """A request that was accepted before, from its first token on. Leaving early leaves it running.
+
+        Raises:
+            NotFoundError: when read, if there is no such request, or the token is not its own.
+        """
+        request = wire.watch_request(request_id, resume_token)
+        return self._stream(request, Accumulator(request_id, on_finished), timeout_s)
+
+    def get(self, request_id: str, resume_token: str) -> ChatSnapshot:
+        """Where a request is in its life, and what it has generated so far.
+
+        Raises:
+            NotFoundError: there is no such request, or the token is not its own.
+
+        >>> accepted = client.submit("What is a meme?")
+        >>> client.get(accepted.request_id, accepted.resume_token).state
+        <ChatState.FINISHED: 'finished'>
+        """
+        request = wire.get_request(request_id, resume_token)
+        response = self._call_again(self._chat.GetChat, request, self._query_timeout_s, request_id)
+        return wire.snapshot_from(response, request_id)
 
     def cancel(self, request_id: str, *, resume_token: str = "") -> ChatState:
         """The request has ended, and this is how; cancelling one that had ended before changes nothing.
@@ -185,7 +303,7 @@ class Client:
             NotFoundError: there is no such request.
         """
         request = wire.cancel_request(request_id, resume_token)
-        response = self._call(self._chat.CancelChat, request, self._query_timeout_s, request_id=request_id)
+        response = self._call_again(self._chat.CancelChat, request, self._query_timeout_s, request_id)
         return wire.state_from(response.state)
 
     def models(self) -> tuple[Model, ...]:
@@ -222,12 +340,31 @@ class Client:
         return wire.load_from(self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
     def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
-        return self._call(method, request, self._query_timeout_s)
+        return self._call_again(method, request, self._query_timeout_s)
 
-    def _call(
-        self, method: Callable[..., Any], request: ProtoMessage, timeout_s: float | None, *, request_id: str = ""
+    def _call_again(
+        self, method: Callable[..., Any], request: ProtoMessage, timeout_s: float | None, request_id: str = ""
     ) -> Any:  # The generated stubs carry no types.
-        try:
-            return method(request, timeout=timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise error_from_call(error, request_id=request_id) from error
+        """The answer, asked for again after errors that may pass."""
+        attempts = Attempts(self._retry, timeout_s=timeout_s)
+        while True:
+            try:
+                return method(request, timeout=attempts.remaining_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                delay_s = delay_before_retry(attempts, error_from_call(error, request_id=request_id), cause=error)
+            time.sleep(delay_s)
+
+    def _stream(self, request: EventRequest, accumulator: Accumulator, timeout_s: float | None) -> CompletionStream:
+        def start_call(request: EventRequest, timeout_s: float | None) -> _EventCall:
+            is_new = isinstance(request, chat_pb2.ChatRequest)
+            method = self._chat.ChatStream if is_new else self._chat.WatchChat
+            call: _EventCall = method(request, timeout=timeout_s, metadata=self._metadata)
+            return call
+
+        attempts = Attempts(self._retry, timeout_s=timeout_s)
+        return CompletionStream(Continuation(request, accumulator, attempts), start_call, self._cancel_quietly)
+
+    def _cancel_quietly(self, request_id: str) -> None:
+        """The request is cancelled, if the server can be told at once; else it ends after its grace."""
+        with suppress(grpc.RpcError):
+            self._chat.CancelChat(wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=self._metadata)

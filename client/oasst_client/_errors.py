@@ -11,7 +11,8 @@ OasstError
     |-- RequestCancelledError
     |-- RequestConflictError    the request id is in use for another request
     |-- NotFoundError
-    |-- AbortedError
+    |-- AbortedError            the request was given up
+    |   '-- StreamDivergedError an answer that was lost and generated anew is not the same
     |-- UnauthenticatedError
     |-- PermissionDeniedError
     |-- UnimplementedError
@@ -42,14 +43,17 @@ __all__ = [
     "ProtocolError",
     "RequestCancelledError",
     "RequestConflictError",
+    "StreamDivergedError",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
     "error_from_call",
     "error_from_failed",
+    "stream_closed",
 ]
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,10 @@ class AbortedError(APIError):
     """The request was given up: for example, it made workers crash."""
 
 
+class StreamDivergedError(AbortedError):
+    """The server lost part of an answer, and what it generated in its place differs from what had come."""
+
+
 class UnauthenticatedError(APIError):
     """The caller did not prove who it is."""
 
@@ -184,7 +192,8 @@ def error_from_call(call: grpc.RpcError, *, request_id: str = "") -> APIError:
         error_details_pb2.RetryInfo(),
         error_details_pb2.BadRequest(),
     )
-    for detail in _details(call.trailing_metadata() or ()):  # type: ignore[arg-type]  # pairs, whatever the stubs say
+    metadata: Sequence[tuple[str, str | bytes]] = tuple(call.trailing_metadata() or ())  # type: ignore[arg-type]  # pairs
+    for detail in _details(metadata):
         # Unpack fills the one message of the detail's own type and leaves the others alone.
         for known in (info, retry, bad_request):
             detail.Unpack(known)
@@ -193,7 +202,9 @@ def error_from_call(call: grpc.RpcError, *, request_id: str = "") -> APIError:
         call.details() or code.name,
         code=code.name,
         reason=reason,
-        retry_after_s=retry.retry_delay.ToMicroseconds() / 1e6 if retry.HasField("retry_delay") else None,
+        retry_after_s=retry.retry_delay.ToMicroseconds() / 1e6
+        if retry.HasField("retry_delay")
+        else _pushback_s(metadata),
         field_violations=tuple(FieldViolation(each.field, each.description) for each in bad_request.field_violations),
         request_id=request_id,
     )
@@ -207,11 +218,22 @@ def error_from_failed(failed: chat_pb2.Failed, *, request_id: str) -> APIError:
     )
 
 
+def stream_closed(request_id: str) -> RequestCancelledError:
+    """What a reader is told whose stream was closed under it."""
+    return RequestCancelledError("the stream was closed", code=grpc.StatusCode.CANCELLED.name, request_id=request_id)
+
+
 def _error_class(code: grpc.StatusCode, reason: str) -> type[APIError]:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not reason:
         # gRPC's own limit on message sizes shares this code with overload, but waiting does not help against it.
         return MessageTooLargeError
     return _ERROR_OF_CODE.get(code, InternalError)
+
+
+def _pushback_s(metadata: Iterable[tuple[str, str | bytes]]) -> float | None:
+    """When to come back, in gRPC's own way of telling it, for servers and proxies that know no other."""
+    told = next((str(value) for key, value in metadata if key == _PUSHBACK_KEY), "")
+    return int(told) / 1000 if told.isdecimal() else None
 
 
 def _details(metadata: Iterable[tuple[str, str | bytes]]) -> Sequence[any_pb2.Any]:

@@ -8,6 +8,7 @@ from typing import TypedDict
 __all__ = [
     "Accepted",
     "ChatOptions",
+    "ChatSnapshot",
     "ChatState",
     "Choice",
     "ChoiceFinish",
@@ -133,7 +134,8 @@ class ChatOptions(TypedDict, total=False):
     logprobs: int
     truncation: Truncation | str
     priority: Priority | str
-    # How long the request runs on after its caller has left. Left out, it is cancelled at once.
+    # How long the request runs on after its caller has left, or was lost. Left out, whoever leaves cancels it, and
+    # whoever is lost has the server's own time to come back.
     detach_grace_s: float
     # How long the whole call may take, retries included.
     timeout_s: float
@@ -290,6 +292,27 @@ class Completion:
     @property
     def finish_reason(self) -> FinishReason:
         return self.choices[0].finish.reason
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSnapshot:
+    """A request at one moment."""
+
+    request_id: str
+    state: ChatState
+    # What each choice has generated so far.
+    texts: tuple[str, ...]
+    # Set once it has finished.
+    completion: Completion | None
+    # Set while it waits.
+    queue: QueueStatus | None
+    # Set if it was cancelled, expired or failed.
+    error: Exception | None
+
+    @property
+    def text(self) -> str:
+        """What the first choice has generated so far."""
+        return self.texts[0] if self.texts else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ from google.protobuf import duration_pb2
 from google.protobuf.message import Message as ProtoMessage
 from oasst.v1 import chat_pb2, generation_pb2, model_pb2
 
-from oasst_client._errors import ProtocolError
+from oasst_client._errors import ProtocolError, error_from_failed
 from oasst_client._request_id import new_request_id
 from oasst_client._types import (
     Accepted,
     ChatOptions,
+    ChatSnapshot,
     ChatState,
     Choice,
     ChoiceFinish,
@@ -42,14 +43,18 @@ __all__ = [
     "delta_from",
     "detokenize_request",
     "finish_from",
+    "get_request",
     "load_from",
     "message_from",
     "model_from",
     "queue_status_from",
+    "snapshot_from",
     "state_from",
+    "submit_request",
     "timings_from",
     "tokenize_request",
     "usage_from",
+    "watch_request",
 ]
 
 _SAMPLING_FIELDS = tuple(field.name for field in generation_pb2.SamplingParams.DESCRIPTOR.fields)
@@ -89,6 +94,27 @@ def chat_request(
     else:
         request.token_ids.CopyFrom(chat_pb2.TokenIds(ids=token_ids))
     return request
+
+
+def submit_request(
+    messages: str | Iterable[MessageLike] | None,
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    options: ChatOptions,
+) -> chat_pb2.ChatRequest:
+    """As `chat_request`, with the timeout in it: no call is open that could have one."""
+    request = chat_request(messages, prompt, token_ids, options)
+    if (timeout_s := options.get("timeout_s")) is not None:
+        request.timeout.CopyFrom(_duration(timeout_s))
+    return request
+
+
+def watch_request(request_id: str, resume_token: str) -> chat_pb2.WatchChatRequest:
+    return chat_pb2.WatchChatRequest(request_id=request_id, resume_token=resume_token)
+
+
+def get_request(request_id: str, resume_token: str) -> chat_pb2.GetChatRequest:
+    return chat_pb2.GetChatRequest(request_id=request_id, resume_token=resume_token)
 
 
 def cancel_request(request_id: str, resume_token: str) -> chat_pb2.CancelChatRequest:
@@ -242,6 +268,18 @@ def completion_from(response: chat_pb2.ChatResponse) -> Completion:
         usage=usage_from(response.usage),
         timings=timings_from(response.timings),
         seed=response.seed,
+    )
+
+
+def snapshot_from(response: chat_pb2.GetChatResponse, request_id: str) -> ChatSnapshot:
+    state = state_from(response.state)
+    return ChatSnapshot(
+        request_id=request_id,
+        state=state,
+        texts=tuple(choice.text for choice in response.response.choices),
+        completion=completion_from(response.response) if state is ChatState.FINISHED else None,
+        queue=queue_status_from(response.queue) if response.HasField("queue") else None,
+        error=error_from_failed(response.failed, request_id=request_id) if response.HasField("failed") else None,
     )
 
 

@@ -1,46 +1,58 @@
-"""The life of a chat in this gateway: prepared, submitted, watched to its end, and ended when its caller leaves."""
+"""The life of a chat in this gateway: prepared, submitted, watched to its end, and left when its caller leaves."""
 
 import asyncio
 import functools
-import hmac
 import logging
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
+from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
 from oasst_jobs import (
     Inbox,
+    JobSnapshot,
     JobState,
-    QueueError,
-    QueueLoad,
     QueueUnavailableError,
+    Submitted,
     Submitter,
+    Subscription,
     failpoints,
     job_id_for,
 )
 
-from oasst_gateway.backlog import Backlog
+from oasst_gateway.admission import Admission
 from oasst_gateway.chat import Chat
-from oasst_gateway.errors import TooManyChatsError, UnknownChatError
+from oasst_gateway.derived_secrets import DerivedSecrets
+from oasst_gateway.errors import GatewayLeavingError, RefusedError, UnknownChatError
+from oasst_gateway.events import build_response
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.preparation import PreparedChat, prepare_chat
-from oasst_gateway.validation import check_cancel
+from oasst_gateway.tenants import Tenant
+from oasst_gateway.validation import check_chat_name, check_watch
 
 __all__ = ["Chats"]
 
 logger = logging.getLogger(__name__)
 
-TENANT = "default"  # Until callers are told apart, all are one.
-
 _TOO_MANY_RETRY_S = 1.0
-_CANCEL_RETRY_S = 0.5
+_LEAVE_RETRY_S = 0.5
 _CLOSE_GRACE_S = 1.0
 # Larger requests are prepared in a thread: tokenizing them would hold up every other stream.
 _BIG_REQUEST_BYTES = 8 * 1024
+
+
+@dataclass(slots=True)
+class _Watch:
+    """One RPC's subscription, and what must be known of it when the RPC is over."""
+
+    subscription: Subscription
+    has_begun: bool = False  # The queue counts this gateway among the job's watchers, or may.
+    has_ended: bool = False  # The job has; nothing is left to take back.
 
 
 class Chats:
@@ -53,67 +65,129 @@ class Chats:
         submitter: Submitter,
         inbox: Inbox,
         monitor: QueueMonitor,
+        admission: Admission,
         metrics: GatewayMetrics,
-        resume_secret: bytes,
+        secrets: DerivedSecrets,
         max_open: int,
-        queue_status_interval_s: float = 5.0,
+        default_grace_s: float,
+        remind_interval_s: float = 5.0,
     ) -> None:
         self._model = model
         self._submitter = submitter
         self._inbox = inbox
         self._monitor = monitor
+        self._admission = admission
         self._metrics = metrics
-        self._resume_secret = resume_secret
+        self._secrets = secrets
         self._max_open = max_open
-        self._ask_interval_s = queue_status_interval_s
-        self._num_open = 0
+        self._default_grace_s = default_grace_s
+        self._remind_interval_s = remind_interval_s
+        self._num_open = 0  # RPCs that follow a chat, or are about to.
         self._idle = asyncio.Event()
         self._idle.set()
+        self._chats: set[Chat] = set()
         self._num_watching: Counter[str] = Counter()  # RPCs of this gateway that watch a job, by its id.
-        self._departures: set[asyncio.Task[None]] = set()
-        self._abandoned = asyncio.Event()
+        self._departures: dict[str, asyncio.Task[None]] = {}  # By job id.
+        self._is_leaving = False
+
+    async def run(self) -> None:
+        """Keeps watched jobs alive, and has quiet chats tell where they stand, until cancelled."""
+        while True:
+            await asyncio.sleep(self._remind_interval_s)
+            for chat in self._chats:
+                chat.remind()
+            try:
+                await self._submitter.keep_watching(list(self._num_watching))
+            except QueueUnavailableError as error:
+                logger.warning("watched jobs were not kept alive, trying again soon error=%s", error)
 
     @asynccontextmanager
-    async def open(self, request: chat_pb2.ChatRequest, *, remaining_s: float | None) -> AsyncIterator[Chat]:
-        """The request is in the queue, and its chat can be followed; left before its end, it is cancelled.
+    async def open(
+        self, request: chat_pb2.ChatRequest, *, tenant: Tenant, remaining_s: float | None
+    ) -> AsyncIterator[Chat]:
+        """The request is in the queue, and its chat can be followed; left before its end, its grace begins.
 
         Raises:
-            InvalidRequestError, TooManyChatsError, QueueError: the request was not accepted.
+            InvalidRequestError, NotTrustedError, NoWorkerError, RefusedError, QueueError: the request was not accepted.
         """
-        if self._num_open >= self._max_open:
-            raise TooManyChatsError(self._max_open, retry_after_s=_TOO_MANY_RETRY_S)
-        self._num_open += 1
-        self._idle.clear()
-        try:
+        with self._opened():
             meter = ChatMeter(self._metrics)
-            prepared = await self._prepare(request, remaining_s)
-            async with self._watch(prepared, meter) as chat:
-                yield chat
-        finally:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._idle.set()
+            prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
+            # Subscribed before it is submitted, so that no news falls between the two.
+            async with self._watching(prepared.job.job_id) as watch:
+                accepted = await self._submit(prepared, tenant)
+                watch.has_begun = True
+                with self._following(watch, prepared.job, accepted, meter) as chat:
+                    yield chat
 
-    async def cancel(self, request: chat_pb2.CancelChatRequest) -> JobState:
+    async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant) -> chat_pb2.Accepted:
+        """The request is in the queue, and nobody needs to watch it. Raises what `open` raises."""
+        # The RPC's own deadline is for being accepted, not for the answer.
+        prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
+        return await self._submit(prepared, tenant, is_watched=False)
+
+    @asynccontextmanager
+    async def watch(self, request: chat_pb2.WatchChatRequest, *, tenant: Tenant) -> AsyncIterator[Chat]:
+        """A request that was accepted before, by any gateway, can be followed from where its caller left it.
+
+        Raises:
+            UnknownChatError: if the tenant has none of that name, or the resume token is not its own.
+            InvalidRequestError, RefusedError, QueueUnavailableError
+        """
+        check_watch(request, self._model.limits)
+        job_id = self._find(request.request_id, request.resume_token, tenant)
+        with self._opened():
+            meter = ChatMeter(self._metrics, is_first=False)
+            async with self._watching(job_id, after=request.after) as watch:
+                snapshot = await self._submitter.attach(job_id)
+                if snapshot is None:
+                    raise UnknownChatError
+                watch.has_begun = True
+                accepted = self._accepted(snapshot.job, self._describe_queue(snapshot))
+                logger.info("watched job_id=%s after=%d", job_id, request.after)
+                with self._following(watch, snapshot.job, accepted, meter, after=request.after) as chat:
+                    yield chat
+
+    async def get(self, request: chat_pb2.GetChatRequest, *, tenant: Tenant) -> chat_pb2.GetChatResponse:
+        """The request's state, and all it has generated so far.
+
+        Raises:
+            UnknownChatError: as `watch`.
+        """
+        check_chat_name(request.request_id)
+        job_id = self._find(request.request_id, request.resume_token, tenant)
+        snapshot, log = await self._submitter.status(job_id), await self._submitter.read(job_id)
+        if snapshot is None or log is None:
+            raise UnknownChatError
+        outcome = log.outcome or job_pb2.Outcome()
+        return chat_pb2.GetChatResponse(
+            state=f"CHAT_STATE_{log.state.name}",
+            response=build_response(
+                self._accepted(snapshot.job, None),
+                log.entries,
+                model=snapshot.job.model,
+                num_choices=snapshot.job.n,
+                finished=outcome.finished if outcome.HasField("finished") else None,
+            ),
+            queue=self._describe_queue(snapshot) if log.state is JobState.WAITING else None,
+            failed=outcome.failed if outcome.HasField("failed") else None,
+        )
+
+    async def cancel(self, request: chat_pb2.CancelChatRequest, *, tenant: Tenant) -> JobState:
         """The request has ended; its state is returned.
 
         Raises:
-            UnknownChatError: if there is none, or the resume token is another's.
+            UnknownChatError: if the tenant has none of that name, or a resume token is given and not its own.
         """
-        check_cancel(request)
-        job_id = job_id_for(TENANT, request.request_id)
-        expected = self._resume_token(job_id)
-        if request.resume_token and not hmac.compare_digest(expected.encode(), request.resume_token.encode()):
-            raise UnknownChatError
+        check_chat_name(request.request_id)
+        job_id = job_id_for(tenant.name, request.request_id)
+        if request.resume_token:
+            job_id = self._find(request.request_id, request.resume_token, tenant)
         state = await self._submitter.cancel(job_id)
         if state is None:
             raise UnknownChatError
         logger.info("cancelled job_id=%s state=%s", job_id, state)
         return state
-
-    async def load(self) -> QueueLoad:
-        """How much waits and runs, and on which workers, as the queue knows it now."""
-        return await self._submitter.load()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Whether no chat is open any more, after at most `timeout_s`."""
@@ -124,80 +198,112 @@ class Chats:
             return False
         return True
 
-    def abandon(self) -> None:
-        """From now on a chat that is left goes on in the queue: it is the gateway that leaves, not the caller."""
-        self._abandoned.set()
+    def leave(self) -> None:
+        """Open chats end now, their callers told to go on elsewhere; their jobs go on as if still watched here."""
+        self._is_leaving = True
+        for chat in self._chats:
+            chat.leave(GatewayLeavingError())
 
     async def aclose(self) -> None:
-        """Nothing runs in the background any more."""
-        self.abandon()
+        """Nothing runs in the background any more, nor begins to."""
+        self._is_leaving = True
         if self._departures:
-            _, unfinished = await asyncio.wait(self._departures, timeout=_CLOSE_GRACE_S)
+            _, unfinished = await asyncio.wait(self._departures.values(), timeout=_CLOSE_GRACE_S)
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
 
-    async def _prepare(self, request: chat_pb2.ChatRequest, remaining_s: float | None) -> PreparedChat:
-        def prepare() -> PreparedChat:
-            request_id = request.request_id or str(uuid.uuid4())
-            return prepare_chat(request, self._model, tenant=TENANT, request_id=request_id, remaining_s=remaining_s)
-
-        if request.ByteSize() > _BIG_REQUEST_BYTES:
-            return await asyncio.to_thread(prepare)
-        return prepare()
-
-    @asynccontextmanager
-    async def _watch(self, prepared: PreparedChat, meter: ChatMeter) -> AsyncIterator[Chat]:
-        job_id = prepared.job.job_id
-        async with AsyncExitStack() as stack:
-            departure = stack.enter_context(ExitStack())
-            stack.enter_context(self._counted(job_id))
-            # Subscribed before it is submitted, so that no news falls between the two.
-            subscription = await stack.enter_async_context(self._inbox.subscribe(job_id))
-            departure.callback(self._leave, prepared)
-            try:
-                accepted = await self._submit(prepared)
-            except QueueError:
-                # Refused, or nobody knows whether it was queued; then whoever sends it again attaches to it.
-                departure.pop_all()
-                raise
-            backlog = await stack.enter_async_context(Backlog(subscription).reading())
-            chat = Chat(
-                accepted,
-                job_id=job_id,
-                backlog=backlog,
-                meter=meter,
-                ask_queue=functools.partial(self._ask_queue, job_id),
-                ask_interval_s=self._ask_interval_s,
-            )
-            try:
-                yield chat
-            finally:
-                if chat.has_ended:
-                    departure.pop_all()
-
     @contextmanager
-    def _counted(self, job_id: str) -> Iterator[None]:
-        """The job has one watcher more as long as the context is open."""
-        self._num_watching[job_id] += 1
+    def _opened(self) -> Iterator[None]:
+        """One chat more is open as long as the context is."""
+        if self._num_open >= self._max_open:
+            message = f"this gateway already has its {self._max_open} open chats"
+            raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=_TOO_MANY_RETRY_S)
+        self._num_open += 1
+        self._idle.clear()
         try:
             yield
         finally:
-            self._num_watching[job_id] -= 1
-            if not self._num_watching[job_id]:
-                del self._num_watching[job_id]
+            self._num_open -= 1
+            if self._num_open == 0:
+                self._idle.set()
 
-    async def _submit(self, prepared: PreparedChat) -> chat_pb2.Accepted:
-        job = prepared.job
+    async def _prepare(
+        self,
+        request: chat_pb2.ChatRequest,
+        tenant: Tenant,
+        remaining_s: float | None,
+        *,
+        default_grace_s: float | None,
+    ) -> PreparedChat:
+        prepare = functools.partial(
+            prepare_chat,
+            request,
+            self._model,
+            tenant=tenant,
+            request_id=request.request_id or str(uuid.uuid4()),
+            cache_salt=self._secrets.cache_salt(tenant.name),
+            remaining_s=remaining_s,
+            default_grace_s=default_grace_s,
+        )
+        return await asyncio.to_thread(prepare) if request.ByteSize() > _BIG_REQUEST_BYTES else prepare()
+
+    @asynccontextmanager
+    async def _watching(self, job_id: str, *, after: int = 0) -> AsyncIterator[_Watch]:
+        """This gateway watches the job as long as the context is open, and says so once nobody here does any more."""
+        async with self._inbox.subscribe(job_id, after=after) as subscription:
+            watch = _Watch(subscription)
+            self._num_watching[job_id] += 1
+            try:
+                if job_id in self._departures:
+                    # Were it still to come, it would take back what begins now.
+                    await asyncio.wait([self._departures[job_id]])
+                yield watch
+            except (QueueUnavailableError, asyncio.CancelledError):
+                watch.has_begun = True  # It may have: nobody knows what became of the call.
+                raise
+            finally:
+                self._num_watching[job_id] -= 1
+                if not self._num_watching[job_id]:
+                    del self._num_watching[job_id]
+                    if watch.has_begun and not watch.has_ended and not self._is_leaving:
+                        self._depart(job_id)
+
+    @contextmanager
+    def _following(
+        self,
+        watch: _Watch,
+        job: job_pb2.Job,
+        accepted: chat_pb2.Accepted,
+        meter: ChatMeter,
+        *,
+        after: int = 0,
+    ) -> Iterator[Chat]:
+        chat = Chat(
+            job,
+            accepted,
+            source=watch.subscription,
+            meter=meter,
+            ask_queue=functools.partial(self._ask_queue, job.job_id),
+            after=after,
+        )
+        self._chats.add(chat)
+        try:
+            yield chat
+        finally:
+            self._chats.discard(chat)
+            if chat.outcome is not None:
+                watch.has_ended = True
+                if chat.outcome.HasField("finished"):
+                    self._monitor.saw_finished(job, chat.outcome.finished)
+
+    async def _submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool = True) -> chat_pb2.Accepted:
         failpoints.reach("gateway.submitting")
-        submitted = await self._submitter.submit(job, digest=prepared.digest, timeout_ms=prepared.timeout_ms)
+        submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
         failpoints.reach("gateway.submitted")
+        job = submitted.job
         if submitted.is_new:
             self._metrics.prompt_tokens.inc(len(job.prompt_token_ids))
-        else:
-            # What was drawn for the first request with this id holds for all.
-            snapshot = await self._submitter.status(job.job_id)
-            job = snapshot.job if snapshot is not None else job
         logger.info(
             "accepted job_id=%s request_id=%s is_new=%s ahead=%d prompt_tokens=%d max_new_tokens=%d n=%d",
             job.job_id,
@@ -208,14 +314,24 @@ class Chats:
             job.limits.max_new_tokens,
             job.n,
         )
+        return self._accepted(job, self._describe_queue(submitted))
+
+    def _accepted(self, job: job_pb2.Job, queue: chat_pb2.QueueStatus | None) -> chat_pb2.Accepted:
         return chat_pb2.Accepted(
             request_id=job.request_id,
-            resume_token=self._resume_token(job.job_id),
-            queue=self._monitor.describe_queue(submitted.queue_position),
+            resume_token=self._secrets.resume_token(job.job_id),
+            queue=queue,
             prompt_tokens=len(job.prompt_token_ids),
             dropped_turns=job.dropped_turns,
             seed=job.sampling.seed,
         )
+
+    def _describe_queue(self, place: Submitted | JobSnapshot) -> chat_pb2.QueueStatus:
+        status = chat_pb2.QueueStatus(position=place.queue_position)
+        wait_s = self._monitor.look_out().wait_s(place.tokens_ahead)
+        if wait_s is not None:
+            status.estimated_wait.FromMilliseconds(round(wait_s * 1000))
+        return status
 
     async def _ask_queue(self, job_id: str) -> chat_pb2.QueueStatus | None:
         """Where the job stands; None if it does not wait, or the queue is away."""
@@ -225,33 +341,27 @@ class Chats:
             return None
         if snapshot is None or snapshot.state is not JobState.WAITING:
             return None
-        return self._monitor.describe_queue(snapshot.queue_position)
+        return self._describe_queue(snapshot)
 
-    def _resume_token(self, job_id: str) -> str:
-        """Proves a right to the job. Derived, so that every gateway with the same secret knows it."""
-        return hmac.digest(self._resume_secret, job_id.encode(), "sha256")[:16].hex()
+    def _find(self, request_id: str, resume_token: str, tenant: Tenant) -> str:
+        """The job's id, if the token is its own; whoever has none learns nothing, not even whether it exists."""
+        job_id = job_id_for(tenant.name, request_id)
+        if not self._secrets.is_resume_token(resume_token, job_id):
+            raise UnknownChatError
+        return job_id
 
-    def _leave(self, prepared: PreparedChat) -> None:
-        """The job is cancelled after its grace, unless another RPC of this gateway watches it then."""
-        task = asyncio.create_task(self._cancel_later(prepared.job.job_id, prepared.detach_grace_s))
-        self._departures.add(task)
-        task.add_done_callback(self._departures.discard)
+    def _depart(self, job_id: str) -> None:
+        task = asyncio.create_task(self._unwatch_until_heard(job_id))
+        self._departures[job_id] = task
+        task.add_done_callback(lambda _: self._departures.pop(job_id))
 
-    async def _cancel_later(self, job_id: str, grace_s: float) -> None:
-        logger.info("left job_id=%s grace_s=%g", job_id, grace_s)
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._abandoned.wait()
-        except TimeoutError:
-            if not self._num_watching[job_id]:
-                await self._cancel_until_heard(job_id)
-
-    async def _cancel_until_heard(self, job_id: str) -> None:
-        while True:
+    async def _unwatch_until_heard(self, job_id: str) -> None:
+        """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""
+        while job_id not in self._num_watching:
             try:
-                state = await self._submitter.cancel(job_id)
+                state = await self._submitter.unwatch(job_id)
             except QueueUnavailableError:
-                await asyncio.sleep(_CANCEL_RETRY_S)
+                await asyncio.sleep(_LEAVE_RETRY_S)
             else:
-                logger.info("cancelled job_id=%s state=%s", job_id, state)
+                logger.info("left job_id=%s state=%s", job_id, state)
                 return

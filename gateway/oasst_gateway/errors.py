@@ -12,9 +12,13 @@ __all__ = [
     "PROMPT_TOO_LONG",
     "ChatFailedError",
     "GatewayError",
+    "GatewayLeavingError",
     "InvalidRequestError",
+    "NoWorkerError",
+    "NotTrustedError",
+    "RefusedError",
     "StartError",
-    "TooManyChatsError",
+    "UnauthenticatedError",
     "UnimplementedRpcError",
     "UnknownChatError",
     "Violation",
@@ -53,19 +57,49 @@ class InvalidRequestError(GatewayError):
         self.reason = reasons.pop() if len(reasons) == 1 else INVALID_FIELD
 
 
+class UnauthenticatedError(GatewayError):
+    """The caller did not prove who it is. What was wrong with the proof is not told."""
+
+    def __init__(self) -> None:
+        super().__init__("send a valid API key or token as metadata: authorization: Bearer ...")
+
+
+class NotTrustedError(GatewayError):
+    """The caller's tenant may not form turns itself."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field} is for tenants with is_trusted; send a conversation")
+
+
+class NoWorkerError(GatewayError):
+    """Nobody could run the request, and its deadline passes before a worker can be expected."""
+
+    def __init__(self, *, retry_after_s: float) -> None:
+        super().__init__("no worker serves this model now; nothing was queued")
+        self.retry_after_s = retry_after_s
+
+
+class RefusedError(GatewayError):
+    """There is no place for the request now; `reason` says what is full, or too slow."""
+
+    def __init__(self, reason: str, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class GatewayLeavingError(GatewayError):
+    """This gateway stops; the request goes on, and another gateway tells the rest."""
+
+    def __init__(self) -> None:
+        super().__init__("this gateway is stopping; the request goes on, watch it through another")
+
+
 class UnknownChatError(GatewayError):
     """No such request is known to this caller, or it ended longer ago than results are kept."""
 
     def __init__(self) -> None:
         super().__init__("no such request is known, or it ended longer ago than results are kept")
-
-
-class TooManyChatsError(GatewayError):
-    """This gateway has as many open chats as it may."""
-
-    def __init__(self, max_open: int, *, retry_after_s: float) -> None:
-        super().__init__(f"this gateway already has its {max_open} open chats")
-        self.retry_after_s = retry_after_s
 
 
 class UnimplementedRpcError(GatewayError):

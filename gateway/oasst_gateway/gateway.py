@@ -15,14 +15,17 @@ import grpc
 from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, connect
 from prometheus_client import CollectorRegistry, MetricsHandler
 
+from oasst_gateway.admission import Admission
+from oasst_gateway.authentication import make_authenticator
 from oasst_gateway.chats import Chats
+from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import StartError
 from oasst_gateway.health import Health
 from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor, measure_loop_lag
-from oasst_gateway.server import create_server
+from oasst_gateway.server import TlsFiles, create_server
 from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
 from oasst_gateway.settings import GatewaySettings
 
@@ -30,7 +33,7 @@ __all__ = ["Addresses", "running_gateway"]
 
 logger = logging.getLogger(__name__)
 
-# What an RPC that has just ended needs to get its status out.
+# What an RPC needs to end, and to get its status out.
 _FLUSH_S = 0.2
 # How soon the metrics server notices that it shall stop.
 _METRICS_POLL_S = 0.05
@@ -41,7 +44,7 @@ class Addresses:
     """Where a gateway serves, as HOST:PORT."""
 
     listen: str
-    metrics: str
+    metrics: str | None  # None if it serves none.
 
 
 @asynccontextmanager
@@ -51,20 +54,28 @@ async def running_gateway(
     """A gateway serves as long as the context is open; open chats may then go on for the drain's grace.
 
     Raises:
-        StartError: if Redis does not answer in time, or an address is taken.
+        StartError: if Redis does not answer in time, an address is taken, or a file of the settings is wrong.
     """
     metrics = GatewayMetrics(registry)
+    authenticator = make_authenticator(settings)
     async with AsyncExitStack() as stack:
-        metrics_port = stack.enter_context(_serving_metrics(settings.metrics_listen, registry))
+        metrics_address = None
+        if settings.metrics:
+            port = stack.enter_context(_serving_metrics(settings.metrics_listen, registry))
+            metrics_address = _with_port(settings.metrics_listen, port)
         redis = connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         client = QueueClient(redis)
-        limits = QueueLimits(max_waiting_jobs=settings.max_waiting_jobs, retention_s=settings.retention_s)
+        limits = QueueLimits(
+            max_waiting_jobs=settings.max_waiting_jobs,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            retention_s=settings.retention_s,
+        )
         submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits)
         inbox = Inbox(client, gateway_id=settings.gateway_id)
         health = Health()
         await health.start()
-        monitor = QueueMonitor(submitter, metrics=metrics, on_change=health.set_queue_available)
+        monitor = QueueMonitor(submitter, model_name=model.name, metrics=metrics, on_change=health.set_queue_available)
         await stack.enter_async_context(
             _running(inbox.run(), Sweeper(client).run(), monitor.run(), measure_loop_lag(metrics))
         )
@@ -75,37 +86,43 @@ async def running_gateway(
             submitter=submitter,
             inbox=inbox,
             monitor=monitor,
+            admission=Admission(submitter, look_out=monitor.look_out, worker_wait_s=settings.worker_wait_s),
             metrics=metrics,
-            resume_secret=_resume_secret(settings),
+            secrets=DerivedSecrets(_secret(settings)),
             max_open=settings.max_open_chats,
+            default_grace_s=settings.detach_grace_s,
         )
         stack.push_async_callback(chats.aclose)
+        await stack.enter_async_context(_running(chats.run()))
         server, port = create_server(
             listen=settings.listen,
-            chat_servicer=ChatServicer(chats, model),
-            model_servicer=ModelServicer(chats, model),
+            tls=_tls_files(settings),
+            chat_servicer=ChatServicer(chats),
+            model_servicer=ModelServicer(model, submitter, monitor),
             scoring_servicer=ScoringServicer(),
             health=health,
-            interceptor=RpcInterceptor(metrics),
+            interceptor=RpcInterceptor(authenticator, metrics),
             max_message_bytes=settings.max_message_bytes,
             reuse_port=settings.reuse_port,
-            with_reflection=settings.reflection,
+            with_reflection=settings.tenants is None if settings.reflection is None else settings.reflection,
         )
         await server.start()
-        stack.push_async_callback(_drain, server, chats, health, grace_s=settings.drain_grace_s)
-        yield Addresses(
-            listen=_with_port(settings.listen, port), metrics=_with_port(settings.metrics_listen, metrics_port)
+        stack.push_async_callback(
+            _drain, server, chats, health, delay_s=settings.drain_delay_s, grace_s=settings.drain_grace_s
         )
+        yield Addresses(listen=_with_port(settings.listen, port), metrics=metrics_address)
 
 
-async def _drain(server: grpc.aio.Server, chats: Chats, health: Health, *, grace_s: float) -> None:
-    """New callers go elsewhere, open chats end or are left to the queue, the server has stopped."""
+async def _drain(server: grpc.aio.Server, chats: Chats, health: Health, *, delay_s: float, grace_s: float) -> None:
+    """New callers go elsewhere, open chats have ended or been handed on, the server has stopped."""
     await health.leave()
+    await asyncio.sleep(delay_s)
     # Health watchers never end by themselves, so the server's own grace cannot tell when the last chat has ended.
     stopping = asyncio.create_task(server.stop(grace_s + _FLUSH_S))
     if not await chats.wait_idle(grace_s):
-        logger.warning("chats are still open after the grace, they go on in the queue grace_s=%g", grace_s)
-    chats.abandon()
+        logger.warning("chats are still open after the grace, their callers are sent elsewhere grace_s=%g", grace_s)
+    chats.leave()
+    await chats.wait_idle(_FLUSH_S)
     await server.stop(_FLUSH_S)
     await stopping
 
@@ -147,7 +164,13 @@ def _serving_metrics(listen: str, registry: CollectorRegistry) -> Iterator[int]:
         thread.join()
 
 
-def _resume_secret(settings: GatewaySettings) -> bytes:
+def _tls_files(settings: GatewaySettings) -> TlsFiles | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _secret(settings: GatewaySettings) -> bytes:
     if settings.resume_secret is None:
         return secrets.token_bytes(32)
     return settings.resume_secret.get_secret_value().encode()

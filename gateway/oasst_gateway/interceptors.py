@@ -1,4 +1,5 @@
-"""What happens around every RPC of ours: its request is decoded, its errors are translated, its outcome is counted."""
+"""What happens around every RPC of ours: its caller is known, its request is decoded, its errors are translated, its
+outcome is counted."""
 
 import asyncio
 import logging
@@ -12,9 +13,11 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
+from oasst_gateway.call import Call, Context
 from oasst_gateway.errors import INVALID_UTF8, MALFORMED, ChatFailedError, InvalidRequestError, Violation
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.status import UNFORESEEN, RpcStatus, status_of
+from oasst_gateway.tenants import Authenticator
 from oasst_gateway.wire import find_invalid_text
 
 __all__ = ["RpcInterceptor"]
@@ -23,15 +26,16 @@ logger = logging.getLogger(__name__)
 
 _OURS = "/oasst.v1."
 
-# Any: grpc types neither the requests nor the contexts of handlers it has not generated.
-_Context = grpc.aio.ServicerContext[Any, Any]
-_Behavior = Callable[[Any, _Context], Awaitable[Any]]
+# Any: grpc does not type the requests of handlers it has not generated.
+_Behavior = Callable[[Any, Call], Awaitable[Any]]
+_RawBehavior = Callable[[bytes, Context], Awaitable[Any]]
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every `oasst.v1` RPC. Its handlers take one request and are coroutines; streams write to their context."""
+    """Wraps every `oasst.v1` RPC. Its handlers take one request and its Call, and are coroutines."""
 
-    def __init__(self, metrics: GatewayMetrics) -> None:
+    def __init__(self, authenticator: Authenticator, metrics: GatewayMetrics) -> None:
+        self._authenticator = authenticator
         self._metrics = metrics
 
     async def intercept_service(
@@ -47,24 +51,26 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._wrap(rpc, handler.unary_stream, handler.request_deserializer),
-                response_serializer=handler.response_serializer,
+                # Streams also send messages of another type whose bytes are the same.
+                response_serializer=_serialize,
             )
         return grpc.unary_unary_rpc_method_handler(
             self._wrap(rpc, handler.unary_unary, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
-    def _wrap(self, rpc: str, behavior: _Behavior, parse: Callable[[bytes], Message]) -> _Behavior:
+    def _wrap(self, rpc: str, behavior: _Behavior, parse: Callable[[bytes], Message]) -> _RawBehavior:
         descriptor = descriptor_pool.Default().FindMethodByName(rpc[1:].replace("/", ".")).input_type
 
-        async def wrapped(data: bytes, context: _Context) -> Any:
+        async def wrapped(data: bytes, context: Context) -> Any:
             async with self._observed(rpc, context), self._translated(rpc, context):
-                return await behavior(_decode(data, parse, descriptor), context)
+                call = Call(self._authenticator.tenant_of(_authorization(context)), context)
+                return await behavior(_decode(data, parse, descriptor), call)
 
         return wrapped
 
     @asynccontextmanager
-    async def _observed(self, rpc: str, context: _Context) -> AsyncIterator[None]:
+    async def _observed(self, rpc: str, context: Context) -> AsyncIterator[None]:
         name = rpc.removeprefix(_OURS)
         started_s = time.perf_counter()
         code = grpc.StatusCode.OK
@@ -84,7 +90,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             self._metrics.request_seconds.labels(name).observe(time.perf_counter() - started_s)
 
     @asynccontextmanager
-    async def _translated(self, rpc: str, context: _Context) -> AsyncIterator[None]:
+    async def _translated(self, rpc: str, context: Context) -> AsyncIterator[None]:
         try:
             yield
         except Exception as error:  # The top of every RPC: whatever it was, its caller is told.
@@ -101,6 +107,14 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             logger.error("failed rpc=%s", rpc, exc_info=error)
         else:
             logger.info("refused rpc=%s code=%s reason=%s", rpc, status.code.name, status.reason)
+
+
+def _authorization(context: Context) -> str:
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 def _decode(data: bytes, parse: Callable[[bytes], Message], descriptor: Descriptor) -> Message:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from oasst.v1 import chat_pb2, generation_pb2
+from oasst.v1 import chat_pb2
 from oasst_jobs import QueueLoad
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -39,7 +39,7 @@ class GatewayMetrics:
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_SECONDS
         )
         self.inter_token_seconds = histogram(
-            "inter_token_latency_seconds", "Between two consecutive deltas of a choice.", _TOKEN_SECONDS
+            "inter_token_latency_seconds", "Between two tokens, or bunches of tokens, of a request.", _TOKEN_SECONDS
         )
         self.time_per_output_token_seconds = histogram(
             "time_per_output_token_seconds", "Mean time per token after the first, by request.", _TOKEN_SECONDS
@@ -70,32 +70,41 @@ class GatewayMetrics:
 class ChatMeter:
     """Measures one chat from the moment it is made."""
 
-    def __init__(self, metrics: GatewayMetrics, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, metrics: GatewayMetrics, *, is_first: bool = True, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`is_first` is false for whoever comes later to a chat: how long its first token took says nothing."""
         self._metrics = metrics
+        self._is_first = is_first
         self._clock = clock
         self._started_s = clock()
         self._first_token_s: float | None = None
-        self._last_delta_s: dict[int, float] = {}  # By choice.
+        self._last_token_s = 0.0
         self._num_tokens = 0
 
     def elapsed_s(self) -> float:
         """Since the request's arrival."""
         return self._clock() - self._started_s
 
-    def saw_delta(self, delta: generation_pb2.Delta) -> None:
-        """The caller is sent `delta` now."""
+    def saw_tokens(self, num_tokens: int) -> None:
+        """The caller is sent so many tokens now."""
+        if not num_tokens:
+            return
         now_s = self._clock()
         if self._first_token_s is None:
             self._first_token_s = now_s
-            self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s)
-        if delta.choice in self._last_delta_s:
-            self._metrics.inter_token_seconds.observe(now_s - self._last_delta_s[delta.choice])
-        self._last_delta_s[delta.choice] = now_s
-        self._num_tokens += len(delta.token_ids)
-        self._metrics.generated_tokens.inc(len(delta.token_ids))
+            if self._is_first:
+                self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s)
+        else:
+            self._metrics.inter_token_seconds.observe(now_s - self._last_token_s)
+        self._last_token_s = now_s
+        self._num_tokens += num_tokens
+        self._metrics.generated_tokens.inc(num_tokens)
 
     def saw_finished(self, finished: chat_pb2.Finished) -> None:
         """The chat has run to its end."""
+        if not self._is_first:
+            return
         self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)
         if self._first_token_s is not None and self._num_tokens > 1:
             per_token_s = (self._clock() - self._first_token_s) / (self._num_tokens - 1)

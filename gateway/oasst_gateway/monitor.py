@@ -4,13 +4,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
-from oasst_jobs import QueueError, QueueLoad, Submitter
+from oasst_jobs import QueueError, Submitter, job_size
 
+from oasst_gateway.admission import Outlook, SpeedEstimate
 from oasst_gateway.errors import StartError
 from oasst_gateway.metrics import GatewayMetrics
 
-__all__ = ["QueueMonitor", "estimate_wait_s", "measure_loop_lag"]
+__all__ = ["QueueMonitor", "measure_loop_lag"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +26,20 @@ class QueueMonitor:
         self,
         submitter: Submitter,
         *,
+        model_name: str,
         metrics: GatewayMetrics,
         on_change: Callable[[bool], Awaitable[None]],
         interval_s: float = 1.0,
     ) -> None:
         self._submitter = submitter
+        self._model_name = model_name
         self._metrics = metrics
         self._on_change = on_change
         self._interval_s = interval_s
         self._is_available: bool | None = None  # None before the first look.
         self._came = asyncio.Event()
-        self.load: QueueLoad | None = None  # As last seen; None while the queue is away.
+        self._has_workers = False
+        self._speed = SpeedEstimate()
 
     async def run(self) -> None:
         """Watches until cancelled."""
@@ -54,22 +59,24 @@ class QueueMonitor:
         except TimeoutError as error:
             raise StartError(f"Redis did not answer within {timeout_s:g} s") from error
 
-    def describe_queue(self, position: int) -> chat_pb2.QueueStatus:
-        """A place in the queue, and how long it takes from there as far as that is known."""
-        status = chat_pb2.QueueStatus(position=position)
-        wait_s = estimate_wait_s(self.load, position=position)
-        if wait_s is not None:
-            status.estimated_wait.FromMilliseconds(round(wait_s * 1000))
-        return status
+    def look_out(self) -> Outlook:
+        """What whoever comes now can expect."""
+        return Outlook(has_workers=self._has_workers, tokens_per_s=self._speed.asked_per_s)
+
+    def saw_finished(self, job: job_pb2.Job, finished: chat_pb2.Finished) -> None:
+        """A job has finished, and tells how much of what is asked for is used."""
+        self._speed.saw_finished(asked=job_size(job), generated=finished.usage.completion_tokens)
 
     async def _look(self) -> None:
         try:
-            self.load = await self._submitter.load()
+            load = await self._submitter.load()
         except QueueError as error:
-            self.load = None
             await self._tell(False, error)
         else:
-            self._metrics.record_load(self.load)
+            statuses = [status for status, _ in load.workers if status.model == self._model_name]
+            self._has_workers = bool(statuses)
+            self._speed.saw_speed(sum(status.tokens_per_second for status in statuses))
+            self._metrics.record_load(load)
             await self._tell(True)
 
     async def _tell(self, is_available: bool, error: QueueError | None = None) -> None:
@@ -83,17 +90,6 @@ class QueueMonitor:
         else:
             logger.warning("queue away, waiting for it error=%s", error)
         await self._on_change(is_available)
-
-
-def estimate_wait_s(load: QueueLoad | None, *, position: int) -> float | None:
-    """How long a request with `position` others ahead will wait, at the speed of late; None while none is known."""
-    if load is None:
-        return None
-    tokens_per_s = sum(status.tokens_per_second for status, _ in load.workers)
-    if tokens_per_s <= 0:
-        return None
-    share_ahead = min(1.0, position / max(1, load.waiting_jobs))
-    return share_ahead * load.waiting_tokens / tokens_per_s
 
 
 async def measure_loop_lag(metrics: GatewayMetrics) -> None:

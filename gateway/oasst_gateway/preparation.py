@@ -11,9 +11,10 @@ from oasst.prompt import Turn, drop_oldest, format_prompt
 from oasst.v1 import chat_pb2, generation_pb2
 from oasst_jobs import JOB_VERSION, job_id_for
 
-from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, Violation
+from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, NotTrustedError, Violation
 from oasst_gateway.model import ModelLimits, ServedModel
 from oasst_gateway.presets import preset_max_new_tokens, resolve_sampling
+from oasst_gateway.tenants import Tenant
 from oasst_gateway.tokenizer import ControlTokenInTextError
 from oasst_gateway.validation import check_chat, duration_ms, split_system
 
@@ -27,7 +28,7 @@ class PreparedChat:
     job: job_pb2.Job
     digest: bytes  # Of the request as its client sent it: the same id with another digest is another request.
     timeout_ms: int | None
-    detach_grace_s: float
+    grace_ms: int | None  # How long it runs on with nobody watching; None for as long as it takes.
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,28 @@ class _Prompt:
 
 
 def prepare_chat(
-    request: chat_pb2.ChatRequest, model: ServedModel, *, tenant: str, request_id: str, remaining_s: float | None = None
+    request: chat_pb2.ChatRequest,
+    model: ServedModel,
+    *,
+    tenant: Tenant,
+    request_id: str,
+    cache_salt: bytes = b"",
+    remaining_s: float | None = None,
+    default_grace_s: float | None = None,
 ) -> PreparedChat:
     """The job of `request`, whose RPC has `remaining_s` left.
 
     Raises:
         InvalidRequestError: if a field is not as the API allows, or the prompt does not fit.
+        NotTrustedError: if the tenant may not send this form of input.
     """
+    _check_trust(request, tenant)
     check_chat(request, model_name=model.name, limits=model.limits)
     prompt = _build_prompt(request, model)
     job = job_pb2.Job(
         version=JOB_VERSION,
-        job_id=job_id_for(tenant, request_id),
-        tenant=tenant,
+        job_id=job_id_for(tenant.name, request_id),
+        tenant=tenant.name,
         model=model.name,
         prompt_token_ids=prompt.token_ids,
         sampling=resolve_sampling(request.sampling, seed=secrets.randbits(64)),
@@ -60,13 +70,20 @@ def prepare_chat(
         priority=request.priority or chat_pb2.PRIORITY_NORMAL,
         dropped_turns=prompt.dropped_turns,
         request_id=request_id,
+        cache_salt=cache_salt,
     )
     return PreparedChat(
         job=job,
         digest=_digest(request),
         timeout_ms=_timeout_ms(request, remaining_s),
-        detach_grace_s=duration_ms(request.detach_grace) / 1000,
+        grace_ms=_grace_ms(request, default_grace_s),
     )
+
+
+def _check_trust(request: chat_pb2.ChatRequest, tenant: Tenant) -> None:
+    form = request.WhichOneof("input")
+    if form in ("prompt", "token_ids") and not tenant.is_trusted:
+        raise NotTrustedError(form)
 
 
 def _digest(request: chat_pb2.ChatRequest) -> bytes:
@@ -79,6 +96,12 @@ def _timeout_ms(request: chat_pb2.ChatRequest, remaining_s: float | None) -> int
     if remaining_s is not None:
         timeouts_ms.append(max(1, int(remaining_s * 1000)))
     return min(timeouts_ms, default=None)
+
+
+def _grace_ms(request: chat_pb2.ChatRequest, default_s: float | None) -> int | None:
+    if request.HasField("detach_grace"):
+        return duration_ms(request.detach_grace)
+    return None if default_s is None else round(default_s * 1000)
 
 
 def _build_prompt(request: chat_pb2.ChatRequest, model: ServedModel) -> _Prompt:

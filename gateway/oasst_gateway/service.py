@@ -1,71 +1,61 @@
 """The RPCs of `oasst.v1`: each translates its messages and delegates. Errors are translated around them."""
 
 import asyncio
-from typing import Any
 
-import grpc
 from google.protobuf.duration_pb2 import Duration
 from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
+from oasst_jobs import Submitter
 
+from oasst_gateway.call import Call
 from oasst_gateway.chats import Chats
 from oasst_gateway.errors import UnimplementedRpcError
-from oasst_gateway.events import CompletionBuilder
 from oasst_gateway.model import ServedModel
-from oasst_gateway.monitor import estimate_wait_s
+from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.validation import check_detokenize, check_model_name, check_tokenize
 
 __all__ = ["ChatServicer", "ModelServicer", "ScoringServicer"]
-
-# Any: grpc's contexts are typed by messages that the generated code does not declare.
-_Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     """Chats."""
 
-    def __init__(self, chats: Chats, model: ServedModel) -> None:
+    def __init__(self, chats: Chats) -> None:
         self._chats = chats
-        self._model = model
 
     async def Chat(  # noqa: N802  # Named by the proto, as all below.
-        self, request: chat_pb2.ChatRequest, context: _Context
+        self, request: chat_pb2.ChatRequest, call: Call
     ) -> chat_pb2.ChatResponse:
-        completion = CompletionBuilder(model=self._model.name)
-        async with self._chats.open(request, remaining_s=context.time_remaining()) as chat:
-            async for event in chat.events():
-                completion.add(event)
-        return completion.build()
+        async with self._chats.open(request, tenant=call.tenant, remaining_s=call.remaining_s) as chat:
+            return await chat.response()
 
-    async def ChatStream(self, request: chat_pb2.ChatRequest, context: _Context) -> None:  # noqa: N802
-        async with self._chats.open(request, remaining_s=context.time_remaining()) as chat:
+    async def ChatStream(self, request: chat_pb2.ChatRequest, call: Call) -> None:  # noqa: N802
+        async with self._chats.open(request, tenant=call.tenant, remaining_s=call.remaining_s) as chat:
             async for event in chat.events():
-                await context.write(event)
+                await call.send(event)
+
+    async def SubmitChat(self, request: chat_pb2.ChatRequest, call: Call) -> chat_pb2.SubmitChatResponse:  # noqa: N802
+        return chat_pb2.SubmitChatResponse(accepted=await self._chats.submit(request, tenant=call.tenant))
+
+    async def WatchChat(self, request: chat_pb2.WatchChatRequest, call: Call) -> None:  # noqa: N802
+        async with self._chats.watch(request, tenant=call.tenant) as chat:
+            async for event in chat.events():
+                await call.send(event)
+
+    async def GetChat(self, request: chat_pb2.GetChatRequest, call: Call) -> chat_pb2.GetChatResponse:  # noqa: N802
+        return await self._chats.get(request, tenant=call.tenant)
 
     async def CancelChat(  # noqa: N802
-        self, request: chat_pb2.CancelChatRequest, context: _Context
+        self, request: chat_pb2.CancelChatRequest, call: Call
     ) -> chat_pb2.CancelChatResponse:
-        state = await self._chats.cancel(request)
+        state = await self._chats.cancel(request, tenant=call.tenant)
         return chat_pb2.CancelChatResponse(state=f"CHAT_STATE_{state.name}")
-
-    async def SubmitChat(  # noqa: N802
-        self, request: chat_pb2.ChatRequest, context: _Context
-    ) -> chat_pb2.SubmitChatResponse:
-        raise UnimplementedRpcError("oasst.v1.ChatService/SubmitChat")
-
-    async def WatchChat(self, request: chat_pb2.WatchChatRequest, context: _Context) -> None:  # noqa: N802
-        raise UnimplementedRpcError("oasst.v1.ChatService/WatchChat")
-
-    async def GetChat(  # noqa: N802
-        self, request: chat_pb2.GetChatRequest, context: _Context
-    ) -> chat_pb2.GetChatResponse:
-        raise UnimplementedRpcError("oasst.v1.ChatService/GetChat")
 
 
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     """Log-likelihoods."""
 
     async def Score(  # noqa: N802
-        self, request: scoring_pb2.ScoreRequest, context: _Context
+        self, request: scoring_pb2.ScoreRequest, call: Call
     ) -> scoring_pb2.ScoreResponse:
         raise UnimplementedRpcError("oasst.v1.ScoringService/Score")
 
@@ -73,23 +63,24 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """The model, and how busy it is."""
 
-    def __init__(self, chats: Chats, model: ServedModel) -> None:
-        self._chats = chats
+    def __init__(self, model: ServedModel, submitter: Submitter, monitor: QueueMonitor) -> None:
         self._model = model
+        self._submitter = submitter
+        self._monitor = monitor
 
     async def ListModels(  # noqa: N802
-        self, request: model_pb2.ListModelsRequest, context: _Context
+        self, request: model_pb2.ListModelsRequest, call: Call
     ) -> model_pb2.ListModelsResponse:
         return model_pb2.ListModelsResponse(models=[self._model.to_proto()])
 
     async def GetModel(  # noqa: N802
-        self, request: model_pb2.GetModelRequest, context: _Context
+        self, request: model_pb2.GetModelRequest, call: Call
     ) -> model_pb2.GetModelResponse:
         check_model_name(request.name, "name", self._model.name)
         return model_pb2.GetModelResponse(model=self._model.to_proto())
 
     async def Tokenize(  # noqa: N802
-        self, request: model_pb2.TokenizeRequest, context: _Context
+        self, request: model_pb2.TokenizeRequest, call: Call
     ) -> model_pb2.TokenizeResponse:
         check_tokenize(request, model_name=self._model.name)
         tokenizer = self._model.tokenizer
@@ -98,7 +89,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.TokenizeResponse(sequences=[model_pb2.TokenSequence(ids=ids) for ids in sequences])
 
     async def Detokenize(  # noqa: N802
-        self, request: model_pb2.DetokenizeRequest, context: _Context
+        self, request: model_pb2.DetokenizeRequest, call: Call
     ) -> model_pb2.DetokenizeResponse:
         check_detokenize(request, model_name=self._model.name, limits=self._model.limits)
 
@@ -109,11 +100,11 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.DetokenizeResponse(texts=await asyncio.to_thread(decode))
 
     async def GetLoad(  # noqa: N802
-        self, request: model_pb2.GetLoadRequest, context: _Context
+        self, request: model_pb2.GetLoadRequest, call: Call
     ) -> model_pb2.GetLoadResponse:
         check_model_name(request.model, "model", self._model.name)
-        load = await self._chats.load()
-        wait_s = estimate_wait_s(load, position=load.waiting_jobs)
+        load = await self._submitter.load()
+        wait_s = self._monitor.look_out().wait_s(load.waiting_tokens)
         response = model_pb2.GetLoadResponse(
             waiting_requests=load.waiting_jobs,
             waiting_tokens=load.waiting_tokens,

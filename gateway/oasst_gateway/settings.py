@@ -4,10 +4,11 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from oasst_jobs.failpoints import parse_failpoints
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from oasst_gateway.errors import StartError
@@ -63,7 +64,21 @@ class GatewaySettings(BaseSettings):
         "redis://127.0.0.1:6379/0", description="Where the queue is."
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
+    metrics: bool = Field(True, description="Whether metrics are served.")
     metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of Prometheus metrics.")
+    tls_cert: Path | None = Field(None, description="PEM file of the server's certificate and its chain; turns TLS on.")
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
+    tls_client_ca: Path | None = Field(None, description="PEM file; callers must show a certificate signed by it.")
+    tenants: Path | None = Field(
+        None, description="TOML file of tenants and their API keys. Unset: every caller is the one tenant."
+    )
+    jwt_key: Path | None = Field(None, description="PEM file of the public key that signed tokens are checked with.")
+    jwt_algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = Field(
+        "RS256", description="The one algorithm that tokens may be signed with."
+    )
+    jwt_issuer: str | None = Field(None, description="Tokens must come from it (iss).")
+    jwt_audience: str | None = Field(None, description="Tokens must be meant for it (aud).")
+    jwt_tenant_claim: str = Field("tenant", description="The claim that names one of the tenants.")
     gateway_id: str = Field(
         default_factory=_draw_gateway_id,
         pattern=r"^[A-Za-z0-9._-]{1,128}$",
@@ -73,20 +88,47 @@ class GatewaySettings(BaseSettings):
     max_new_tokens: int | None = Field(None, ge=1, description="Unset: what the model's positions allow.")
     max_choices: int = Field(8, ge=1, le=128, description="Most completions of one request.")
     max_waiting_jobs: int = Field(1024, ge=1, description="Requests that may wait for workers, over all gateways.")
+    max_waiting_tokens: int | None = Field(
+        None, ge=1, description="Tokens that waiting requests may ask for, prompts included. Unset: any number."
+    )
+    worker_wait_s: float = Field(
+        30.0, ge=0, description="While no worker serves, requests whose deadline is nearer than this are refused."
+    )
+    detach_grace_s: float = Field(
+        10.0, ge=0, le=3600, description="How long a request whose caller is gone runs on, unless it says so itself."
+    )
     retention_s: float = Field(300.0, gt=0, description="How long a request and its answer stay after its end.")
     max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on this gateway.")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
     resume_secret: SecretStr | None = Field(
         None, min_length=16, description="Proves resume tokens; the same on all gateways. Unset: random at each start."
     )
-    reflection: bool = Field(True, description="Whether the server describes its API to callers.")
+    reflection: bool | None = Field(
+        None, description="Whether the server describes its API to callers. Unset: while there are no tenants."
+    )
     reuse_port: bool = Field(False, description="Lets several gateways of one machine share a port.")
     redis_wait_s: float = Field(60.0, ge=0, description="How long the start waits for Redis before it fails.")
-    drain_grace_s: float = Field(30.0, ge=0, description="How long open chats may go on once asked to stop.")
+    drain_delay_s: float = Field(
+        0.0, ge=0, description="How long new callers are still served once asked to stop, until balancers have noticed."
+    )
+    drain_grace_s: float = Field(30.0, ge=0, description="How long open chats may go on after that.")
     failpoints: Annotated[str, AfterValidator(_check_failpoints)] = Field(
         "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        jwt = (self.jwt_key, self.jwt_issuer, self.jwt_audience)
+        if any(jwt) and not all(jwt):
+            raise ValueError("--jwt-key, --jwt-issuer and --jwt-audience go together")
+        if any(jwt) and self.tenants is None:
+            raise ValueError("--jwt-key needs --tenants: a token names one of them")
+        return self
 
 
 def read_settings(arguments: Sequence[str]) -> GatewaySettings:
@@ -100,10 +142,15 @@ def read_settings(arguments: Sequence[str]) -> GatewaySettings:
     except SettingsError as error:
         raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
     except ValidationError as error:
-        raise StartError("; ".join(_explain(str(e["loc"][0]), e["msg"], e["type"]) for e in error.errors())) from error
+        raise StartError(
+            "; ".join(_explain(*e["loc"], message=e["msg"], kind=e["type"]) for e in error.errors())
+        ) from error
 
 
-def _explain(field: str, message: str, kind: str) -> str:
+def _explain(*location: int | str, message: str, kind: str) -> str:
+    if not location:
+        return message.removeprefix("Value error, ")  # Of several options together; it names them.
+    field = str(location[0])
     flag = f"--{field.replace('_', '-')}"
     if kind == "missing":
         return f"{flag} (or OASST_GATEWAY_{field.upper()}) is required"

@@ -9,13 +9,17 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # without stubs
 from grpc_status import rpc_status  # type: ignore[import-untyped]  # without stubs
-from oasst_jobs import QueueError, QueueFullError, QueueUnavailableError, RequestConflictError
+from oasst_jobs import QueueError, QueueUnavailableError, RequestConflictError
 
 from oasst_gateway.errors import (
     ChatFailedError,
     GatewayError,
+    GatewayLeavingError,
     InvalidRequestError,
-    TooManyChatsError,
+    NotTrustedError,
+    NoWorkerError,
+    RefusedError,
+    UnauthenticatedError,
     UnimplementedRpcError,
     UnknownChatError,
     Violation,
@@ -83,15 +87,24 @@ def _failed(error: ChatFailedError) -> RpcStatus:
     return RpcStatus(code, error.failed.reason, error.failed.message)
 
 
-def _queue_full(error: QueueFullError) -> RpcStatus:
-    message = f"the queue is full: {error.waiting_jobs} requests wait"
-    return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=error.retry_after_s)
+def _refused(error: RefusedError) -> RpcStatus:
+    return RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, error.reason, str(error), retry_after_s=error.retry_after_s)
 
 
-def _too_many_chats(error: TooManyChatsError) -> RpcStatus:
-    return RpcStatus(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CHATS", str(error), retry_after_s=error.retry_after_s
-    )
+def _no_worker(error: NoWorkerError) -> RpcStatus:
+    return RpcStatus(grpc.StatusCode.UNAVAILABLE, "NO_WORKER", str(error), retry_after_s=error.retry_after_s)
+
+
+def _leaving(error: GatewayLeavingError) -> RpcStatus:
+    return RpcStatus(grpc.StatusCode.UNAVAILABLE, "GATEWAY_LEAVING", str(error), retry_after_s=0.0)
+
+
+def _unauthenticated(error: UnauthenticatedError) -> RpcStatus:
+    return RpcStatus(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", str(error))
+
+
+def _not_trusted(error: NotTrustedError) -> RpcStatus:
+    return RpcStatus(grpc.StatusCode.PERMISSION_DENIED, "NOT_TRUSTED", str(error))
 
 
 def _conflict(error: RequestConflictError) -> RpcStatus:
@@ -127,9 +140,12 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., RpcStatus]], ...] = (
     (InvalidRequestError, _invalid),
     (ChatFailedError, _failed),
     (UnknownChatError, _unknown_chat),
-    (TooManyChatsError, _too_many_chats),
+    (UnauthenticatedError, _unauthenticated),
+    (NotTrustedError, _not_trusted),
+    (GatewayLeavingError, _leaving),
+    (NoWorkerError, _no_worker),
+    (RefusedError, _refused),
     (UnimplementedRpcError, _unimplemented),
-    (QueueFullError, _queue_full),
     (RequestConflictError, _conflict),
     (QueueUnavailableError, _queue_unavailable),
     (QueueError, _internal),

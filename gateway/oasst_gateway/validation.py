@@ -18,11 +18,12 @@ from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, Violation
 from oasst_gateway.model import ModelLimits
 
 __all__ = [
-    "check_cancel",
     "check_chat",
+    "check_chat_name",
     "check_detokenize",
     "check_model_name",
     "check_tokenize",
+    "check_watch",
     "duration_ms",
     "split_system",
 ]
@@ -93,9 +94,17 @@ def check_chat(request: chat_pb2.ChatRequest, *, model_name: str, limits: ModelL
     )
 
 
-def check_cancel(request: chat_pb2.CancelChatRequest) -> None:
-    """`request` names a chat."""
-    _raise_if_any(_check_request_id(request.request_id, required=True))
+def check_chat_name(request_id: str) -> None:
+    """`request_id` can be a chat's."""
+    _raise_if_any(_check_request_id(request_id, required=True))
+
+
+def check_watch(request: chat_pb2.WatchChatRequest, limits: ModelLimits) -> None:
+    """`request` names a chat, and a position that one can have."""
+    _raise_if_any(
+        _check_request_id(request.request_id, required=True),
+        _check_position(request.after, limits),
+    )
 
 
 def check_model_name(name: str, field: str, model_name: str) -> None:
@@ -145,6 +154,12 @@ def _raise_if_any(*checks: Iterable[Violation]) -> None:
 def _check_request_id(request_id: str, *, required: bool) -> Iterator[Violation]:
     if (request_id or required) and not _REQUEST_ID.fullmatch(request_id):
         yield Violation("request_id", "must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -")
+
+
+def _check_position(after: int, limits: ModelLimits) -> Iterator[Violation]:
+    most = limits.max_choices * limits.max_new_tokens
+    if after > most:
+        yield Violation("after", f"must be at most {most}, the most tokens a request can have")
 
 
 def _check_model_name(name: str, field: str, model_name: str) -> Iterator[Violation]:

@@ -9,10 +9,13 @@ from oasst_jobs.claimer import Claimer
 from oasst_jobs.connection import connect
 from oasst_jobs.errors import (
     FencedError,
+    JobNotAcceptedError,
     QueueError,
     QueueFullError,
     QueueUnavailableError,
     RequestConflictError,
+    TenantFullError,
+    TooMuchAheadError,
     UnavailableReason,
     UnsupportedServerError,
 )
@@ -29,6 +32,7 @@ from oasst_jobs.records import (
     QueueLoad,
     Submitted,
     SweepReport,
+    TenantPolicy,
 )
 from oasst_jobs.submitter import Submitter, job_id_for
 from oasst_jobs.sweeper import Sweeper
@@ -39,6 +43,7 @@ __all__ = [
     "Claimer",
     "FencedError",
     "Inbox",
+    "JobNotAcceptedError",
     "JobSnapshot",
     "JobState",
     "LogSnapshot",
@@ -56,6 +61,9 @@ __all__ = [
     "Subscription",
     "SweepReport",
     "Sweeper",
+    "TenantFullError",
+    "TenantPolicy",
+    "TooMuchAheadError",
     "UnavailableReason",
     "UnsupportedServerError",
     "connect",

@@ -6,11 +6,14 @@ import redis.exceptions
 
 __all__ = [
     "FencedError",
+    "JobNotAcceptedError",
     "LibraryMissingError",
     "QueueError",
     "QueueFullError",
     "QueueUnavailableError",
     "RequestConflictError",
+    "TenantFullError",
+    "TooMuchAheadError",
     "UnavailableReason",
     "UnsupportedServerError",
     "translate",
@@ -52,13 +55,35 @@ class LibraryMissingError(QueueError):
     """The server does not have our functions; for QueueClient, which then loads them."""
 
 
-class QueueFullError(QueueError):
-    """As many jobs wait as are allowed to."""
+class JobNotAcceptedError(QueueError):
+    """The job was not let in, and nothing of it is stored. It may come again later."""
 
-    def __init__(self, waiting_jobs: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting_jobs} jobs wait already; come back in {retry_after_s:.1f} s")
+
+class QueueFullError(JobNotAcceptedError):
+    """As many jobs or tokens wait for the model as may."""
+
+    def __init__(self, *, waiting_jobs: int, waiting_tokens: int) -> None:
+        super().__init__(f"{waiting_jobs} jobs with {waiting_tokens} tokens wait already")
         self.waiting_jobs = waiting_jobs
-        self.retry_after_s = retry_after_s
+        self.waiting_tokens = waiting_tokens
+
+
+class TenantFullError(JobNotAcceptedError):
+    """As many jobs or tokens of the tenant wait as may."""
+
+    def __init__(self, *, waiting_jobs: int, waiting_tokens: int) -> None:
+        super().__init__(f"{waiting_jobs} jobs with {waiting_tokens} tokens of the tenant wait already")
+        self.waiting_jobs = waiting_jobs
+        self.waiting_tokens = waiting_tokens
+
+
+class TooMuchAheadError(JobNotAcceptedError):
+    """More tokens would be served before the job than its submitter allowed."""
+
+    def __init__(self, *, jobs_ahead: int, tokens_ahead: int) -> None:
+        super().__init__(f"{jobs_ahead} jobs with {tokens_ahead} tokens would come before it")
+        self.jobs_ahead = jobs_ahead
+        self.tokens_ahead = tokens_ahead
 
 
 class RequestConflictError(QueueError):

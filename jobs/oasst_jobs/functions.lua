@@ -12,18 +12,27 @@
 --   * finished, cancelled, expired and failed are final;
 --   * applied twice, a function leaves what it left the first time and gives an answer that is still true.
 
-local PLACES_PER_PRIORITY = 2 ^ 50 -- a place stays an exact double: three priorities of 2^50 arrivals each
+local LAST_LANE = 2                -- lanes are 0 for the most urgent priority, then 1, 2
+local HEAD_START = 4096            -- virtual tokens by which a lane comes before the next one
+local ARRIVAL = 2 ^ -10            -- virtual tokens that one arrival takes, so that equals keep their order
+local FLOWS_TTL_MS = 3600000
 local CLAIM_WINDOW = 256           -- waiting jobs that one claim looks at
 local MAX_LEASE_MS = 120000        -- a lease that ends later than this from now comes from a clock that jumped
 local WAKE_TTL_MS = 10000
 local UPDATES_KEPT = 10000         -- batches in a gateway's stream; who falls behind further reads the logs
 local UPDATES_TTL_MS = 60000
 local WORKER_TTL_MS = 15000
+local WATCH_TTL_MS = 60000         -- for so long a gateway that says nothing counts as watching
 
 -- Fields of a job by what they are read for. Push reads its own, few: it runs for every job at every step.
 local PUSH_FIELDS = { 'state', 'fence', 'end_position', 'deadline_ms', 'watchers' }
-local QUEUE_FIELDS = { 'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place' }
+local QUEUE_FIELDS = {
+  'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place', 'lane', 'tenant',
+}
 local STATUS_FIELDS = { 'state', 'end_position', 'outcome', 'prompt_tokens', 'model' }
+local END_FIELDS = {
+  'model', 'size', 'tenant', 'lane', 'weight', 'claimed_ms', 'prompt_tokens', 'end_position', 'retention_ms',
+}
 
 ------------------------------------------------------------------------------------------------------------------------
 -- Parts
@@ -83,12 +92,34 @@ local function notice_of(id)
   return '\10' .. string.char(#update) .. update
 end
 
+-- A job that has a grace ends this long, and its grace, after the last sign that somebody watches it.
+local function keep_watched(shard, id, watch_ms)
+  local grace_ms = redis.call('HGET', key_of(shard, 'job', id), 'grace_ms')
+  if grace_ms then
+    redis.call('ZADD', key_of(shard, 'watched'), 'XX', shard.now_ms + watch_ms + grace_ms, id)
+  end
+end
+
 local function add_watcher(shard, id, gateway)
   local job_key = key_of(shard, 'job', id)
   local watchers = redis.call('HGET', job_key, 'watchers')
   if not string.find(' ' .. watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then
     redis.call('HSET', job_key, 'watchers', watchers .. ' ' .. gateway)
   end
+  keep_watched(shard, id, WATCH_TTL_MS)
+end
+
+-- The gateway is no watcher of the job. Returns whether it was the last.
+local function remove_watcher(shard, id, gateway)
+  local job_key = key_of(shard, 'job', id)
+  local others = {}
+  for watcher in string.gmatch(redis.call('HGET', job_key, 'watchers'), '%S+') do
+    if watcher ~= gateway then
+      others[#others + 1] = watcher
+    end
+  end
+  redis.call('HSET', job_key, 'watchers', table.concat(others, ' '))
+  return #others == 0
 end
 
 -- One token in the list wakes one worker; that one's claim wakes the next if there is more to do.
@@ -100,28 +131,115 @@ local function wake_worker(shard, model)
   redis.call('PEXPIRE', wake, WAKE_TTL_MS)
 end
 
-local function enter_waiting(shard, id, model, size, place)
-  redis.call('ZADD', key_of(shard, 'waiting', model), place, id)
-  redis.call('HINCRBY', key_of(shard, 'waiting_tokens'), model, size)
-  wake_worker(shard, model)
-end
-
-local function leave_waiting(shard, id, model, size)
-  local waiting = key_of(shard, 'waiting', model)
-  if redis.call('ZREM', waiting, id) == 0 then
-    return
-  end
-  if redis.call('EXISTS', waiting) == 0 then
-    redis.call('HDEL', key_of(shard, 'waiting_tokens'), model)
-  else
-    redis.call('HINCRBY', key_of(shard, 'waiting_tokens'), model, -size)
+-- What waits for a model and what of it is a tenant's, in jobs and tokens, changes by one job of this size.
+local function count_waiting(shard, job, sign)
+  local counts = {
+    { 'waiting_tokens', job.model, job.size }, { 'tenant_jobs', job.tenant, 1 }, { 'tenant_tokens', job.tenant, job.size },
+  }
+  for _, count in ipairs(counts) do
+    local key = key_of(shard, count[1])
+    if redis.call('HINCRBY', key, count[2], sign * count[3]) <= 0 then
+      redis.call('HDEL', key, count[2])
+    end
   end
 end
 
--- Jobs ahead of a waiting one; 0 for any other.
-local function position_of(shard, id, job)
-  return job.state == 'waiting' and redis.call('ZRANK', key_of(shard, 'waiting', job.model), id) or 0
+local function enter_waiting(shard, job, place)
+  if redis.call('ZADD', key_of(shard, 'waiting', job.model), place, job.id) == 1 then
+    count_waiting(shard, job, 1)
+  end
+  wake_worker(shard, job.model)
 end
+
+local function leave_waiting(shard, job)
+  if redis.call('ZREM', key_of(shard, 'waiting', job.model), job.id) == 1 then
+    count_waiting(shard, job, -1)
+  end
+end
+
+-- How many jobs wait for a model, and how many tokens they ask for.
+local function waiting_of(shard, model)
+  local tokens = redis.call('HGET', key_of(shard, 'waiting_tokens'), model)
+  return redis.call('ZCARD', key_of(shard, 'waiting', model)), tonumber(tokens) or 0
+end
+
+-- Tokens that so many jobs at the head of a model's queue ask for, taken as so many average ones.
+local function tokens_of_first(shard, model, num_jobs)
+  local jobs, tokens = waiting_of(shard, model)
+  return jobs > 0 and math.ceil(tokens * num_jobs / jobs) or 0
+end
+
+-- Jobs ahead of a waiting one, and tokens they ask for; 0 for any other.
+local function ahead_of(shard, id, job)
+  local jobs = job.state == 'waiting' and redis.call('ZRANK', key_of(shard, 'waiting', job.model), id) or 0
+  return jobs, jobs > 0 and tokens_of_first(shard, job.model, jobs) or 0
+end
+
+------------------------------------------------------------------------------------------------------------------------
+-- Fairness: start-time fair queueing
+--
+-- Every job costs its tenant virtual time: its tokens, divided by the tenant's weight. A job starts where the tenant's
+-- jobs before it ended, or now if that is past, and jobs are served in the order of their starts. Virtual time is the
+-- start of the job served last. So tenants with work share what is served by weight, whoever asks for more only waits
+-- longer itself, and whoever was idle comes next but has saved up nothing.
+--
+--   tenant a   |-- a1 --|-- a2 --|-- a3 --|-- a4 --|        order: a1 b1 a2 b2 a3 a4
+--   tenant b       |-- b1 --|-- b2 --|
+--                  now
+--
+-- Priority orders a tenant's own jobs: each lane has an end of its own, and a job moves the ends of its lane and of all
+-- less urgent ones. So an urgent job passes the tenant's others, while all lanes together get no more than the tenant's
+-- share. Between tenants a lane is a head start, no more.
+--
+-- `flows:<model>` holds the end of each lane of each tenant, as `<lane><tenant>`, and virtual time, as `now`.
+
+local function virtual_now(shard, model)
+  local now = redis.call('ZSCORE', key_of(shard, 'flows', model), 'now')
+  if not now then -- forgotten after a long rest, perhaps of a queue that was not empty
+    now = redis.call('ZRANGE', key_of(shard, 'waiting', model), 0, 0, 'WITHSCORES')[2]
+  end
+  return tonumber(now) or 0
+end
+
+-- Virtual time goes on to the start of a job that is served.
+local function advance_now(shard, model, start)
+  local flows = key_of(shard, 'flows', model)
+  redis.call('ZADD', flows, 'GT', start, 'now')
+  redis.call('ZREMRANGEBYSCORE', flows, '-inf', '(' .. virtual_now(shard, model)) -- idle tenants owe nothing
+  redis.call('PEXPIRE', flows, FLOWS_TTL_MS)
+end
+
+local function start_of(shard, job)
+  local finish = redis.call('ZSCORE', key_of(shard, 'flows', job.model), job.lane .. job.tenant)
+  return math.max(virtual_now(shard, job.model) + ARRIVAL, tonumber(finish) or 0)
+end
+
+-- The tenant has spent what the job costs at most.
+local function charge(shard, job)
+  local flows = key_of(shard, 'flows', job.model)
+  local now = virtual_now(shard, job.model) + ARRIVAL
+  for lane = tonumber(job.lane), LAST_LANE do
+    local finish = tonumber(redis.call('ZSCORE', flows, lane .. job.tenant)) or 0
+    redis.call('ZADD', flows, math.max(now, finish) + job.size / job.weight, lane .. job.tenant)
+  end
+  redis.call('ZADD', flows, now, 'now')
+  redis.call('PEXPIRE', flows, FLOWS_TTL_MS)
+end
+
+-- The tenant gets back what the job was charged and did not use. One that is idle by now owes nothing and gets nothing.
+local function refund(shard, job)
+  local used = job.claimed_ms and job.prompt_tokens + job.end_position or 0
+  for lane = tonumber(job.lane), LAST_LANE do
+    redis.call('ZADD', key_of(shard, 'flows', job.model), 'XX', 'INCR', (used - job.size) / job.weight, lane .. job.tenant)
+  end
+end
+
+local function place_of(job, start)
+  return start + job.lane * HEAD_START
+end
+
+------------------------------------------------------------------------------------------------------------------------
+-- Life of a job
 
 local function set_lease(shard, id, lease_ms)
   redis.call('ZADD', key_of(shard, 'leases'), shard.now_ms + lease_ms, id)
@@ -130,15 +248,17 @@ end
 -- The job is in a final state, in no index, and goes after its retention. `update` is what its gateways hear.
 local function end_job(shard, job, state, update)
   local job_key = key_of(shard, 'job', job.id)
-  local about = redis.call('HMGET', job_key, 'model', 'size', 'retention_ms')
+  local ended = get_job(shard, job.id, END_FIELDS)
   if job.state == 'waiting' then
-    leave_waiting(shard, job.id, about[1], about[2])
+    leave_waiting(shard, ended)
   end
+  refund(shard, ended)
   redis.call('ZREM', key_of(shard, 'leases'), job.id)
   redis.call('ZREM', key_of(shard, 'deadlines'), job.id)
+  redis.call('ZREM', key_of(shard, 'watched'), job.id)
   redis.call('HSET', job_key, 'state', state)
-  redis.call('PEXPIRE', job_key, about[3])
-  redis.call('PEXPIRE', key_of(shard, 'log', job.id), about[3])
+  redis.call('PEXPIRE', job_key, ended.retention_ms)
+  redis.call('PEXPIRE', key_of(shard, 'log', job.id), ended.retention_ms)
   tell(shard, job.watchers, update)
 end
 
@@ -148,7 +268,8 @@ local function requeue(shard, job)
   redis.call('ZREM', key_of(shard, 'leases'), job.id)
   redis.call('HSET', job_key, 'state', 'waiting')
   redis.call('HDEL', job_key, 'fence')
-  enter_waiting(shard, job.id, job.model, job.size, job.place)
+  -- It was served once, so its place is past; unless virtual time itself was forgotten meanwhile.
+  enter_waiting(shard, job, math.min(job.place, place_of(job, virtual_now(shard, job.model))))
 end
 
 -- The entries of a job's log behind position `after`, as LogEntry bytes.
@@ -163,41 +284,82 @@ end
 ------------------------------------------------------------------------------------------------------------------------
 -- The gateway's side
 
--- ARGV  1 job id   2 Job bytes   3 digest   4 model   5 job version   6 prompt tokens   7 size
---       8 lane: 0 for the most urgent priority, then 1, 2   9 timeout_ms, empty for none
---       10 retention_ms   11 most jobs that may wait for the model   12 gateway
--- Returns {'accepted', 1 if new else 0, state, jobs ahead}, {'conflict'} or {'full'}.
+-- Whether one more of this size is too much. Whatever its size, one alone never is.
+local function exceeds(limit, present, size)
+  return limit and present > 0 and present + size > limit
+end
+
+-- Why a new job is not let in, as the function's answer; nil if it is.
+local function refusal_of(shard, job, place, limits)
+  local jobs, tokens = waiting_of(shard, job.model)
+  if exceeds(limits.jobs, jobs, 1) or exceeds(limits.tokens, tokens, job.size) then
+    return { 'queue_full', jobs, tokens }
+  end
+  jobs = tonumber(redis.call('HGET', key_of(shard, 'tenant_jobs'), job.tenant)) or 0
+  tokens = tonumber(redis.call('HGET', key_of(shard, 'tenant_tokens'), job.tenant)) or 0
+  if exceeds(limits.tenant_jobs, jobs, 1) or exceeds(limits.tenant_tokens, tokens, job.size) then
+    return { 'tenant_full', jobs, tokens }
+  end
+  jobs = redis.call('ZCOUNT', key_of(shard, 'waiting', job.model), '-inf', '(' .. string.format('%.17g', place))
+  tokens = tokens_of_first(shard, job.model, jobs)
+  if limits.tokens_ahead and tokens > limits.tokens_ahead then
+    return { 'too_much_ahead', jobs, tokens }
+  end
+end
+
+-- ARGV  1 job id   2 Job bytes   3 digest   4 model   5 job version   6 prompt tokens   7 size   8 lane
+--       9 tenant   10 weight of the tenant   11 timeout_ms   12 retention_ms   13 gateway
+--       Then the limits, of what may wait for the model:   14 jobs   15 tokens,
+--       of what may wait of the tenant:   16 jobs   17 tokens,   18 of tokens that may wait ahead of this job.
+--       19 grace_ms: how long it runs on when nobody watches it any more
+--       11 and 14 to 19 are empty for none, and so is 13 if nobody watches.
+-- Returns {'accepted', 1, 'waiting', jobs ahead, tokens ahead} for a new job,
+-- {'accepted', 0, state, jobs ahead, tokens ahead, Job bytes} for one that was there before, {'conflict'},
+-- {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens} or {'too_much_ahead', jobs, tokens}.
 local function enqueue(keys, args)
   local shard = open_shard(keys)
-  local id, model, size, gateway = args[1], args[4], args[7], args[12]
+  local id, gateway = args[1], args[13]
   local job_key = key_of(shard, 'job', id)
 
-  local known = get_job(shard, id, { 'state', 'digest', 'model' })
+  local known = get_job(shard, id, { 'state', 'digest', 'model', 'job' })
   if known.state then
     if known.digest ~= args[3] then
       return { 'conflict' }
     end
-    add_watcher(shard, id, gateway)
-    return { 'accepted', 0, known.state, position_of(shard, id, known) }
+    if gateway ~= '' then
+      add_watcher(shard, id, gateway)
+    end
+    local jobs_ahead, tokens_ahead = ahead_of(shard, id, known)
+    return { 'accepted', 0, known.state, jobs_ahead, tokens_ahead, known.job }
   end
 
-  if redis.call('ZCARD', key_of(shard, 'waiting', model)) >= tonumber(args[11]) then
-    return { 'full' }
+  local job = { id = id, state = 'waiting', model = args[4], size = args[7], lane = args[8], tenant = args[9], weight = args[10] }
+  local place = place_of(job, start_of(shard, job))
+  local refusal = refusal_of(shard, job, place, {
+    jobs = tonumber(args[14]), tokens = tonumber(args[15]),
+    tenant_jobs = tonumber(args[16]), tenant_tokens = tonumber(args[17]), tokens_ahead = tonumber(args[18]),
+  })
+  if refusal then
+    return refusal
   end
 
-  local arrival = redis.call('HINCRBY', key_of(shard, 'counters'), 'arrivals', 1)
-  local place = string.format('%.0f', args[8] * PLACES_PER_PRIORITY + arrival)
   redis.call('HSET', job_key,
-    'state', 'waiting', 'job', args[2], 'digest', args[3], 'model', model, 'version', args[5],
-    'prompt_tokens', args[6], 'size', size, 'place', place, 'end_position', 0, 'watchers', gateway,
-    'enqueued_ms', shard.now_ms, 'retention_ms', args[10])
-  if args[9] ~= '' then
-    local deadline_ms = shard.now_ms + args[9]
+    'state', 'waiting', 'job', args[2], 'digest', args[3], 'model', job.model, 'version', args[5],
+    'prompt_tokens', args[6], 'size', job.size, 'lane', job.lane, 'tenant', job.tenant, 'weight', job.weight,
+    'place', string.format('%.17g', place), 'end_position', 0, 'watchers', gateway, 'enqueued_ms', shard.now_ms,
+    'retention_ms', args[12])
+  if args[11] ~= '' then
+    local deadline_ms = shard.now_ms + args[11]
     redis.call('HSET', job_key, 'deadline_ms', deadline_ms)
     redis.call('ZADD', key_of(shard, 'deadlines'), deadline_ms, id)
   end
-  enter_waiting(shard, id, model, size, place)
-  return { 'accepted', 1, 'waiting', redis.call('ZRANK', key_of(shard, 'waiting', model), id) }
+  if args[19] ~= '' then
+    redis.call('HSET', job_key, 'grace_ms', args[19])
+    redis.call('ZADD', key_of(shard, 'watched'), shard.now_ms + args[19] + (gateway ~= '' and WATCH_TTL_MS or 0), id)
+  end
+  charge(shard, job)
+  enter_waiting(shard, job, place)
+  return { 'accepted', 1, 'waiting', ahead_of(shard, id, job) }
 end
 
 local function snapshot_of(shard, id)
@@ -206,11 +368,12 @@ local function snapshot_of(shard, id)
     return false
   end
   local bytes = redis.call('HGET', key_of(shard, 'job', id), 'job')
-  return { job.state, position_of(shard, id, job), tonumber(job.end_position), job.outcome, bytes }
+  local jobs_ahead, tokens_ahead = ahead_of(shard, id, job)
+  return { job.state, jobs_ahead, tokens_ahead, tonumber(job.end_position), job.outcome, bytes }
 end
 
 -- ARGV  1 job id   2 gateway, which watches the job from now on
--- Returns {state, jobs ahead, end position, Outcome bytes or nil, Job bytes}, or nil if there is no such job.
+-- Returns {state, jobs ahead, tokens ahead, end position, Outcome bytes or nil, Job bytes}, or nil if there is no such job.
 local function attach(keys, args)
   local shard = open_shard(keys)
   if redis.call('EXISTS', key_of(shard, 'job', args[1])) == 1 then
@@ -223,6 +386,18 @@ end
 -- Returns the same as attach.
 local function status(keys, args)
   return snapshot_of(open_shard(keys), args[1])
+end
+
+-- ARGV  1 gateway, then the ids of jobs that it watches still
+-- Returns nothing.
+local function keep_watching(keys, args)
+  local shard = open_shard(keys)
+  for index = 2, #args do
+    local state = redis.call('HGET', key_of(shard, 'job', args[index]), 'state')
+    if state and not is_final(state) then
+      add_watcher(shard, args[index], args[1])
+    end
+  end
 end
 
 -- ARGV  1 job id   2 position
@@ -252,7 +427,26 @@ local function cancel(keys, args)
   return 'cancelled'
 end
 
--- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, {WorkerStatus bytes, its age in ms, ...}}.
+-- ARGV  1 job id   2 gateway, which does not watch the job any more
+-- Returns the state the job is in now, or nil. If nobody watches it any more its grace begins, or it ends if it has none.
+local function unwatch(keys, args)
+  local shard = open_shard(keys)
+  local job = get_job(shard, args[1], QUEUE_FIELDS)
+  if not job.state or is_final(job.state) then
+    return job.state
+  end
+  if remove_watcher(shard, job.id, args[2]) then
+    if redis.call('HGET', key_of(shard, 'job', job.id), 'grace_ms') == '0' then
+      end_job(shard, job, 'cancelled', notice_of(job.id))
+      send_news(shard)
+      return 'cancelled'
+    end
+    keep_watched(shard, job.id, 0)
+  end
+  return job.state
+end
+
+-- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, dead jobs, {WorkerStatus bytes, its age in ms, ...}}.
 local function load(keys)
   local shard = open_shard(keys)
   local waiting_jobs, waiting_tokens = 0, 0
@@ -269,7 +463,8 @@ local function load(keys)
     workers[#workers + 1] = redis.call('HGET', key_of(shard, 'workers'), heard[index])
     workers[#workers + 1] = shard.now_ms - heard[index + 1]
   end
-  return { waiting_jobs, waiting_tokens, redis.call('ZCARD', key_of(shard, 'leases')), workers }
+  local running_jobs, dead_jobs = redis.call('ZCARD', key_of(shard, 'leases')), redis.call('ZCARD', key_of(shard, 'dead'))
+  return { waiting_jobs, waiting_tokens, running_jobs, dead_jobs, workers }
 end
 
 ------------------------------------------------------------------------------------------------------------------------
@@ -307,7 +502,8 @@ local function take(shard, job, claim_id, lease_ms)
   local fence = redis.call('HINCRBY', job_key, 'fences', 1) .. '-' .. claim_id
   redis.call('HSET', job_key, 'state', 'running', 'fence', fence, 'lease_ms', lease_ms)
   redis.call('HSETNX', job_key, 'claimed_ms', shard.now_ms)
-  leave_waiting(shard, job.id, job.model, job.size)
+  leave_waiting(shard, job)
+  advance_now(shard, job.model, job.place - job.lane * HEAD_START)
   set_lease(shard, job.id, lease_ms)
 end
 
@@ -472,11 +668,15 @@ end
 ------------------------------------------------------------------------------------------------------------------------
 -- Upkeep
 
--- Gives every lease its whole length again, counted from now. Returns how many there are.
+-- Gives every lease its whole length again, counted from now, and every job its watchers. Returns how many leases there
+-- are.
 local function grant_amnesty(shard)
   local ids = redis.call('ZRANGE', key_of(shard, 'leases'), 0, -1)
   for _, id in ipairs(ids) do
     set_lease(shard, id, redis.call('HGET', key_of(shard, 'job', id), 'lease_ms') or 0)
+  end
+  for _, id in ipairs(redis.call('ZRANGE', key_of(shard, 'watched'), 0, -1)) do
+    keep_watched(shard, id, WATCH_TTL_MS)
   end
   return #ids
 end
@@ -491,12 +691,12 @@ end
 
 -- ARGV  1 attempts a job has   2 stall_ms: a longer pause between sweeps means that nobody could renew a lease
 --       3 most jobs to look at in each index
--- Returns {requeued, expired, poisoned, leases extended by amnesty, 1 if there is more to do else 0}.
+-- Returns {requeued, expired, poisoned, leases extended by amnesty, abandoned, 1 if there is more to do else 0}.
 local function sweep(keys, args)
   local shard = open_shard(keys)
   local max_attempts, stall_ms, limit = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
   local leases, deadlines, counters = key_of(shard, 'leases'), key_of(shard, 'deadlines'), key_of(shard, 'counters')
-  local requeued, expired, poisoned, amnestied = 0, 0, 0, 0
+  local requeued, expired, poisoned, amnestied, abandoned = 0, 0, 0, 0, 0
 
   local swept_ms = tonumber(redis.call('HGET', counters, 'swept_ms'))
   redis.call('HSET', counters, 'swept_ms', shard.now_ms)
@@ -516,6 +716,18 @@ local function sweep(keys, args)
     end
   end
 
+  local watched = key_of(shard, 'watched')
+  local unwatched = redis.call('ZRANGEBYSCORE', watched, '-inf', shard.now_ms, 'LIMIT', 0, limit)
+  for _, id in ipairs(unwatched) do
+    local job = get_job(shard, id, QUEUE_FIELDS)
+    if job.state and not is_final(job.state) then
+      end_job(shard, job, 'cancelled', notice_of(id))
+      abandoned = abandoned + 1
+    else
+      redis.call('ZREM', watched, id)
+    end
+  end
+
   local lost = redis.call('ZRANGEBYSCORE', leases, '-inf', shard.now_ms, 'LIMIT', 0, limit)
   for _, id in ipairs(lost) do
     local job = get_job(shard, id, QUEUE_FIELDS)
@@ -532,8 +744,8 @@ local function sweep(keys, args)
   end
 
   send_news(shard)
-  local is_cut_off = #overdue == limit or #lost == limit
-  return { requeued, expired, poisoned, amnestied, is_cut_off and 1 or 0 }
+  local is_cut_off = #overdue == limit or #unwatched == limit or #lost == limit
+  return { requeued, expired, poisoned, amnestied, abandoned, is_cut_off and 1 or 0 }
 end
 
 ------------------------------------------------------------------------------------------------------------------------
@@ -546,6 +758,8 @@ end
 register('enqueue', enqueue, {})
 register('attach', attach, { 'allow-oom' })
 register('status', status, { 'no-writes' })
+register('keep_watching', keep_watching, { 'allow-oom' })
+register('unwatch', unwatch, { 'allow-oom' })
 register('read', read, { 'no-writes' })
 register('cancel', cancel, { 'allow-oom' })
 register('load', load, { 'no-writes' })

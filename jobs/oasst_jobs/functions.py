@@ -12,7 +12,14 @@ from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
 
 from oasst_jobs.connection import MAX_BLOCK_S, check_server, translated
-from oasst_jobs.errors import LibraryMissingError, QueueError, RequestConflictError
+from oasst_jobs.errors import (
+    LibraryMissingError,
+    QueueError,
+    QueueFullError,
+    RequestConflictError,
+    TenantFullError,
+    TooMuchAheadError,
+)
 from oasst_jobs.framing import update_head
 from oasst_jobs.keys import ShardKeys
 from oasst_jobs.outcomes import outcome_of, state_of
@@ -22,12 +29,14 @@ from oasst_jobs.records import (
     LogSnapshot,
     PushItem,
     PushStatus,
+    QueueLimits,
     QueueLoad,
     Submitted,
     SweepReport,
+    TenantPolicy,
 )
 
-__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "ClaimReply", "QueueClient", "job_size"]
+__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "WATCHED_PER_CALL", "ClaimReply", "QueueClient", "job_size"]
 
 T = TypeVar("T")
 
@@ -36,6 +45,9 @@ JOB_VERSION = 1
 
 # A call over more items would keep Redis from everyone else for too long.
 PUSH_ITEMS_PER_CALL = 128
+
+# As many jobs as one call keeps watched.
+WATCHED_PER_CALL = 256
 
 # Jobs that one sweep looks at in each index before it lets others in.
 _SWEEP_LIMIT = 100
@@ -113,14 +125,19 @@ class QueueClient:
         *,
         digest: bytes,
         timeout_ms: int | None,
-        retention_ms: int,
-        max_waiting_jobs: int,
         gateway_id: str,
-    ) -> Submitted | None:
-        """Puts a job into the queue, or adds the gateway to the watchers of the one that is there. None: it is full.
+        limits: QueueLimits,
+        policy: TenantPolicy,
+        max_tokens_ahead: int | None,
+        grace_ms: int | None,
+    ) -> Submitted:
+        """Puts a job into the queue, or adds the gateway to the watchers of the one that is there.
+
+        An empty `gateway_id` is nobody's.
 
         Raises:
             RequestConflictError: if the one that is there came from another request.
+            QueueFullError, TenantFullError, TooMuchAheadError: if a new job is not let in.
         """
         verdict, *about = await self._call(
             "enqueue",
@@ -132,21 +149,48 @@ class QueueClient:
             len(job.prompt_token_ids),
             job_size(job),
             _LANES[job.priority],
-            "" if timeout_ms is None else timeout_ms,
-            retention_ms,
-            max_waiting_jobs,
+            job.tenant,
+            repr(policy.weight),
+            _or_empty(timeout_ms),
+            round(limits.retention_s * 1000),
             gateway_id,
+            limits.max_waiting_jobs,
+            _or_empty(limits.max_waiting_tokens),
+            _or_empty(policy.max_waiting_jobs),
+            _or_empty(policy.max_waiting_tokens),
+            _or_empty(max_tokens_ahead),
+            _or_empty(grace_ms),
         )
-        if verdict == b"conflict":
-            raise RequestConflictError(job.job_id)
-        if verdict == b"full":
-            return None
-        is_new, state, queue_position = about
-        return Submitted(is_new=bool(is_new), state=JobState(state.decode()), queue_position=queue_position)
+        match verdict:
+            case b"conflict":
+                raise RequestConflictError(job.job_id)
+            case b"queue_full":
+                raise QueueFullError(waiting_jobs=about[0], waiting_tokens=about[1])
+            case b"tenant_full":
+                raise TenantFullError(waiting_jobs=about[0], waiting_tokens=about[1])
+            case b"too_much_ahead":
+                raise TooMuchAheadError(jobs_ahead=about[0], tokens_ahead=about[1])
+        is_new, state, queue_position, tokens_ahead, *stored = about
+        return Submitted(
+            is_new=bool(is_new),
+            state=JobState(state.decode()),
+            queue_position=queue_position,
+            tokens_ahead=tokens_ahead,
+            job=job_pb2.Job.FromString(stored[0]) if stored else job,
+        )
 
     async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
         """Adds the gateway to a job's watchers."""
         return _read_snapshot(await self._call("attach", job_id, gateway_id))
+
+    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
+        """Puts off the end of jobs that the gateway watches. At most WATCHED_PER_CALL in one call."""
+        await self._call("keep_watching", gateway_id, *job_ids)
+
+    async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
+        """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""
+        state = await self._call("unwatch", job_id, gateway_id)
+        return None if state is None else JobState(state.decode())
 
     async def status(self, job_id: str) -> JobSnapshot | None:
         return _read_snapshot(await self._call("status", job_id))
@@ -171,9 +215,9 @@ class QueueClient:
         return None if state is None else JobState(state.decode())
 
     async def load(self) -> QueueLoad:
-        waiting_jobs, waiting_tokens, running_jobs, workers = await self._call("load")
+        *counts, workers = await self._call("load")
         statuses = [job_pb2.WorkerStatus.FromString(status) for status in workers[::2]]
-        return QueueLoad(waiting_jobs, waiting_tokens, running_jobs, list(zip(statuses, workers[1::2], strict=True)))
+        return QueueLoad(*counts, list(zip(statuses, workers[1::2], strict=True)))
 
     async def claim(
         self, worker_id: str, claim_id: str, *, model: str, lease_ms: int, max_jobs: int, max_tokens: int
@@ -274,15 +318,21 @@ class QueueClient:
 def _read_snapshot(reply: Any) -> JobSnapshot | None:
     if reply is None:
         return None
-    name, queue_position, end_position, written, job_bytes = reply
+    name, queue_position, tokens_ahead, end_position, written, job_bytes = reply
     state, job = JobState(name.decode()), job_pb2.Job.FromString(job_bytes)
     return JobSnapshot(
         state=state,
         queue_position=queue_position,
+        tokens_ahead=tokens_ahead,
         end_position=end_position,
         outcome=outcome_of(state, written, prompt_tokens=len(job.prompt_token_ids), end_position=end_position),
         job=job,
     )
+
+
+def _or_empty(number: int | None) -> Argument:
+    """How a function takes a number that may be absent."""
+    return "" if number is None else number
 
 
 def _push_arguments(item: PushItem) -> tuple[Argument, ...]:

@@ -38,9 +38,9 @@ _BATCHES_PER_TRIM = 1000
 class Subscription:
     """One reader's view of one job: LogEntry after LogEntry without gap or repeat, then its Outcome, then the end.
 
-    Iterating starts once the job has been submitted or attached to. A job that is gone, because its retention is over
-    or Redis lost it, ends with an Outcome that has failed as ABORTED with the reason JOB_LOST; one whose log is shorter
-    than what was seen of it, with the reason STREAM_DIVERGED.
+    Reading, by iterating or by `take`, starts once the job has been submitted or attached to. A job that is gone,
+    because its retention is over or Redis lost it, ends with an Outcome that has failed as ABORTED with the reason
+    JOB_LOST; one whose log is shorter than what was seen of it, with the reason STREAM_DIVERGED.
     """
 
     def __init__(self, job_id: str, *, after: int, now_s: float, catch_up: Callable[["Subscription"], None]) -> None:
@@ -51,27 +51,44 @@ class Subscription:
         self.heard_s = now_s
         # Whether reading the log is due.
         self.is_stale = False
-        # Whether somebody iterates: before that, the job need not exist.
+        # Whether somebody reads: before that, the job need not exist.
         self.is_read = False
         # Whether the outcome was put into `_news`.
         self.is_over = False
         self._catch_up = catch_up
         self._news: deque[job_pb2.LogEntry | job_pb2.Outcome] = deque()
-        self._has_news = asyncio.Event()
+        self._failure: Exception | None = None
+        # Set when the reader has something to look at.
+        self._called = asyncio.Event()
 
     def __aiter__(self) -> "Subscription":
         return self
 
     async def __anext__(self) -> job_pb2.LogEntry | job_pb2.Outcome:
-        if not self.is_read:
-            self.is_read = True
-            self._catch_up(self)
+        self._start_reading()
         while not self._news:
             if self.is_over:
                 raise StopAsyncIteration
-            self._has_news.clear()
-            await self._has_news.wait()
+            await self._wait()
         return self._news.popleft()
+
+    async def take(self) -> list[job_pb2.LogEntry | job_pb2.Outcome]:
+        """Everything that came since the last time, waiting for some. Nothing if the reader was called for nothing."""
+        self._start_reading()
+        if not self._news:
+            await self._wait()
+        news = list(self._news)
+        self._news.clear()
+        return news
+
+    def call(self) -> None:
+        """The reader's `take` returns, with what there is."""
+        self._called.set()
+
+    def fail(self, failure: Exception) -> None:
+        """The reader is raised `failure` once it has read what came before."""
+        self._failure = failure
+        self._called.set()
 
     def update(self, update: job_pb2.JobUpdate, now_s: float) -> None:
         """Takes news from the gateway's stream; asks for the log where they do not join on."""
@@ -98,17 +115,30 @@ class Subscription:
             if log.outcome is not None:
                 self._tell_outcome(log.outcome)
 
+    def _start_reading(self) -> None:
+        if not self.is_read:
+            self.is_read = True
+            self._catch_up(self)
+
+    async def _wait(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._called.clear()
+        await self._called.wait()
+        if self._failure is not None and not self._news:
+            raise self._failure
+
     def _tell_entry(self, entry: job_pb2.LogEntry) -> None:
         if not self.is_over:
             self.told_position = entry.end_position
             self._news.append(entry)
-            self._has_news.set()
+            self._called.set()
 
     def _tell_outcome(self, outcome: job_pb2.Outcome) -> None:
         if not self.is_over:
             self.is_over = True
             self._news.append(outcome)
-            self._has_news.set()
+            self._called.set()
 
 
 class Inbox:

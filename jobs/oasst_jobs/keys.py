@@ -10,12 +10,21 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  claim and read. Goes with its job.
 `oasst:{0}:waiting:<model>`      sorted set. Job ids by place in the queue. Written by enqueue, release and sweep, read
                                  by claim, attach and status. Gone when empty.
-`oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by load.
-                                 A field goes with the model's last waiting job.
+`oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by
+                                 enqueue, attach, status and load. A field goes with the model's last waiting job.
+`oasst:{0}:tenant_jobs`          hash. Tenant -> its waiting jobs. Written with `waiting`, read by enqueue. A field
+                                 goes with the tenant's last waiting job.
+`oasst:{0}:tenant_tokens`        hash. Tenant -> tokens its waiting jobs ask for. As `tenant_jobs`.
+`oasst:{0}:flows:<model>`        sorted set. Virtual time: `now`, and where each tenant's last job of a lane ends, as
+                                 `<lane><tenant>`. Written by enqueue, claim and whatever ends a job. A tenant that is
+                                 past goes with the next claim, the key after an hour without enqueue and claim.
 `oasst:{0}:leases`               sorted set. Running jobs by end of their lease (ms). Written by claim and push, read by
                                  sweep and load. Gone when empty.
 `oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue, read
                                  by sweep. Gone when empty.
+`oasst:{0}:watched`              sorted set. Jobs that end when nobody watches them any more, by when that is (ms) if
+                                 nobody says otherwise. Written by enqueue, attach, keep_watching and unwatch, read by
+                                 sweep. Gone when empty.
 `oasst:{0}:claim:<worker>`       string. The worker's last claim: its id, then the job ids. Written and read by claim.
                                  Goes after one lease.
 `oasst:{0}:wake:<model>`         list. At most one token: there is work. Written by enqueue, release, sweep and claim,
@@ -25,7 +34,7 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:workers`              hash. Worker -> WorkerStatus. Written by heartbeat, read by load. A field goes 15 s
                                  after the worker's last heartbeat, if another beats; the key 15 s after anybody's.
 `oasst:{0}:heartbeats`           sorted set. Workers by their last heartbeat (ms). As `workers`.
-`oasst:{0}:counters`             hash. `arrivals` (enqueue) and `swept_ms` (sweep). Never goes.
+`oasst:{0}:counters`             hash. `swept_ms` (sweep). Never goes.
 
 Fields of a job hash. All times are milliseconds of Redis's own clock.
 
@@ -34,6 +43,7 @@ Fields of a job hash. All times are milliseconds of Redis's own clock.
 `digest`                         of the request as its client sent it; the same id with another digest is a conflict
 `model` `version` `prompt_tokens`  out of the Job, for functions that do not read protobuf
 `size`                           positions the job may come to hold: prompt, and all that each choice may generate
+`tenant` `lane` `weight`         whose job it is, how urgent (0, 1, 2), and its tenant's weight when it came
 `place`                          score in `waiting`, kept for life: a job that comes back takes its old place
 `end_position`                   tokens logged over all choices
 `fence`                          right of the present claim, `<number>-<claim id>`; absent while waiting
@@ -41,6 +51,7 @@ Fields of a job hash. All times are milliseconds of Redis's own clock.
 `lost_leases`                    how many of them lost their lease; absent for none
 `lease_ms`                       length of the present lease
 `watchers`                       gateways that watch, separated by spaces
+`grace_ms`                       how long it runs on when nobody watches; absent for as long as it takes
 `enqueued_ms` `claimed_ms` `deadline_ms`  arrival, first claim, deadline; the last two may be absent
 `retention_ms`                   how long hash and log stay after the end
 `outcome`                        the Outcome message, if a worker ended the job

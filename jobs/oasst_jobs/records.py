@@ -17,7 +17,10 @@ __all__ = [
     "QueueLoad",
     "Submitted",
     "SweepReport",
+    "TenantPolicy",
 ]
+
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 
 
 class JobState(StrEnum):
@@ -42,12 +45,30 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What a gateway lets into the queue."""
+    """What a gateway lets into the queue. One job alone may always wait, whatever its size."""
 
     # Jobs that may wait for one model. Running ones do not count.
     max_waiting_jobs: int = 1000
+    # Prompt tokens and tokens asked for of all jobs that wait for one model. None: any number.
+    max_waiting_tokens: int | None = None
     # How long a job and its log can be read after its end.
     retention_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPolicy:
+    """What a tenant may have of the queue."""
+
+    # Its share of what is served while others want some as well, in proportion to theirs.
+    weight: float = 1.0
+    # Its jobs that may wait, for all models. Running ones do not count. None: any number.
+    max_waiting_jobs: int | None = None
+    # Prompt tokens and tokens asked for of all its waiting jobs. None: any number.
+    max_waiting_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise ValueError(f"a weight is {MIN_WEIGHT} to {MAX_WEIGHT}, not {self.weight}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +77,12 @@ class Submitted:
 
     is_new: bool
     state: JobState
-    # Jobs ahead of it; 0 is next. 0 as well when it does not wait.
+    # Jobs ahead of it in the order they are served; 0 is next. 0 as well when it does not wait.
     queue_position: int
+    # Prompt tokens and tokens asked for of the jobs ahead, taken as so many average ones of those that wait.
+    tokens_ahead: int
+    # As it is stored: not the job that was submitted, if one with its id was there before.
+    job: job_pb2.Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +90,10 @@ class JobSnapshot:
     """A job at one moment."""
 
     state: JobState
-    # Jobs ahead of it; 0 is next. 0 as well when it does not wait.
+    # Jobs ahead of it in the order they are served; 0 is next. 0 as well when it does not wait.
     queue_position: int
+    # Prompt tokens and tokens asked for of the jobs ahead, taken as so many average ones of those that wait.
+    tokens_ahead: int
     # Tokens logged over all choices.
     end_position: int
     # Set in every terminal state.
@@ -93,8 +120,15 @@ class QueueLoad:
     # Prompt tokens and tokens asked for of all waiting jobs.
     waiting_tokens: int
     running_jobs: int
-    # Each worker's last status and how many milliseconds old it is.
+    # Jobs set aside because their workers died with them, again and again.
+    dead_jobs: int
+    # Each live worker's last status and how many milliseconds old it is.
     workers: Sequence[tuple[job_pb2.WorkerStatus, int]]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that all live workers together generated in each of the last seconds."""
+        return sum(status.tokens_per_second for status, _ in self.workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +189,8 @@ class SweepReport:
     poisoned: int = 0
     # Leases extended because nobody could have renewed them.
     amnestied: int = 0
+    # Jobs that nobody watched any more, and whose grace was over.
+    abandoned: int = 0
 
     def __add__(self, other: "SweepReport") -> "SweepReport":
         return SweepReport(
@@ -162,4 +198,5 @@ class SweepReport:
             expired=self.expired + other.expired,
             poisoned=self.poisoned + other.poisoned,
             amnestied=self.amnestied + other.amnestied,
+            abandoned=self.abandoned + other.abandoned,
         )

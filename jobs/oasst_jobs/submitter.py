@@ -1,19 +1,16 @@
 """The gateway's side of the queue: jobs go in, are asked about, and are cancelled."""
 
 import hashlib
-import random
+from collections.abc import Sequence
 
 from oasst.jobs.v1 import job_pb2
 
-from oasst_jobs.errors import QueueFullError
-from oasst_jobs.functions import QueueClient
-from oasst_jobs.records import JobSnapshot, JobState, QueueLimits, QueueLoad, Submitted
+from oasst_jobs.functions import WATCHED_PER_CALL, QueueClient
+from oasst_jobs.records import JobSnapshot, JobState, LogSnapshot, QueueLimits, QueueLoad, Submitted, TenantPolicy
 
 __all__ = ["Submitter", "job_id_for"]
 
-_RETRY_AFTER_WITHOUT_SPEED_S = 1.0
-_MIN_RETRY_AFTER_S = 0.2
-_MAX_RETRY_AFTER_S = 30.0
+_NO_POLICY = TenantPolicy()
 
 
 def job_id_for(tenant: str, request_id: str) -> str:
@@ -40,31 +37,59 @@ class Submitter:
         self._gateway_id = gateway_id
         self._limits = limits
 
-    async def submit(self, job: job_pb2.Job, *, digest: bytes, timeout_ms: int | None) -> Submitted:
+    async def submit(
+        self,
+        job: job_pb2.Job,
+        *,
+        digest: bytes,
+        timeout_ms: int | None,
+        policy: TenantPolicy = _NO_POLICY,
+        max_tokens_ahead: int | None = None,
+        grace_ms: int | None = None,
+        is_watched: bool = True,
+    ) -> Submitted:
         """The job is in the queue, and this gateway watches it. If it was there before, it is as it was.
 
-        `digest` is of the request as its client sent it.
+        `digest` is of the request as its client sent it. A new job is let in if what waits stays within the gateway's
+        limits and the tenant's policy, and if no more than `max_tokens_ahead` would be served before it: what can be
+        served until its deadline.
+
+        With a grace, the job ends so long after nobody watches it any more; without one it goes on in any case. With
+        `is_watched` off, this gateway does not watch it.
 
         Raises:
             RequestConflictError: if the id was used before with another digest.
-            QueueFullError: if as many jobs wait as are allowed to.
+            QueueFullError, TenantFullError, TooMuchAheadError: if it is not let in; all are JobNotAcceptedError.
         """
-        submitted = await self._client.enqueue(
+        return await self._client.enqueue(
             job,
             digest=digest,
             timeout_ms=timeout_ms,
-            retention_ms=round(self._limits.retention_s * 1000),
-            max_waiting_jobs=self._limits.max_waiting_jobs,
-            gateway_id=self._gateway_id,
+            gateway_id=self._gateway_id if is_watched else "",
+            limits=self._limits,
+            policy=policy,
+            max_tokens_ahead=max_tokens_ahead,
+            grace_ms=grace_ms,
         )
-        if submitted is None:
-            load = await self._client.load()
-            raise QueueFullError(load.waiting_jobs, _retry_after_s(load))
-        return submitted
 
     async def attach(self, job_id: str) -> JobSnapshot | None:
         """This gateway watches the job from now on. None: there is no such job."""
         return await self._client.attach(job_id, self._gateway_id)
+
+    async def keep_watching(self, job_ids: Sequence[str]) -> None:
+        """This gateway goes on watching the jobs. To be said every few seconds; after a minute of silence it counts as
+        gone.
+        """
+        for start in range(0, len(job_ids), WATCHED_PER_CALL):
+            await self._client.keep_watching(self._gateway_id, job_ids[start : start + WATCHED_PER_CALL])
+
+    async def unwatch(self, job_id: str) -> JobState | None:
+        """This gateway does not watch the job any more; if nobody does, the job's grace begins. Tells its state."""
+        return await self._client.unwatch(job_id, self._gateway_id)
+
+    async def read(self, job_id: str) -> LogSnapshot | None:
+        """All that the job has generated. None: there is no such job."""
+        return await self._client.read(job_id, 0)
 
     async def cancel(self, job_id: str) -> JobState | None:
         """The job has ended, by this or before. Tells its state; None: there is no such job.
@@ -80,11 +105,3 @@ class Submitter:
     async def load(self) -> QueueLoad:
         """How much waits and runs, and on which workers."""
         return await self._client.load()
-
-
-def _retry_after_s(load: QueueLoad) -> float:
-    """How long the waiting jobs should take, spread so that those refused together do not come back together."""
-    tokens_per_second = sum(status.tokens_per_second for status, _ in load.workers)
-    wait_s = load.waiting_tokens / tokens_per_second if tokens_per_second > 0 else _RETRY_AFTER_WITHOUT_SPEED_S
-    spread = random.uniform(0.8, 1.2)  # noqa: S311 - spreads retries, protects nothing
-    return min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * spread

@@ -16,7 +16,8 @@ from oasst_client import Client
 
 ANSWER = ["An ", "idea ", "that ", "spreads."]
 
-Script = Callable[[chat_pb2.ChatRequest, grpc.ServicerContext], Iterator[chat_pb2.ChatEvent]]
+StreamRequest = chat_pb2.ChatRequest | chat_pb2.WatchChatRequest
+Script = Callable[[StreamRequest, grpc.ServicerContext], Iterator[chat_pb2.ChatEvent]]
 
 
 @dataclass
@@ -25,7 +26,7 @@ class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServ
 
     script: Script | None = None
     address: str = ""
-    requests: list[chat_pb2.ChatRequest] = field(default_factory=list)
+    requests: list[StreamRequest] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
     # Set when a caller has left a chat, or its chat has ended.
     ended: threading.Event = field(default_factory=threading.Event)
@@ -121,6 +122,18 @@ class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServ
             timings=event.finished.timings,
             seed=7,
         )
+
+    def SubmitChat(self, request, context):
+        self.requests.append(request)
+        return chat_pb2.SubmitChatResponse(accepted=self.accepted(request).accepted)
+
+    def WatchChat(self, request, context):
+        if request.resume_token != "secret":
+            self.refuse(context, code_pb2.NOT_FOUND, "there is no such request", self.error_info("CHAT_NOT_FOUND"))
+        yield from self.ChatStream(request, context)
+
+    def GetChat(self, request, context):
+        return chat_pb2.GetChatResponse(state=chat_pb2.CHAT_STATE_FINISHED, response=self.Chat(request, context))
 
     def CancelChat(self, request, context):
         if request.request_id == "unknown":

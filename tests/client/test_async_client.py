@@ -121,7 +121,7 @@ async def test_closing_a_stream_under_its_reader_is_no_cancellation_of_the_reade
 
     task = asyncio.create_task(read())
     await started.wait()
-    stream.close()
+    await stream.close()
     with pytest.raises(RequestCancelledError):
         await task
 

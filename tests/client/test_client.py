@@ -21,6 +21,7 @@ from oasst_client import (
     OverloadedError,
     ProtocolError,
     RequestCancelledError,
+    RetryPolicy,
     TokenAlternative,
     TokenLogprob,
     UnavailableError,
@@ -173,14 +174,18 @@ def test_invalid_arguments_name_every_field(server, client):
     assert error.value.reason == "INVALID_FIELD"
 
 
-def test_a_refusal_tells_when_to_come_back(server, client):
+def test_a_refusal_tells_when_to_come_back(server):
     def script(request, context):
         retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=2, nanos=500_000_000))
         server.refuse(context, code_pb2.RESOURCE_EXHAUSTED, "full", server.error_info("QUEUE_FULL"), retry)
         yield
 
     server.script = script
-    with pytest.raises(OverloadedError) as error, client.stream("Hi") as stream:
+    with (
+        Client(server.address, retry=RetryPolicy(max_attempts=1)) as client,
+        pytest.raises(OverloadedError) as error,
+        client.stream("Hi") as stream,
+    ):
         list(stream)
     assert (error.value.reason, error.value.retry_after_s) == ("QUEUE_FULL", 2.5)
     assert len(server.requests) == 1

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oasst.prompt import ControlToken
 from oasst.v1 import chat_pb2, generation_pb2
+from oasst_gateway.authentication import DEFAULT_TENANT
 from oasst_gateway.errors import InvalidRequestError, StartError
 from oasst_gateway.model import ServedModel
 from oasst_gateway.preparation import prepare_chat
@@ -35,7 +36,7 @@ def request_of(texts: Sequence[str], *, system: str = "", **fields: object) -> c
 
 
 def prompt_ids(model: ServedModel, request: chat_pb2.ChatRequest) -> list[int]:
-    return list(prepare_chat(request, model, tenant="default", request_id="r-1").job.prompt_token_ids)
+    return list(prepare_chat(request, model, tenant=DEFAULT_TENANT, request_id="r-1").job.prompt_token_ids)
 
 
 def trained_format(texts: Sequence[str], *, system: str = "") -> str:
@@ -145,7 +146,7 @@ def too_long(model: ServedModel, request: chat_pb2.ChatRequest) -> tuple[str, st
 def test_a_prompt_may_fill_all_positions_but_one(model: ServedModel) -> None:
     ids = [5] * (model.limits.max_positions - 1)
     job = prepare_chat(
-        chat_pb2.ChatRequest(token_ids=chat_pb2.TokenIds(ids=ids)), model, tenant="default", request_id="r-1"
+        chat_pb2.ChatRequest(token_ids=chat_pb2.TokenIds(ids=ids)), model, tenant=DEFAULT_TENANT, request_id="r-1"
     ).job
     assert job.limits.max_new_tokens == 1
     field, description = too_long(model, chat_pb2.ChatRequest(token_ids=chat_pb2.TokenIds(ids=[*ids, 5])))
@@ -170,7 +171,7 @@ def test_a_long_conversation_is_refused_unless_turns_may_be_dropped(model: Serve
 
 def test_the_oldest_exchanges_are_dropped_until_it_fits(model: ServedModel) -> None:
     request = request_of(LONG_TALK, system="Be kind.", truncation=DROP)
-    job = prepare_chat(request, model, tenant="default", request_id="r-1").job
+    job = prepare_chat(request, model, tenant=DEFAULT_TENANT, request_id="r-1").job
     kept = LONG_TALK[job.dropped_turns :]
     assert job.dropped_turns % 2 == 0
     assert 0 < job.dropped_turns < len(LONG_TALK)
@@ -181,7 +182,7 @@ def test_the_oldest_exchanges_are_dropped_until_it_fits(model: ServedModel) -> N
 
 def test_an_immense_history_is_dropped_without_being_tokenized(model: ServedModel) -> None:
     request = request_of(["x" * 50_000, "y" * 50_000] * 10 + ["What is a meme?"], truncation=DROP)
-    job = prepare_chat(request, model, tenant="default", request_id="r-1").job
+    job = prepare_chat(request, model, tenant=DEFAULT_TENANT, request_id="r-1").job
     assert job.dropped_turns == 20
     assert list(job.prompt_token_ids) == prompt_ids(model, request_of(["What is a meme?"]))
 

@@ -9,7 +9,7 @@ from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, re
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.presets import PRESETS
-from oasst.v1 import chat_pb2, model_pb2, scoring_pb2
+from oasst.v1 import model_pb2, scoring_pb2
 from oasst_gateway.errors import StartError
 from oasst_gateway.model import ServedModel
 from oasst_jobs import QueueClient
@@ -65,18 +65,11 @@ async def test_half_a_character_becomes_the_replacement_character(gateway: Gatew
 
 
 async def test_rpcs_still_to_come_name_themselves(gateway: Gateway) -> None:
-    calls = {
-        "oasst.v1.ChatService/SubmitChat": gateway.chat.SubmitChat(chat_pb2.ChatRequest()),
-        "oasst.v1.ChatService/GetChat": gateway.chat.GetChat(chat_pb2.GetChatRequest()),
-        "oasst.v1.ScoringService/Score": gateway.scoring.Score(scoring_pb2.ScoreRequest()),
-        "oasst.v1.ChatService/WatchChat": gateway.chat.WatchChat(chat_pb2.WatchChatRequest()).read(),
-    }
-    for name, call in calls.items():
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call
-        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert name in (refused.value.details() or "")
-        assert details_of(refused.value).reason == "UNIMPLEMENTED"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await gateway.scoring.Score(scoring_pb2.ScoreRequest())
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "oasst.v1.ScoringService/Score" in (refused.value.details() or "")
+    assert details_of(refused.value).reason == "UNIMPLEMENTED"
 
 
 async def test_health_is_told_for_each_service(gateway: Gateway) -> None:

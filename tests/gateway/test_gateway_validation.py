@@ -8,6 +8,7 @@ import pytest
 from gateway_harness import Gateway, RuleWorker, ask, details_of
 from google.protobuf.duration_pb2 import Duration
 from oasst.v1 import chat_pb2, generation_pb2, model_pb2
+from oasst_gateway.authentication import DEFAULT_TENANT
 from oasst_gateway.errors import InvalidRequestError
 from oasst_gateway.model import ServedModel
 from oasst_gateway.preparation import PreparedChat, prepare_chat
@@ -21,7 +22,7 @@ PROMPTER, ASSISTANT, SYSTEM = chat_pb2.ROLE_PROMPTER, chat_pb2.ROLE_ASSISTANT, c
 
 @pytest.fixture
 def prepare(model: ServedModel) -> Prepare:
-    return lambda request: prepare_chat(request, model, tenant="default", request_id=request.request_id or "r-1")
+    return lambda request: prepare_chat(request, model, tenant=DEFAULT_TENANT, request_id=request.request_id or "r-1")
 
 
 def talk(*messages: tuple[int, str]) -> chat_pb2.ChatRequest:

@@ -60,14 +60,6 @@ async def test_the_more_urgent_go_first_and_equals_by_arrival(submitter: Submitt
     assert await claim_ids(claimer) == ["h1", "h2", "n1", "n2", "b1", "b2"]
 
 
-async def test_arrivals_stay_apart_after_more_of_them_than_a_float_could_print(
-    submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
-) -> None:
-    await redis_client.hset(f"{client.keys.root}:counters", "arrivals", 2**50 - 100)
-    await submit(submitter, *(make_job(str(number), priority=BULK) for number in range(20)))
-    assert await claim_ids(claimer) == [str(number) for number in range(20)]
-
-
 async def test_a_claim_takes_no_more_jobs_than_asked_for(submitter: Submitter, claimer: Claimer) -> None:
     await submit(submitter, *(make_job(str(number)) for number in range(5)))
     assert await claim_ids(claimer, max_jobs=2) == ["0", "1"]

@@ -18,6 +18,7 @@ from oasst_jobs import (
     QueueLimits,
     QueueUnavailableError,
     Submitter,
+    TenantPolicy,
     UnavailableReason,
     UnsupportedServerError,
     connect,
@@ -217,9 +218,10 @@ async def test_cancelled_calls_never_leave_their_answer_to_the_next(valkey_url: 
             job,
             digest=b"digest",
             timeout_ms=None,
-            retention_ms=1000,
-            max_waiting_jobs=1000,
             gateway_id="gateway-1",
+            limits=QueueLimits(),
+            policy=TenantPolicy(),
+            max_tokens_ahead=None,
         )
         for job in ids
     ]

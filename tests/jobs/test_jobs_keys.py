@@ -15,8 +15,12 @@ KINDS = {
     "log": ("stream", None),
     "waiting": ("zset", None),
     "waiting_tokens": ("hash", None),
+    "tenant_jobs": ("hash", None),
+    "tenant_tokens": ("hash", None),
+    "flows": ("zset", 3_600_000),
     "leases": ("zset", None),
     "deadlines": ("zset", None),
+    "watched": ("zset", None),
     "claim": ("string", 10_000),
     "wake": ("list", 10_000),
     "updates": ("stream", 60_000),
@@ -32,7 +36,7 @@ async def live(
     """Jobs end in every way there is; one waits and one runs."""
     for request_id in ("finished", "failed", "cancelled", "expired", "running", "waiting"):
         timeout_ms = 60_000 if request_id == "expired" else None
-        await submitter.submit(make_job(request_id), digest=b"digest", timeout_ms=timeout_ms)
+        await submitter.submit(make_job(request_id), digest=b"digest", timeout_ms=timeout_ms, grace_ms=1_000)
     claims = {claimed.job.request_id: claimed for claimed in await claimer.claim(max_jobs=5, max_tokens=1000)}
     items = [
         PushItem(claimed.job_id, claimed.fence, 0, make_entry(0, 2), finished(2) if name == "finished" else None)

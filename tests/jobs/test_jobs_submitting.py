@@ -18,6 +18,9 @@ from oasst_jobs import (
     RequestConflictError,
     Submitted,
     Submitter,
+    TenantFullError,
+    TenantPolicy,
+    TooMuchAheadError,
     job_id_for,
 )
 
@@ -35,12 +38,16 @@ def test_job_id_depends_on_tenant_and_request_and_keeps_them_apart() -> None:
 
 async def test_a_submitted_job_waits_behind_those_before_it(submitter: Submitter) -> None:
     first, second = make_job("first"), make_job("second")
-    assert await submitter.submit(first, digest=b"1", timeout_ms=None) == Submitted(True, JobState.WAITING, 0)
-    assert await submitter.submit(second, digest=b"2", timeout_ms=None) == Submitted(True, JobState.WAITING, 1)
+    submitted = [await submitter.submit(job, digest=b"", timeout_ms=None) for job in (first, second)]
+    assert submitted == [
+        Submitted(True, JobState.WAITING, queue_position=0, tokens_ahead=0, job=first),
+        Submitted(True, JobState.WAITING, queue_position=1, tokens_ahead=20, job=second),
+    ]
 
     snapshot = await submitter.status(second.job_id)
     assert snapshot is not None
-    assert (snapshot.state, snapshot.queue_position, snapshot.end_position) == (JobState.WAITING, 1, 0)
+    assert (snapshot.state, snapshot.end_position) == (JobState.WAITING, 0)
+    assert (snapshot.queue_position, snapshot.tokens_ahead) == (1, 20)
     assert snapshot.job == second
     assert snapshot.outcome is None
 
@@ -48,12 +55,13 @@ async def test_a_submitted_job_waits_behind_those_before_it(submitter: Submitter
 async def test_submitting_again_attaches_to_the_same_job(submitter: Submitter, claimer: Claimer) -> None:
     job = make_job("again")
     await submit(submitter, job)
-    again = await submitter.submit(job, digest=b"digest", timeout_ms=None)
-    assert again == Submitted(is_new=False, state=JobState.WAITING, queue_position=0)
+    redrawn = make_job("again", max_new_tokens=3)
+    again = await submitter.submit(redrawn, digest=b"digest", timeout_ms=None)
+    assert again == Submitted(is_new=False, state=JobState.WAITING, queue_position=0, tokens_ahead=0, job=job)
 
     assert len(await claimer.claim(max_jobs=8, max_tokens=1000)) == 1
-    again = await submitter.submit(job, digest=b"digest", timeout_ms=None)
-    assert again == Submitted(is_new=False, state=JobState.RUNNING, queue_position=0)
+    again = await submitter.submit(redrawn, digest=b"digest", timeout_ms=None)
+    assert again == Submitted(is_new=False, state=JobState.RUNNING, queue_position=0, tokens_ahead=0, job=job)
     assert await claimer.claim(max_jobs=8, max_tokens=1000) == []
 
 
@@ -72,19 +80,72 @@ async def test_a_full_queue_refuses_new_jobs_but_not_known_ones(client: QueueCli
 
     with pytest.raises(QueueFullError) as caught:
         await submit(submitter, make_job("one too many"))
-    assert caught.value.waiting_jobs == 2
-    assert caught.value.retry_after_s > 0
+    assert (caught.value.waiting_jobs, caught.value.waiting_tokens) == (2, 40)
     assert (await submitter.submit(known, digest=b"digest", timeout_ms=None)).is_new is False
 
 
-async def test_a_refusal_tells_how_long_the_waiting_tokens_should_take(client: QueueClient, claimer: Claimer) -> None:
-    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_jobs=1))
-    await submit(submitter, make_job("waits", prompt_tokens=40, max_new_tokens=60))
-    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, tokens_per_second=20.0))
-
+async def test_tokens_that_wait_have_a_limit_of_their_own(client: QueueClient) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_tokens=100))
+    await submit(submitter, make_job("alone", prompt_tokens=400))
     with pytest.raises(QueueFullError) as caught:
-        await submit(submitter, make_job("refused"))
-    assert 4.0 <= caught.value.retry_after_s <= 6.0
+        await submit(submitter, make_job("too much"))
+    assert (caught.value.waiting_jobs, caught.value.waiting_tokens) == (1, 416)
+    await submit(submitter, make_job("elsewhere", model="other"))
+
+
+async def test_a_tenant_with_as_much_waiting_as_it_may_is_refused_and_others_are_not(
+    submitter: Submitter,
+) -> None:
+    for policy in (TenantPolicy(max_waiting_jobs=2), TenantPolicy(max_waiting_tokens=50)):
+        await submit(submitter, make_job("a1"), make_job("a2", model="other"))
+        with pytest.raises(TenantFullError) as caught:
+            await submitter.submit(make_job("a3"), digest=b"digest", timeout_ms=None, policy=policy)
+        assert (caught.value.waiting_jobs, caught.value.waiting_tokens) == (2, 40)
+        await submitter.submit(make_job("b1", tenant="other"), digest=b"digest", timeout_ms=None, policy=policy)
+
+
+async def test_what_runs_or_has_ended_does_not_count_against_its_tenant(submitter: Submitter, claimer: Claimer) -> None:
+    policy = TenantPolicy(max_waiting_jobs=1, max_waiting_tokens=20)
+    for request_id in ("runs", "is cancelled", "waits"):
+        job = make_job(request_id)
+        await submitter.submit(job, digest=b"digest", timeout_ms=None, policy=policy)
+        if request_id == "runs":
+            assert len(await claimer.claim(max_jobs=1, max_tokens=1000)) == 1
+        elif request_id == "is cancelled":
+            await submitter.cancel(job.job_id)
+
+
+async def test_many_submits_at_once_stay_within_the_tenants_limit(submitter: Submitter) -> None:
+    policy = TenantPolicy(max_waiting_jobs=7)
+    submits = [
+        submitter.submit(make_job(str(number)), digest=b"digest", timeout_ms=None, policy=policy)
+        for number in range(40)
+    ]
+    results = await asyncio.gather(*submits, return_exceptions=True)
+    assert sum(isinstance(result, Submitted) for result in results) == 7
+    assert sum(isinstance(result, TenantFullError) for result in results) == 33
+
+
+async def test_a_job_with_too_much_ahead_of_it_is_refused(submitter: Submitter) -> None:
+    await submit(submitter, make_job("first"), make_job("second"))
+    with pytest.raises(TooMuchAheadError) as caught:
+        await submitter.submit(make_job("third"), digest=b"digest", timeout_ms=None, max_tokens_ahead=39)
+    assert (caught.value.jobs_ahead, caught.value.tokens_ahead) == (2, 40)
+    assert (await submitter.load()).waiting_jobs == 2
+    await submitter.submit(make_job("third"), digest=b"digest", timeout_ms=None, max_tokens_ahead=40)
+
+
+async def test_only_what_is_served_earlier_counts_as_ahead(submitter: Submitter) -> None:
+    await submit(submitter, *(make_job(str(number)) for number in range(10)))
+    for job in (make_job("urgent", priority=chat_pb2.PRIORITY_HIGH), make_job("other", tenant="other")):
+        submitted = await submitter.submit(job, digest=b"digest", timeout_ms=None, max_tokens_ahead=40)
+        assert submitted.queue_position <= 2
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1000.0, float("nan")])
+def test_a_weight_out_of_range_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        TenantPolicy(weight=weight)
 
 
 async def test_unknown_jobs_are_none(submitter: Submitter) -> None:

@@ -121,6 +121,10 @@ class RunningJob:
         self._last_token_s = now_s
         index = output.choice.index
         delta = self._deltas.setdefault(index, Delta(choice=index, position=position))
+        if delta.token_ids:  # From here on the text is not one token's alone.
+            if not delta.text_lengths:
+                delta.text_lengths.append(len(delta.text))
+            delta.text_lengths.append(len(output.text))
         delta.text += output.text
         delta.token_ids.append(token_id)
         if output.logprob is not None:

@@ -99,7 +99,8 @@ class ChatServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchChat(self, request, context):
-        """Attaches to a request that was accepted before, from any position.
+        """Attaches to a request that was accepted before, from any position: the same events as ChatStream's from there,
+        `accepted` first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

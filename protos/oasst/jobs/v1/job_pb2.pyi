@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("version", "job_id", "tenant", "model", "prompt_token_ids", "sampling", "limits", "n", "logprobs", "priority", "dropped_turns", "request_id")
+    __slots__ = ("version", "job_id", "tenant", "model", "prompt_token_ids", "sampling", "limits", "n", "logprobs", "priority", "dropped_turns", "request_id", "cache_salt")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class Job(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DROPPED_TURNS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     version: int
     job_id: str
     tenant: str
@@ -34,7 +35,8 @@ class Job(_message.Message):
     priority: _chat_pb2.Priority
     dropped_turns: int
     request_id: str
-    def __init__(self, version: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., limits: _Optional[_Union[_generation_pb2.GenerationLimits, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., priority: _Optional[_Union[_chat_pb2.Priority, str]] = ..., dropped_turns: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    cache_salt: bytes
+    def __init__(self, version: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., limits: _Optional[_Union[_generation_pb2.GenerationLimits, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., priority: _Optional[_Union[_chat_pb2.Priority, str]] = ..., dropped_turns: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class LogEntry(_message.Message):
     __slots__ = ("end_position", "deltas")

@@ -1,0 +1,130 @@
+"""Who is let into the queue, and when to come back if not. The policy is pure: numbers in, numbers out."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oasst_jobs import QueueFullError, Submitted, Submitter, TenantFullError, TenantPolicy, TooMuchAheadError
+
+from oasst_gateway.errors import NoWorkerError, RefusedError
+from oasst_gateway.preparation import PreparedChat
+from oasst_gateway.tenants import Tenant
+
+__all__ = ["Admission", "Outlook", "SpeedEstimate"]
+
+_MIN_RETRY_AFTER_S = 0.2
+_MAX_RETRY_AFTER_S = 30.0
+_RETRY_AFTER_WITHOUT_SPEED_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What whoever comes now can expect of the queue. Tokens are those that requests ask for, prompts included."""
+
+    has_workers: bool
+    tokens_per_s: float | None  # None while no speed is known.
+
+    def wait_s(self, tokens_ahead: int) -> float | None:
+        """How long it takes until so many tokens are served."""
+        return None if self.tokens_per_s is None else tokens_ahead / self.tokens_per_s
+
+    def max_tokens_ahead(self, remaining_s: float | None) -> int | None:
+        """The most tokens that can be served in the time that remains; None if any number may be."""
+        if remaining_s is None or self.tokens_per_s is None:
+            return None
+        return int(remaining_s * self.tokens_per_s)
+
+    def retry_after_s(self, waiting_tokens: int, *, spread: float) -> float:
+        """When to come back to so many tokens; `spread` keeps those refused together from coming back together."""
+        wait_s = self.wait_s(waiting_tokens)
+        wait_s = _RETRY_AFTER_WITHOUT_SPEED_S if wait_s is None else wait_s
+        return min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * spread
+
+
+class SpeedEstimate:
+    """How many of the tokens asked for the workers serve in a second.
+
+    Workers tell how many they generate, which is less while little is asked of them: so the recent peak counts.
+    Requests ask for more than they use, since most end by themselves: so what finished of late tells how much more.
+    """
+
+    def __init__(self, *, decay: float = 0.98, smoothing: float = 0.05) -> None:
+        self._decay = decay
+        self._smoothing = smoothing
+        self._generated_per_s = 0.0
+        self._asked_per_generated = 1.0
+
+    @property
+    def asked_per_s(self) -> float | None:
+        """None while no speed is known."""
+        return self._generated_per_s * self._asked_per_generated or None
+
+    def saw_speed(self, generated_per_s: float) -> None:
+        """The workers' speed now. Told in even intervals, of which a peak counts for about fifty."""
+        self._generated_per_s = max(generated_per_s, self._decay * self._generated_per_s)
+
+    def saw_finished(self, *, asked: int, generated: int) -> None:
+        """A request has finished that asked for so many tokens, and generated so many."""
+        ratio = asked / max(1, generated)
+        self._asked_per_generated += self._smoothing * (ratio - self._asked_per_generated)
+
+
+class Admission:
+    """Lets requests into the queue, or refuses them before they cost anything."""
+
+    def __init__(
+        self,
+        submitter: Submitter,
+        *,
+        look_out: Callable[[], Outlook],
+        worker_wait_s: float,
+        draw_spread: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # Protects nothing.
+    ) -> None:
+        """`worker_wait_s` is how soon a worker can be expected while there is none."""
+        self._submitter = submitter
+        self._look_out = look_out
+        self._worker_wait_s = worker_wait_s
+        self._draw_spread = draw_spread
+
+    async def submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool = True) -> Submitted:
+        """The request is in the queue.
+
+        Raises:
+            NoWorkerError, RefusedError: it is not, and tells when to come back.
+            RequestConflictError, QueueUnavailableError
+        """
+        outlook = self._look_out()
+        remaining_s = None if prepared.timeout_ms is None else prepared.timeout_ms / 1000
+        if not outlook.has_workers and remaining_s is not None and remaining_s < self._worker_wait_s:
+            raise NoWorkerError(retry_after_s=outlook.retry_after_s(0, spread=self._draw_spread()))
+        try:
+            return await self._submitter.submit(
+                prepared.job,
+                digest=prepared.digest,
+                timeout_ms=prepared.timeout_ms,
+                grace_ms=prepared.grace_ms,
+                is_watched=is_watched,
+                policy=_policy_of(tenant),
+                max_tokens_ahead=outlook.max_tokens_ahead(remaining_s),
+            )
+        except QueueFullError as error:
+            message = f"the queue is full: {error.waiting_jobs} requests with {error.waiting_tokens} tokens wait"
+            raise self._refused("QUEUE_FULL", message, outlook, error.waiting_tokens) from error
+        except TenantFullError as error:
+            message = f"this tenant's share of the queue is full: {error.waiting_jobs} of its requests wait"
+            raise self._refused("TENANT_LIMIT", message, outlook, error.waiting_tokens) from error
+        except TooMuchAheadError as error:
+            message = f"{error.jobs_ahead} requests are ahead, which takes longer than this one's deadline allows"
+            raise self._refused("DEADLINE_UNREACHABLE", message, outlook, error.tokens_ahead) from error
+
+    def _refused(self, reason: str, message: str, outlook: Outlook, waiting_tokens: int) -> RefusedError:
+        retry_after_s = outlook.retry_after_s(waiting_tokens, spread=self._draw_spread())
+        return RefusedError(reason, message, retry_after_s=retry_after_s)
+
+
+def _policy_of(tenant: Tenant) -> TenantPolicy:
+    return TenantPolicy(
+        weight=tenant.weight,
+        max_waiting_jobs=tenant.max_waiting_requests,
+        max_waiting_tokens=tenant.max_waiting_tokens,
+    )

@@ -44,7 +44,11 @@ def connect(url: str) -> redis.asyncio.Redis:
         retry=Retry(
             ExponentialWithJitterBackoff(base=0.02, cap=0.2),
             retries=1,
-            supported_errors=(redis.exceptions.ConnectionError, redis.exceptions.ReadOnlyError, RuntimeError),
+            supported_errors=(
+                redis.exceptions.ConnectionError,
+                redis.exceptions.ReadOnlyError,
+                RuntimeError,  # type: ignore[arg-type]  # any exception will do; see _BROKEN_ON_UVLOOP
+            ),
         ),
         protocol=2,
         decode_responses=False,

@@ -5,7 +5,8 @@ import inspect
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from oasst_client import APIError, AsyncClient, new_request_id
@@ -73,16 +74,20 @@ class Load:
         """Several callers; every fourth wants two choices."""
         return [self.ask(num_choices=1 + (index % 4 == 3), **options) for index in range(num_streams)]
 
-    async def keep(self, num_streams: int, *, until_set: asyncio.Event, **options: Any) -> None:
-        """So many streams are under way all the time: where one ends another begins, until the event is set."""
+    @asynccontextmanager
+    async def kept_up(self, num_streams: int, **options: Any) -> AsyncIterator[None]:
+        """So many streams are under way as long as the context is open: where one ends another begins."""
+        is_over = False
 
         async def one_after_another() -> None:
-            while not until_set.is_set():
+            while not is_over:
                 await self.ended([self.ask(**options)])
 
         async with asyncio.TaskGroup() as callers:
             for _ in range(num_streams):
                 callers.create_task(one_after_another())
+            yield
+            is_over = True
 
     async def flows(self, transcripts: Iterable[Transcript] | None = None, *, num_tokens: int = 1) -> None:
         """Every one of these streams is in the middle, with so many tokens at least."""

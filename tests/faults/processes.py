@@ -6,9 +6,9 @@ import os
 import signal
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from oasst_cli.child import die_with_parent
 from prometheus_client.parser import text_string_to_metric_families
 
 __all__ = ["ServiceProcess"]
@@ -30,7 +30,7 @@ class ServiceProcess:
     async def start(
         cls, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
     ) -> "ServiceProcess":
-        """The process serves. It dies with us, however we die."""
+        """The process serves."""
         with log.open("ab") as log_file:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -38,14 +38,15 @@ class ServiceProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log_file,
                 env={**os.environ, **environment},
-                preexec_fn=die_with_parent(),
             )
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 line = await process.stdout.readline()
             return cls(name, process, json.loads(line))
         except (TimeoutError, ValueError) as error:
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
             raise RuntimeError(f"{name} does not serve; its log: {log}") from error
 
     @property

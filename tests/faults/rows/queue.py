@@ -71,7 +71,7 @@ async def memory_is_full(world: World) -> Evidence:
     world.strike("memory is full", min_flowing=6)
     refused = load.ask_many(4)
     await load.ended(refused)
-    require_ends(refused, "QUEUE_MEMORY_FULL")
+    require_ends(refused, "QUEUE_UNAVAILABLE")
     await load.ended(running)
     require_ends(running)
     await world.free_memory()

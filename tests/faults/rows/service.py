@@ -18,18 +18,15 @@ __all__ = ["few_files", "killed_in_drain", "rolling_restart_of_workers", "scrape
 )
 async def rolling_restart_of_workers(world: World) -> Evidence:
     load = world.load
-    stop = asyncio.Event()
-    callers = asyncio.create_task(load.keep(10, until_set=stop, num_tokens=60))
-    await until(lambda: len(load.flowing) >= 6, "6 streams to flow")
-    for name in list(world.workers):
-        leaving = world.workers[name]
-        world.strike(f"SIGTERM {name}, a new one starts", min_flowing=4)
-        leaving.terminate()
-        await world.start_worker(f"new {name}".replace(" ", "-"))
-        if await leaving.wait() != 0:
-            raise AssertionError(f"{name} did not end well")
-    stop.set()
-    await callers
+    async with load.kept_up(10, num_tokens=60):
+        for name in list(world.workers):
+            leaving = world.workers[name]
+            await until(lambda: len(load.flowing) >= 6, "6 streams to flow")
+            world.strike(f"SIGTERM {name}, a new one starts", min_flowing=6)
+            leaving.terminate()
+            await world.start_worker(f"new-{name}")
+            if await leaving.wait() != 0:
+                raise AssertionError(f"{name} did not end well")
     require_ends(load.transcripts)
     again = tokens_computed_again(world)
     longest_s = max(transcript.longest_pause_s() for transcript in load.transcripts)

@@ -28,6 +28,8 @@ class Transcript:
     events: list[tuple[float, Event]] = field(default_factory=list)
     # FINISHED, the error's reason or code; None while the stream goes on.
     end: str | None = None
+    # How often the stream was taken up again.
+    num_resumes: int = 0
     # When a refusal told to come back.
     retry_after_s: float | None = None
 
@@ -46,8 +48,8 @@ class Transcript:
         return sum(len(delta.token_ids) for delta in self.deltas)
 
     @property
-    def is_accepted(self) -> bool:
-        return any(isinstance(event, Accepted) for _, event in self.events)
+    def accepted(self) -> Accepted | None:
+        return next((event for _, event in self.events if isinstance(event, Accepted)), None)
 
     @property
     def is_flowing(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from oasst_client import APIError, AsyncClient, new_request_id
+from oasst_client import APIError, AsyncClient, AsyncCompletionStream, new_request_id
 
 from faults.checker import FINISHED, Transcript
 from faults.verifiable import Prompt, Script
@@ -44,14 +44,14 @@ class Load:
         *,
         num_tokens: int = 120,
         num_choices: int = 1,
+        prompt: Prompt | None = None,
         script: Script = Script.STEADY,
         at: int = 0,
         prompt_tokens: int = 8,
-        client: AsyncClient | None = None,
-        request_id: str = "",
-        prompt: Prompt | None = None,
         seed: int | None = None,
+        request_id: str = "",
         think_s: float = 0.0,
+        client: AsyncClient | None = None,
         **options: Any,  # Whatever the SDK's `stream` takes.
     ) -> Transcript:
         """A caller has begun to stream an answer, and thinks for a while after each event.
@@ -65,9 +65,25 @@ class Load:
             num_tokens=num_tokens,
             num_choices=num_choices,
         )
+        stream = (client or self._client).stream(
+            token_ids=transcript.prompt.token_ids(),
+            seed=transcript.seed,
+            n=num_choices,
+            max_new_tokens=num_tokens,
+            ignore_eos=True,
+            request_id=transcript.request_id,
+            **options,
+        )
+        return self._follow(stream, transcript, think_s)
+
+    def watch(self, asked: Transcript, *, client: AsyncClient) -> Transcript:
+        """Another caller, who was given the request's id and resume token, streams the same answer from its start."""
+        transcript = Transcript(asked.request_id, asked.prompt, asked.seed, asked.num_tokens, asked.num_choices)
+        return self._follow(client.watch(asked.request_id, asked.accepted.resume_token), transcript)
+
+    def _follow(self, stream: AsyncCompletionStream, transcript: Transcript, think_s: float = 0.0) -> Transcript:
         self.transcripts.append(transcript)
-        listening = _listen(client or self._client, transcript, think_s, options)
-        self._streams[id(transcript)] = asyncio.create_task(listening, name=transcript.request_id)
+        self._streams[id(transcript)] = asyncio.create_task(_listen(stream, transcript, think_s))
         return transcript
 
     def ask_many(self, num_streams: int, **options: Any) -> list[Transcript]:
@@ -121,16 +137,7 @@ class Load:
         await asyncio.gather(*self._streams.values(), return_exceptions=True)
 
 
-async def _listen(client: AsyncClient, transcript: Transcript, think_s: float, options: dict[str, Any]) -> None:
-    stream = client.stream(
-        token_ids=transcript.prompt.token_ids(),
-        seed=transcript.seed,
-        n=transcript.num_choices,
-        max_new_tokens=transcript.num_tokens,
-        ignore_eos=True,
-        request_id=transcript.request_id,
-        **options,
-    )
+async def _listen(stream: AsyncCompletionStream, transcript: Transcript, think_s: float) -> None:
     try:
         async with stream:
             async for event in stream.events():
@@ -143,6 +150,8 @@ async def _listen(client: AsyncClient, transcript: Transcript, think_s: float, o
         transcript.retry_after_s = error.retry_after_s
     except asyncio.CancelledError:
         transcript.end = "LEFT"
+    finally:
+        transcript.num_resumes = stream.num_resumes
 
 
 async def until(is_true: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:

@@ -27,6 +27,8 @@ class Row:
     shape: Shape
     # Whether it runs with the other tests.
     is_quick: bool
+    # Whether this machine has what it takes.
+    needs: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,16 @@ class Result:
 
 
 def row(
-    number: str, fault: str, promise: str, *, shape: Shape | None = None, is_quick: bool = False
+    number: str,
+    fault: str,
+    promise: str,
+    *,
+    shape: Shape | None = None,
+    is_quick: bool = False,
+    needs: Callable[[], bool] = lambda: True,
 ) -> Callable[[Scenario], Row]:
     """The scenario is the proof of this row."""
-    return lambda scenario: Row(number, fault, promise, scenario, shape or Shape(), is_quick)
+    return lambda scenario: Row(number, fault, promise, scenario, shape or Shape(), is_quick, needs)
 
 
 async def run_row(row: Row, seed: int, *, keep_failed_in: Path | None = None, packages: Path | None = None) -> Result:

@@ -1,6 +1,7 @@
 """A whole service whose every part can be broken: Valkey, workers and gateways as processes, links between them."""
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -8,10 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis.exceptions
 from oasst_client import AsyncClient
 from oasst_jobs import JobState, QueueClient, connect, job_id_for
 from valkey_server import ValkeyServer
@@ -19,6 +21,7 @@ from valkey_server import ValkeyServer
 from faults.checker import Transcript, queue_defects, stream_defects
 from faults.link import Link, linked
 from faults.load import Load
+from faults.machine import Clock, SmallDisk
 from faults.processes import ServiceProcess
 from faults.verifiable import MODEL, MODEL_FOLDER
 
@@ -27,6 +30,7 @@ __all__ = ["DefectError", "Shape", "Step", "World"]
 _TESTS = Path(__file__).parent.parent
 _WORKER = Path(__file__).parent / "verifiable_worker.py"
 _TENANT = "default"
+_BALLAST_BYTES = 16 * 1024
 
 
 class DefectError(AssertionError):
@@ -45,6 +49,10 @@ class Shape:
     worker_options: tuple[str, ...] = ()
     gateway_options: tuple[str, ...] = ()
     valkey_options: tuple[str, ...] = ()
+    # Size of a disk of its own for the queue's server; None for the machine's.
+    disk_mib: int | None = None
+    # Whose wall clock the world can set: "worker", "gateway", "valkey".
+    clocks: frozenset[str] = frozenset()
     # Whether workers write down each step.
     has_ledgers: bool = True
     # A folder whose packages the processes use instead of ours.
@@ -70,7 +78,9 @@ class World:
         self.dice = dice
         self.workers: dict[str, ServiceProcess] = {}
         self.gateways: dict[str, ServiceProcess] = {}
-        self.valkey = ValkeyServer(folder, *shape.valkey_options)
+        self.clock = Clock(folder / "clock")
+        self.disk = SmallDisk(folder / "disk")
+        self.valkey = self._make_valkey()
         # What happened when, for whoever has to find out why a run failed.
         self.history: list[tuple[float, str]] = []
         self.load: Load
@@ -81,6 +91,12 @@ class World:
         self.links: dict[str, Link] = {}
         self._exits = AsyncExitStack()
         self._floor: set[str] = set()
+
+    def _make_valkey(self) -> ValkeyServer:
+        prefix, options = self.clock.prefix if "valkey" in self.shape.clocks else (), self.shape.valkey_options
+        if self.shape.disk_mib is not None:
+            prefix, options = self.disk.prefix(self.shape.disk_mib), (*options, "--dir", str(self.disk.folder))
+        return ValkeyServer(self.folder, *options, prefix=prefix)
 
     # --- Making and ending it
 
@@ -138,7 +154,7 @@ class World:
             *("--redis-url", f"redis://{link.address}/0", "--metrics-listen", "127.0.0.1:0"),
             *("--lease-s", str(shape.lease_s), *shape.worker_options, *options),
         ]
-        self.workers[name] = await self._run(name, command)
+        self.workers[name] = await self._run(name, "worker", command)
         return self.workers[name]
 
     async def start_gateway(self, name: str, *options: str) -> ServiceProcess:
@@ -150,7 +166,7 @@ class World:
             *("--metrics-listen", "127.0.0.1:0", "--resume-secret", "the same on all gateways"),
             *(*self.shape.gateway_options, *options),
         ]
-        self.gateways[name] = gateway = await self._run(name, command)
+        self.gateways[name] = gateway = await self._run(name, "gateway", command)
         to_gateway = await self._link(f"to {name}", gateway.listen)
         to_gateway.target = gateway.listen
         return gateway
@@ -160,10 +176,12 @@ class World:
             self.links[name] = await self._exits.enter_async_context(linked(target))
         return self.links[name]
 
-    async def _run(self, name: str, command: list[str]) -> ServiceProcess:
+    async def _run(self, name: str, role: str, command: list[str]) -> ServiceProcess:
         log = self.folder / f"{name}.log"
         paths = [str(path) for path in (self.shape.packages, _TESTS) if path]
         environment = {"PYTHONPATH": os.pathsep.join(paths)}
+        if role in self.shape.clocks:
+            environment |= self.clock.environment
         process = await ServiceProcess.start(name, command, log=log, environment=environment)
         self._exits.push_async_callback(process.end)
         return process
@@ -240,6 +258,12 @@ class World:
         await self._redis.execute_command("FUNCTION", "FLUSH")
         self.has_lost_data = True
 
+    async def write_until_refused(self) -> None:
+        """The queue's server cannot write any more: its disk is full."""
+        with suppress(redis.exceptions.ResponseError):
+            for index in itertools.count():
+                await self._redis.set(f"ballast:{index}", bytes(_BALLAST_BYTES), px=60_000)
+
     @asynccontextmanager
     async def hoarded_connections(self, num_connections: int = 64) -> AsyncIterator[None]:
         """Connections to the queue's server are held by nobody in particular, as many as it gives."""
@@ -257,7 +281,7 @@ class World:
         transcripts = self.load.transcripts
         await self.load.ended()
         self._refuse_defects(defect for transcript in transcripts for defect in stream_defects(transcript))
-        states = {each.request_id: await self.state(each) for each in transcripts if each.is_accepted}
+        states = {each.request_id: await self.state(each) for each in transcripts if each.accepted}
         if self.has_lost_data:
             states = {request_id: state for request_id, state in states.items() if state is not None}
         self._refuse_defects(queue_defects(transcripts, states))

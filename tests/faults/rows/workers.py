@@ -18,6 +18,7 @@ __all__ = [
     "killed_in_decoding",
     "killed_in_prefill",
     "logits_are_not_finite",
+    "out_of_memory",
     "step_hangs",
     "zombie_returns",
 ]
@@ -126,6 +127,11 @@ async def _exits_by_itself(world: World, script: Script, *, within_s: float) -> 
 )
 async def device_is_lost(world: World) -> Evidence:
     return await _exits_by_itself(world, Script.DEVICE_LOST, within_s=5.0)
+
+
+@row("14", "the device has no memory left for a step", "no request is lost: its jobs go on elsewhere")
+async def out_of_memory(world: World) -> Evidence:
+    return await _exits_by_itself(world, Script.OUT_OF_MEMORY, within_s=8.0)
 
 
 @row(

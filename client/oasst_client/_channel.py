@@ -23,6 +23,9 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
     # Notices a dead peer while a stream waits. The gateway allows a ping each 10 s, and none are sent between calls.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # A keepalive ping waits behind any other: one that gRPC sent to measure bandwidth would otherwise hold it for 60 s.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -104,6 +104,8 @@ def _options(*, max_message_bytes: int, reuse_port: bool) -> Sequence[tuple[str,
         # A caller whose machine vanished is noticed within 40 s, and its work given up.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # A keepalive ping waits behind one that measures bandwidth, which would otherwise be given 60 s.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -1,0 +1,115 @@
+"""Who is let in, and what those are told who are not."""
+
+import asyncio
+
+import grpc
+import pytest
+from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, start_gateway
+from google.protobuf.duration_pb2 import Duration
+from oasst.jobs.v1 import job_pb2
+from oasst.v1 import chat_pb2
+from oasst_gateway.admission import Outlook, SpeedEstimate
+from oasst_gateway.model import ServedModel
+from oasst_jobs import Claimer, QueueClient
+
+
+def test_a_wait_follows_from_the_tokens_ahead_and_the_speed() -> None:
+    outlook = Outlook(has_workers=True, tokens_per_s=50.0)
+    assert outlook.wait_s(100) == 2.0
+    assert outlook.max_tokens_ahead(4.0) == 200
+    assert outlook.max_tokens_ahead(None) is None
+
+
+def test_without_a_known_speed_nothing_is_foretold_and_nobody_refused() -> None:
+    outlook = Outlook(has_workers=True, tokens_per_s=None)
+    assert outlook.wait_s(100) is None
+    assert outlook.max_tokens_ahead(0.1) is None
+    assert outlook.retry_after_s(100, spread=1.0) == 1.0
+
+
+@pytest.mark.parametrize(("waiting_tokens", "retry_after_s"), [(0, 0.2), (200, 4.0), (10**9, 30.0)])
+def test_the_time_to_come_back_is_the_wait_within_bounds(waiting_tokens: int, retry_after_s: float) -> None:
+    outlook = Outlook(has_workers=True, tokens_per_s=50.0)
+    assert outlook.retry_after_s(waiting_tokens, spread=1.0) == retry_after_s
+    assert outlook.retry_after_s(waiting_tokens, spread=1.2) == pytest.approx(1.2 * retry_after_s)
+
+
+def test_the_speed_is_the_recent_peak_of_what_is_generated() -> None:
+    speed = SpeedEstimate()
+    assert speed.asked_per_s is None
+    for generated_per_s in (0.0, 80.0, 20.0):
+        speed.saw_speed(generated_per_s)
+    assert speed.asked_per_s == pytest.approx(80 * 0.98)
+    for _ in range(200):
+        speed.saw_speed(20.0)
+    assert speed.asked_per_s == pytest.approx(20.0)
+
+
+def test_requests_that_use_a_quarter_of_what_they_ask_for_make_the_queue_four_times_as_fast() -> None:
+    speed = SpeedEstimate()
+    speed.saw_speed(100.0)
+    for _ in range(200):
+        speed.saw_finished(asked=400, generated=100)
+    assert speed.asked_per_s == pytest.approx(400.0, rel=0.01)
+
+
+async def test_a_deadline_that_passes_before_a_worker_comes_is_refused(model: ServedModel, valkey_url: str) -> None:
+    async with start_gateway(model, valkey_url, worker_wait_s=30) as gateway:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.Chat(ask("Hello!"), timeout=5)
+        details = details_of(refused.value)
+        assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
+        assert details.retry_after_s is not None
+        # Whoever has time is let in.
+        accepted = await gateway.chat.SubmitChat(ask("Hello!"))
+        assert accepted.accepted.queue.position == 0
+
+
+async def test_a_deadline_that_what_is_ahead_outlasts_is_refused(gateway: Gateway, queue: QueueClient) -> None:
+    busy = Claimer(queue, worker_id="busy", model="tiny")
+    await busy.heartbeat(job_pb2.WorkerStatus(worker_id="busy", model="tiny", tokens_per_second=10.0))
+    await eventually(lambda: gateway.sample("workers") == 1)
+    for _ in range(2):
+        await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=100))
+    soon = Duration(seconds=5)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await gateway.chat.Chat(ask("Hello!", timeout=soon))
+    details = details_of(refused.value)
+    assert (details.code, details.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
+    assert details.retry_after_s is not None
+    assert details.pushback_ms == round(details.retry_after_s * 1000)
+    late = await gateway.chat.SubmitChat(ask("Hello!", timeout=Duration(seconds=500)))
+    assert late.accepted.queue.position == 2
+    assert 10 < late.accepted.queue.estimated_wait.ToSeconds() < 40
+
+
+async def test_too_many_waiting_tokens_are_a_full_queue(model: ServedModel, valkey_url: str) -> None:
+    async with start_gateway(model, valkey_url, max_waiting_tokens=100) as gateway:
+        await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=80))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=80))
+        assert details_of(refused.value).reason == "QUEUE_FULL"
+
+
+async def test_a_hundred_at_once_fill_the_queue_to_its_limit_and_no_further(
+    model: ServedModel, valkey_url: str, queue: QueueClient
+) -> None:
+    async with start_gateway(model, valkey_url, max_waiting_jobs=10) as gateway:
+        calls = [gateway.chat.SubmitChat(ask("Hello!")) for _ in range(100)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        refusals = [details_of(answer) for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert len(answers) - len(refusals) == 10 == (await queue.load()).waiting_jobs
+        assert {refusal.reason for refusal in refusals} == {"QUEUE_FULL"}
+        assert all(refusal.retry_after_s is not None for refusal in refusals)
+
+
+async def test_a_worker_of_another_model_is_no_worker(
+    model: ServedModel, valkey_url: str, queue: QueueClient, worker: RuleWorker
+) -> None:
+    other = Claimer(queue, worker_id="other", model="other")
+    await other.heartbeat(job_pb2.WorkerStatus(worker_id="other", model="other", tokens_per_second=10.0))
+    async with start_gateway(model, valkey_url, worker_wait_s=30) as gateway:
+        await eventually(lambda: gateway.sample("workers") == 1)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.Chat(chat_pb2.ChatRequest(conversation=ask("Hi").conversation), timeout=5)
+        assert details_of(refused.value).reason == "NO_WORKER"

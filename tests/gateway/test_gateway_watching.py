@@ -1,0 +1,206 @@
+"""Requests that are submitted, watched from anywhere, looked at, and left."""
+
+import asyncio
+
+import grpc
+import pytest
+from gateway_harness import (
+    Gateway,
+    RuleWorker,
+    ask,
+    details_of,
+    eventually,
+    read_into,
+    read_text,
+    start_gateway,
+    text_of,
+)
+from google.protobuf.duration_pb2 import Duration
+from oasst.v1 import chat_pb2
+from oasst_gateway.model import ServedModel
+from oasst_jobs import JobState, QueueClient, QueueLimits, Submitter, job_id_for
+
+SECRET = "a secret that all gateways share"
+
+
+async def submit(gateway: Gateway, request_id: str = "r-1", **fields: object) -> chat_pb2.Accepted:
+    return (await gateway.chat.SubmitChat(ask("Hello!", request_id=request_id, **fields))).accepted
+
+
+def watch_request(accepted: chat_pb2.Accepted, *, after: int = 0) -> chat_pb2.WatchChatRequest:
+    return chat_pb2.WatchChatRequest(request_id=accepted.request_id, resume_token=accepted.resume_token, after=after)
+
+
+def get_request(accepted: chat_pb2.Accepted) -> chat_pb2.GetChatRequest:
+    return chat_pb2.GetChatRequest(request_id=accepted.request_id, resume_token=accepted.resume_token)
+
+
+async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
+    snapshot = await Submitter(queue, gateway_id="test", limits=QueueLimits()).status(job_id_for("default", request_id))
+    return snapshot.state if snapshot is not None else None
+
+
+async def test_a_submitted_request_runs_with_nobody_watching(gateway: Gateway, worker: RuleWorker) -> None:
+    accepted = await submit(gateway)
+
+    async def has_finished() -> bool:
+        return (await gateway.chat.GetChat(get_request(accepted))).state == chat_pb2.CHAT_STATE_FINISHED
+
+    await eventually(has_finished)
+    response = (await gateway.chat.GetChat(get_request(accepted))).response
+    assert response == await gateway.chat.Chat(ask("Hello!", request_id="r-1"))
+    assert response.choices[0].text == text_of(4)
+
+
+async def test_the_rpcs_own_deadline_is_not_the_submitted_requests(gateway: Gateway, worker: RuleWorker) -> None:
+    worker.hold()
+    call = gateway.chat.SubmitChat(ask("Hello!", request_id="r-1"), timeout=30)
+    await call
+    await eventually(lambda: len(worker.claimed) == 1)
+    assert worker.claimed[0].remaining_ms is None
+
+
+@pytest.mark.parametrize("num_choices", [1, 3])
+async def test_a_watch_goes_on_from_every_position(gateway: Gateway, worker: RuleWorker, num_choices: int) -> None:
+    accepted = await submit(gateway, n=num_choices)
+    whole = [event async for event in gateway.chat.WatchChat(watch_request(accepted)) if event.HasField("delta")]
+    tokens = [(choice, index) for index in range(4) for choice in range(num_choices)]
+    assert sum(len(event.delta.token_ids) for event in whole) == len(tokens)
+    for after in range(len(tokens) + 1):
+        events = [event async for event in gateway.chat.WatchChat(watch_request(accepted, after=after))]
+        assert events[0].accepted.seed == accepted.seed
+        assert events[0].next_position == after
+        told = {
+            (event.delta.choice, event.delta.position + index)
+            for event in events
+            for index in range(len(event.delta.token_ids))
+        }
+        assert told == set(tokens[after:])
+        assert events[-1].HasField("finished")
+        assert events[-1].next_position == len(tokens)
+
+
+async def test_a_snapshot_tells_what_there_is_so_far(gateway: Gateway, worker: RuleWorker) -> None:
+    worker.hold()
+    worker.allow(2)
+    accepted = await submit(gateway)
+    stream = gateway.chat.WatchChat(watch_request(accepted))
+    for _ in range(3):
+        await stream.read()
+    snapshot = await gateway.chat.GetChat(get_request(accepted))
+    assert snapshot.state == chat_pb2.CHAT_STATE_RUNNING
+    assert snapshot.response.choices[0].text == text_of(2)
+    assert snapshot.response.usage.completion_tokens == 2
+    assert not snapshot.HasField("queue")
+    stream.cancel()
+
+
+async def test_a_snapshot_tells_where_a_request_waits_and_how_it_failed(gateway: Gateway) -> None:
+    await submit(gateway, "r-0")
+    accepted = await submit(gateway, "r-1")
+    waiting = await gateway.chat.GetChat(get_request(accepted))
+    assert (waiting.state, waiting.queue.position) == (chat_pb2.CHAT_STATE_WAITING, 1)
+    await gateway.chat.CancelChat(chat_pb2.CancelChatRequest(request_id="r-1"))
+    cancelled = await gateway.chat.GetChat(get_request(accepted))
+    assert (cancelled.state, cancelled.failed.reason) == (chat_pb2.CHAT_STATE_CANCELLED, "CANCELLED")
+
+
+async def test_another_gateway_with_the_secret_goes_on_where_the_first_stopped(
+    model: ServedModel, valkey_url: str, worker: RuleWorker
+) -> None:
+    worker.hold()
+    worker.allow(2)
+    async with (
+        start_gateway(model, valkey_url, resume_secret=SECRET) as first,
+        start_gateway(model, valkey_url, resume_secret=SECRET) as second,
+    ):
+        stream = first.chat.ChatStream(ask("Hello!", request_id="r-1", detach_grace=Duration(seconds=60)))
+        accepted = (await stream.read()).accepted
+        position = [(await stream.read()).next_position for _ in range(2)][-1]
+        stream.cancel()
+        worker.free()
+        rest = await read_text(second.chat.WatchChat(watch_request(accepted, after=position)))
+        assert rest == text_of(4).removeprefix(text_of(2))
+
+
+@pytest.mark.parametrize("wrong", ["", "ü", "0" * 32])
+async def test_a_wrong_resume_token_finds_nothing(gateway: Gateway, wrong: str) -> None:
+    accepted = await submit(gateway)
+    watch = chat_pb2.WatchChatRequest(request_id="r-1", resume_token=wrong)
+    get = chat_pb2.GetChatRequest(request_id="r-1", resume_token=wrong)
+    for call in (gateway.chat.WatchChat(watch).read(), gateway.chat.GetChat(get)):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        assert details_of(refused.value).reason == "CHAT_NOT_FOUND"
+    # What is not there at all looks the same.
+    unknown = chat_pb2.GetChatRequest(request_id="r-2", resume_token=accepted.resume_token)
+    with pytest.raises(grpc.aio.AioRpcError) as missing:
+        await gateway.chat.GetChat(unknown)
+    assert (missing.value.code(), missing.value.details()) == (refused.value.code(), refused.value.details())
+
+
+async def test_a_position_no_request_can_have_is_refused(gateway: Gateway) -> None:
+    accepted = await submit(gateway)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await gateway.chat.WatchChat(watch_request(accepted, after=10**6)).read()
+    assert "after" in details_of(refused.value).violations
+
+
+async def test_whoever_has_seen_more_than_is_stored_is_told_so(gateway: Gateway, worker: RuleWorker) -> None:
+    accepted = await submit(gateway)
+    events: list[chat_pb2.ChatEvent] = []
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await read_into(events, gateway.chat.WatchChat(watch_request(accepted, after=20)))
+    assert events[-1].failed.reason == "STREAM_DIVERGED"
+    assert ended.value.code() is grpc.StatusCode.ABORTED
+
+
+async def test_leaving_a_watch_does_not_end_a_submitted_request(
+    gateway: Gateway, worker: RuleWorker, queue: QueueClient
+) -> None:
+    worker.hold()
+    accepted = await submit(gateway)
+    stream = gateway.chat.WatchChat(watch_request(accepted))
+    await stream.read()
+    stream.cancel()
+    await eventually(lambda: gateway.sample("requests_in_flight", rpc="ChatService/WatchChat") == 0)
+    worker.free()
+
+    async def has_finished() -> bool:
+        return await state_of(queue, "r-1") is JobState.FINISHED
+
+    await eventually(has_finished)
+
+
+async def test_a_request_runs_on_while_another_gateway_watches_it(
+    model: ServedModel, valkey_url: str, worker: RuleWorker, queue: QueueClient
+) -> None:
+    """No grace at all, and the gateway that took the request in is left first."""
+    worker.hold()
+    async with (
+        start_gateway(model, valkey_url, resume_secret=SECRET) as first,
+        start_gateway(model, valkey_url, resume_secret=SECRET) as second,
+    ):
+        stream = first.chat.ChatStream(ask("Hello!", request_id="r-1"))
+        accepted = (await stream.read()).accepted
+        watch = second.chat.WatchChat(watch_request(accepted))
+        await watch.read()
+        stream.cancel()
+        await eventually(lambda: first.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
+        worker.free()
+        assert await read_text(watch) == text_of(4)
+
+
+async def test_coming_back_at_once_is_not_overtaken_by_having_left(
+    gateway: Gateway, worker: RuleWorker, queue: QueueClient
+) -> None:
+    worker.hold()
+    stream = gateway.chat.ChatStream(ask("Hello!", request_id="r-1", detach_grace=Duration(seconds=60)))
+    accepted = (await stream.read()).accepted
+    for _ in range(20):
+        stream.cancel()
+        stream = gateway.chat.WatchChat(watch_request(accepted))
+        await stream.read()
+    worker.free()
+    async with asyncio.timeout(4):  # News comes by itself, not by the silent reader's look after five seconds.
+        assert await read_text(stream) == text_of(4)

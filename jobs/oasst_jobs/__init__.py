@@ -1,15 +1,17 @@
 """The Redis contract between gateway and worker: a queue of jobs, their leases and their token logs.
 
 A gateway submits jobs and reads their news (Submitter, Inbox); a worker claims them and pushes tokens (Claimer);
-either keeps the queue in order (Sweeper). `keys.py` names everything that is stored, `functions.lua` is everything
-that changes it.
+either keeps the queue in order (Sweeper, Reconciler). `keys.py` names everything that is stored, `functions.lua` is
+everything that changes it.
 """
 
 from oasst_jobs.claimer import Claimer
-from oasst_jobs.connection import connect
+from oasst_jobs.client import QueueClient
+from oasst_jobs.connection import ServerAddress, connect
 from oasst_jobs.errors import (
     FencedError,
     JobNotAcceptedError,
+    PoisonedPromptError,
     QueueError,
     QueueFullError,
     QueueUnavailableError,
@@ -19,10 +21,13 @@ from oasst_jobs.errors import (
     UnavailableReason,
     UnsupportedServerError,
 )
-from oasst_jobs.functions import JOB_VERSION, QueueClient, job_size
+from oasst_jobs.functions import JOB_VERSION, job_size
 from oasst_jobs.inbox import Inbox, Subscription
+from oasst_jobs.reconciler import Reconciler
 from oasst_jobs.records import (
     ClaimedJob,
+    DeadLetter,
+    Durability,
     JobSnapshot,
     JobState,
     LogSnapshot,
@@ -41,12 +46,15 @@ __all__ = [
     "JOB_VERSION",
     "ClaimedJob",
     "Claimer",
+    "DeadLetter",
+    "Durability",
     "FencedError",
     "Inbox",
     "JobNotAcceptedError",
     "JobSnapshot",
     "JobState",
     "LogSnapshot",
+    "PoisonedPromptError",
     "PushItem",
     "PushStatus",
     "QueueClient",
@@ -55,7 +63,9 @@ __all__ = [
     "QueueLimits",
     "QueueLoad",
     "QueueUnavailableError",
+    "Reconciler",
     "RequestConflictError",
+    "ServerAddress",
     "Submitted",
     "Submitter",
     "Subscription",

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from google.protobuf.message import DecodeError
 from oasst.jobs.v1 import job_pb2
 
+from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import FencedError
-from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, ClaimReply, QueueClient
+from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, ClaimReply
 from oasst_jobs.outcomes import malformed
 from oasst_jobs.records import ClaimedJob, PushItem, PushStatus
 
@@ -15,6 +16,9 @@ __all__ = ["Claimer"]
 
 # The sweep takes a lease that ends later than this for one made by a clock that jumped (MAX_LEASE_MS).
 _MAX_LEASE_MS = 120_000
+
+# More choices than any job has.
+_ANY_NUMBER = 2**31
 
 
 class Claimer:
@@ -26,38 +30,58 @@ class Claimer:
         statuses = await claimer.push([PushItem(claimed.job_id, claimed.fence, claimed.end_position, entry)])
 
     A lease is renewed by pushing. A worker that has nothing to push for a job, as during a long prefill, pushes an item
-    without entry and outcome at least every third of the lease.
+    without entry and outcome at least every third of the lease. Until its first token of a claim a job is suspected of
+    killing its worker, should that be lost.
     """
 
-    def __init__(self, client: QueueClient, *, worker_id: str, model: str, lease_ms: int = 10_000) -> None:
+    def __init__(self, client: QueueClient, *, worker_id: str, model: str, lease_ms: int = 4_000) -> None:
         if not 0 < lease_ms <= _MAX_LEASE_MS:
             raise ValueError(f"a lease is 1 to {_MAX_LEASE_MS} ms long, not {lease_ms}")
         self._client = client
         self._worker_id = worker_id
         self._model = model
         self._lease_ms = lease_ms
-        # Names the next claim. It stays while a claim's answer is missing, so that the next call asks for the same
-        # jobs again instead of leaving them to their leases.
-        self._claim_id = secrets.token_hex(8)
+        # Names the next claim from each shard. It stays while a claim's answer is missing, so that the next call asks
+        # for the same jobs again instead of leaving them to their leases.
+        self._claim_ids = [secrets.token_hex(8) for _ in client.shards]
+        # Where the next claim begins: every shard comes first in its turn.
+        self._first_shard = 0
 
-    async def claim(self, *, max_jobs: int, max_tokens: int) -> list[ClaimedJob]:
-        """These jobs are this worker's now: most urgent first, then by arrival.
+    async def claim(
+        self, *, max_jobs: int, max_tokens: int, max_choices: int | None = None, is_idle: bool = False
+    ) -> list[ClaimedJob]:
+        """These jobs are this worker's now, in the queue's order.
 
         `max_tokens` bounds the positions that all of them may come to hold: prompts, and all tokens that every choice
-        may generate. The first job that does not fit ends the claim, so that large jobs are not overtaken for ever;
-        whoever is idle should therefore offer all it has.
+        may generate; `max_choices` their choices. A job that does not fit is passed over for a while; then this worker
+        may get nothing behind it until it does fit. So whoever is idle should offer all it has. Only a worker that
+        says it is idle gets a job that is to run alone, and then no other.
         """
-        replies = await self._client.claim(
+        num_shards = len(self._client.shards)
+        for offset in range(num_shards):
+            number = (self._first_shard + offset) % num_shards
+            replies, is_kept = await self._claim_from(number, max_jobs, max_tokens, max_choices, is_idle)
+            claims = [claimed for reply in replies if (claimed := await self._read_claim(reply)) is not None]
+            if claims or is_kept:
+                self._first_shard = number if is_kept else (number + 1) % num_shards
+                return claims
+        return []
+
+    async def _claim_from(
+        self, number: int, max_jobs: int, max_tokens: int, max_choices: int | None, is_idle: bool
+    ) -> tuple[list[ClaimReply], bool]:
+        reply = await self._client.shards[number].claim(
             self._worker_id,
-            self._claim_id,
+            self._claim_ids[number],
             model=self._model,
             lease_ms=self._lease_ms,
             max_jobs=max_jobs,
             max_tokens=max_tokens,
+            max_choices=_ANY_NUMBER if max_choices is None else max_choices,
+            is_idle=is_idle,
         )
-        claims = [claimed for reply in replies if (claimed := await self._read_claim(reply)) is not None]
-        self._claim_id = secrets.token_hex(8)
-        return claims
+        self._claim_ids[number] = secrets.token_hex(8)
+        return reply
 
     async def wait_for_work(self, timeout_s: float) -> None:
         """Returns when a job has been queued; otherwise after the timeout, or somewhat earlier."""
@@ -72,7 +96,7 @@ class Claimer:
         statuses: list[PushStatus] = []
         for start in range(0, len(items), PUSH_ITEMS_PER_CALL):
             chunk = items[start : start + PUSH_ITEMS_PER_CALL]
-            statuses += await self._client.push(chunk, lease_ms=self._lease_ms)
+            statuses += await self._client.push(self._worker_id, chunk, lease_ms=self._lease_ms)
         return statuses
 
     async def finish(self, claimed: ClaimedJob, outcome: job_pb2.Outcome) -> None:
@@ -108,6 +132,7 @@ class Claimer:
                 attempt=reply.attempt,
                 waited_ms=reply.waited_ms,
                 remaining_ms=reply.remaining_ms,
+                is_solo=bool(reply.is_solo),
             )
         except DecodeError:
             await self.push([PushItem(reply.job_id, reply.fence, reply.end_position, outcome=malformed())])

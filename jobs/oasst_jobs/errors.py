@@ -8,6 +8,7 @@ __all__ = [
     "FencedError",
     "JobNotAcceptedError",
     "LibraryMissingError",
+    "PoisonedPromptError",
     "QueueError",
     "QueueFullError",
     "QueueUnavailableError",
@@ -33,6 +34,7 @@ class UnavailableReason(StrEnum):
     STORAGE_FULL = "QUEUE_STORAGE_FULL"
     MEMORY_FULL = "QUEUE_MEMORY_FULL"
     CLUSTER_DOWN = "QUEUE_CLUSTER_DOWN"
+    NOT_REPLICATED = "QUEUE_NOT_REPLICATED"
 
 
 class QueueError(Exception):
@@ -86,6 +88,13 @@ class TooMuchAheadError(JobNotAcceptedError):
         self.tokens_ahead = tokens_ahead
 
 
+class PoisonedPromptError(JobNotAcceptedError):
+    """The tenant's same prompt killed its workers a short while ago."""
+
+    def __init__(self) -> None:
+        super().__init__("this prompt killed every worker that ran it a short while ago")
+
+
 class RequestConflictError(QueueError):
     """The same id was used before with another request."""
 
@@ -124,7 +133,7 @@ _REASON_OF_REPLY = {
 }
 
 # The client library turns some replies into classes of their own and cuts the first word off. Subclasses come first.
-_REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReason], ...] = (
+_REASON_OF_CLASS: tuple[tuple[type[Exception], UnavailableReason], ...] = (
     (redis.exceptions.AuthenticationError, UnavailableReason.ACCESS_DENIED),
     (redis.exceptions.AuthorizationError, UnavailableReason.ACCESS_DENIED),
     (redis.exceptions.NoPermissionError, UnavailableReason.ACCESS_DENIED),
@@ -132,6 +141,8 @@ _REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReas
     (redis.exceptions.ReadOnlyError, UnavailableReason.READ_ONLY),
     (redis.exceptions.OutOfMemoryError, UnavailableReason.MEMORY_FULL),
     (redis.exceptions.ClusterDownError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.AskError, UnavailableReason.CLUSTER_DOWN),
+    (redis.exceptions.RedisClusterException, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.MasterDownError, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.TryAgainError, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.TimeoutError, UnavailableReason.TIMEOUT),
@@ -139,7 +150,7 @@ _REASON_OF_CLASS: tuple[tuple[type[redis.exceptions.RedisError], UnavailableReas
 )
 
 
-def translate(error: redis.exceptions.RedisError) -> QueueError:
+def translate(error: redis.exceptions.RedisError | redis.exceptions.RedisClusterException) -> QueueError:
     """Our error for one of the client library's; a plain QueueError is a defect, not a state of the server."""
     message = f"Redis: {str(error) or type(error).__name__}"
     for error_class, reason in _REASON_OF_CLASS:

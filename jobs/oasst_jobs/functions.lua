@@ -17,27 +17,51 @@ local HEAD_START = 4096            -- virtual tokens by which a lane comes befor
 local ARRIVAL = 2 ^ -10            -- virtual tokens that one arrival takes, so that equals keep their order
 local FLOWS_TTL_MS = 3600000
 local CLAIM_WINDOW = 256           -- waiting jobs that one claim looks at
+local PASSED_OVER = 16             -- jobs without room that one claim passes over
+local PATIENCE_MS = 2000           -- how long a job may be passed over before a worker keeps itself for it
+local KEPT_MS = 10000              -- how long a worker keeps itself for a job without asking for it again
 local MAX_LEASE_MS = 120000        -- a lease that ends later than this from now comes from a clock that jumped
 local WAKE_TTL_MS = 10000
 local UPDATES_KEPT = 10000         -- batches in a gateway's stream; who falls behind further reads the logs
 local UPDATES_TTL_MS = 60000
 local WORKER_TTL_MS = 15000
 local WATCH_TTL_MS = 60000         -- for so long a gateway that says nothing counts as watching
+local VERSION_TTL_MS = 3600000     -- a library that nobody has used for so long may go
 
--- Fields of a job by what they are read for. Push reads its own, few: it runs for every job at every step.
-local PUSH_FIELDS = { 'state', 'fence', 'end_position', 'deadline_ms', 'watchers' }
+-- What the loss of a worker charges to its jobs. A suspect was claimed by it and had no token from it yet.
+local SUSPECT_CHARGE = 4
+local BYSTANDER_CHARGE = 1         -- to all, where there was no suspect
+local SOLO_CHARGE = 8              -- from here on a job runs alone on its worker
+local DEAD_CHARGE = 12             -- here it is taken out
+local SOLO_LOST_LEASES = 8         -- a job that lost so many workers in all runs alone, whatever it is charged
+local SUSPECTS_TTL_MS = 120000
+local DEAD_TTL_MS = 86400000       -- how long a dead job can be looked at and revived
+local POISON_TTL_MS = 3600000      -- how long its tenant's same prompt is refused
+
+-- Fields of a job by what they are read for.
 local QUEUE_FIELDS = {
-  'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place', 'lane', 'tenant',
+  'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place', 'lane', 'tenant', 'worker',
+}
+local CLAIM_FIELDS = {
+  'state', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'choices', 'place', 'lane', 'tenant', 'charge',
+  'lost_leases', 'passed_over_ms', 'kept_by', 'kept_until_ms',
+}
+local LOSS_FIELDS = {
+  'state', 'watchers', 'model', 'size', 'place', 'lane', 'tenant', 'charge', 'lost_leases', 'worker', 'lease_ms',
+  'poison_key',
+}
+local INDEX_FIELDS = {
+  'state', 'model', 'place', 'lane', 'tenant', 'size', 'lease_ms', 'deadline_ms', 'retention_ms',
 }
 local STATUS_FIELDS = { 'state', 'end_position', 'outcome', 'prompt_tokens', 'model' }
 local END_FIELDS = {
-  'model', 'size', 'tenant', 'lane', 'weight', 'claimed_ms', 'prompt_tokens', 'end_position', 'retention_ms',
+  'model', 'size', 'tenant', 'lane', 'weight', 'claimed_ms', 'prompt_tokens', 'end_position', 'retention_ms', 'worker',
 }
 
 ------------------------------------------------------------------------------------------------------------------------
 -- Parts
 
--- A shard at one moment. `news` gathers what its gateways are to hear: gateway -> list of framed JobUpdates.
+-- A shard at one moment. `news` gathers what gateways are to hear: names of gateways -> pieces of framed JobUpdates.
 local function open_shard(keys)
   local time = redis.call('TIME')
   return { root = keys[1], now_ms = time[1] * 1000 + math.floor(time[2] / 1000), news = {} }
@@ -68,20 +92,30 @@ local function is_overdue(shard, job)
   return job.deadline_ms and tonumber(job.deadline_ms) <= shard.now_ms
 end
 
-local function tell(shard, watchers, update)
-  for gateway in string.gmatch(watchers, '%S+') do
-    local batch = shard.news[gateway] or {}
-    batch[#batch + 1] = update
-    shard.news[gateway] = batch
-  end
+local function is_solo(job)
+  return (tonumber(job.charge) or 0) >= SOLO_CHARGE or (tonumber(job.lost_leases) or 0) >= SOLO_LOST_LEASES
 end
 
--- Hands each gateway what `tell` gathered, as one UpdateBatch: framed updates in a row are one.
+-- The job's watchers are to hear of this framed JobUpdate, which may come in two pieces.
+local function tell(shard, watchers, update, rest)
+  local pieces = shard.news[watchers]
+  if not pieces then
+    pieces = {}
+    shard.news[watchers] = pieces
+  end
+  pieces[#pieces + 1] = update
+  pieces[#pieces + 1] = rest
+end
+
+-- Hands gateways what `tell` gathered, as UpdateBatches: framed updates in a row are one.
 local function send_news(shard)
-  for gateway, batch in pairs(shard.news) do
-    local updates = key_of(shard, 'updates', gateway)
-    redis.call('XADD', updates, 'MAXLEN', '~', UPDATES_KEPT, '*', 'batch', table.concat(batch))
-    redis.call('PEXPIRE', updates, UPDATES_TTL_MS)
+  for watchers, pieces in pairs(shard.news) do
+    local batch = table.concat(pieces)
+    for gateway in string.gmatch(watchers, '%S+') do
+      local updates = key_of(shard, 'updates', gateway)
+      redis.call('XADD', updates, 'MAXLEN', '~', UPDATES_KEPT, '*', 'batch', batch)
+      redis.call('PEXPIRE', updates, UPDATES_TTL_MS)
+    end
   end
 end
 
@@ -134,7 +168,9 @@ end
 -- What waits for a model and what of it is a tenant's, in jobs and tokens, changes by one job of this size.
 local function count_waiting(shard, job, sign)
   local counts = {
-    { 'waiting_tokens', job.model, job.size }, { 'tenant_jobs', job.tenant, 1 }, { 'tenant_tokens', job.tenant, job.size },
+    { 'waiting_tokens', job.model, job.size },
+    { 'tenant_jobs', job.tenant, 1 },
+    { 'tenant_tokens', job.tenant, job.size },
   }
   for _, count in ipairs(counts) do
     local key = key_of(shard, count[1])
@@ -155,6 +191,12 @@ local function leave_waiting(shard, job)
   if redis.call('ZREM', key_of(shard, 'waiting', job.model), job.id) == 1 then
     count_waiting(shard, job, -1)
   end
+end
+
+-- An id without a job leaves the index. What the job counted for is not known any more, so all is counted anew.
+local function drop_waiting(shard, model, id)
+  redis.call('HSET', key_of(shard, 'counters'), 'must_recount', 1)
+  return redis.call('ZREM', key_of(shard, 'waiting', model), id)
 end
 
 -- How many jobs wait for a model, and how many tokens they ask for.
@@ -228,9 +270,10 @@ end
 
 -- The tenant gets back what the job was charged and did not use. One that is idle by now owes nothing and gets nothing.
 local function refund(shard, job)
+  local flows = key_of(shard, 'flows', job.model)
   local used = job.claimed_ms and job.prompt_tokens + job.end_position or 0
   for lane = tonumber(job.lane), LAST_LANE do
-    redis.call('ZADD', key_of(shard, 'flows', job.model), 'XX', 'INCR', (used - job.size) / job.weight, lane .. job.tenant)
+    redis.call('ZADD', flows, 'XX', 'INCR', (used - job.size) / job.weight, lane .. job.tenant)
   end
 end
 
@@ -251,6 +294,8 @@ local function end_job(shard, job, state, update)
   local ended = get_job(shard, job.id, END_FIELDS)
   if job.state == 'waiting' then
     leave_waiting(shard, ended)
+  else
+    redis.call('SREM', key_of(shard, 'suspects', ended.worker), job.id)
   end
   refund(shard, ended)
   redis.call('ZREM', key_of(shard, 'leases'), job.id)
@@ -311,11 +356,12 @@ end
 --       9 tenant   10 weight of the tenant   11 timeout_ms   12 retention_ms   13 gateway
 --       Then the limits, of what may wait for the model:   14 jobs   15 tokens,
 --       of what may wait of the tenant:   16 jobs   17 tokens,   18 of tokens that may wait ahead of this job.
---       19 grace_ms: how long it runs on when nobody watches it any more
---       11 and 14 to 19 are empty for none, and so is 13 if nobody watches.
+--       19 choices   20 digest of tenant, model and prompt
+--       21 grace_ms: how long it runs on when nobody watches it any more
+--       11, 14 to 18 and 21 are empty for none, and so is 13 if nobody watches.
 -- Returns {'accepted', 1, 'waiting', jobs ahead, tokens ahead} for a new job,
 -- {'accepted', 0, state, jobs ahead, tokens ahead, Job bytes} for one that was there before, {'conflict'},
--- {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens} or {'too_much_ahead', jobs, tokens}.
+-- {'poisoned'}, {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens} or {'too_much_ahead', jobs, tokens}.
 local function enqueue(keys, args)
   local shard = open_shard(keys)
   local id, gateway = args[1], args[13]
@@ -333,7 +379,13 @@ local function enqueue(keys, args)
     return { 'accepted', 0, known.state, jobs_ahead, tokens_ahead, known.job }
   end
 
-  local job = { id = id, state = 'waiting', model = args[4], size = args[7], lane = args[8], tenant = args[9], weight = args[10] }
+  local poison_key = key_of(shard, 'poison', args[20])
+  if redis.call('EXISTS', poison_key) == 1 then
+    return { 'poisoned' }
+  end
+  local job = {
+    id = id, state = 'waiting', model = args[4], size = args[7], lane = args[8], tenant = args[9], weight = args[10],
+  }
   local place = place_of(job, start_of(shard, job))
   local refusal = refusal_of(shard, job, place, {
     jobs = tonumber(args[14]), tokens = tonumber(args[15]),
@@ -347,15 +399,15 @@ local function enqueue(keys, args)
     'state', 'waiting', 'job', args[2], 'digest', args[3], 'model', job.model, 'version', args[5],
     'prompt_tokens', args[6], 'size', job.size, 'lane', job.lane, 'tenant', job.tenant, 'weight', job.weight,
     'place', string.format('%.17g', place), 'end_position', 0, 'watchers', gateway, 'enqueued_ms', shard.now_ms,
-    'retention_ms', args[12])
+    'retention_ms', args[12], 'choices', args[19], 'poison_key', poison_key)
   if args[11] ~= '' then
     local deadline_ms = shard.now_ms + args[11]
     redis.call('HSET', job_key, 'deadline_ms', deadline_ms)
     redis.call('ZADD', key_of(shard, 'deadlines'), deadline_ms, id)
   end
-  if args[19] ~= '' then
-    redis.call('HSET', job_key, 'grace_ms', args[19])
-    redis.call('ZADD', key_of(shard, 'watched'), shard.now_ms + args[19] + (gateway ~= '' and WATCH_TTL_MS or 0), id)
+  if args[21] ~= '' then
+    redis.call('HSET', job_key, 'grace_ms', args[21])
+    redis.call('ZADD', key_of(shard, 'watched'), shard.now_ms + args[21] + (gateway ~= '' and WATCH_TTL_MS or 0), id)
   end
   charge(shard, job)
   enter_waiting(shard, job, place)
@@ -446,7 +498,7 @@ local function unwatch(keys, args)
   return job.state
 end
 
--- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, dead jobs, {WorkerStatus bytes, its age in ms, ...}}.
+-- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, jobs dead, {WorkerStatus bytes, its age in ms ...}}.
 local function load(keys)
   local shard = open_shard(keys)
   local waiting_jobs, waiting_tokens = 0, 0
@@ -463,7 +515,8 @@ local function load(keys)
     workers[#workers + 1] = redis.call('HGET', key_of(shard, 'workers'), heard[index])
     workers[#workers + 1] = shard.now_ms - heard[index + 1]
   end
-  local running_jobs, dead_jobs = redis.call('ZCARD', key_of(shard, 'leases')), redis.call('ZCARD', key_of(shard, 'dead'))
+  local running_jobs = redis.call('ZCARD', key_of(shard, 'leases'))
+  local dead_jobs = redis.call('ZCARD', key_of(shard, 'dead'))
   return { waiting_jobs, waiting_tokens, running_jobs, dead_jobs, workers }
 end
 
@@ -473,11 +526,11 @@ end
 -- What a worker needs to run a job it has just claimed.
 local function describe_claim(shard, id)
   local job = get_job(shard, id,
-    { 'fence', 'job', 'end_position', 'lost_leases', 'enqueued_ms', 'claimed_ms', 'deadline_ms' })
+    { 'fence', 'job', 'end_position', 'lost_leases', 'enqueued_ms', 'claimed_ms', 'deadline_ms', 'charge' })
   return {
     id, job.fence, job.job, entries_after(shard, id, 0), tonumber(job.end_position),
     1 + (tonumber(job.lost_leases) or 0), job.claimed_ms - job.enqueued_ms,
-    job.deadline_ms and math.max(0, job.deadline_ms - shard.now_ms),
+    job.deadline_ms and math.max(0, job.deadline_ms - shard.now_ms), is_solo(job) and 1 or 0,
   }
 end
 
@@ -497,57 +550,107 @@ local function ids_of_repeated_claim(shard, worker, claim_id)
   return ids
 end
 
-local function take(shard, job, claim_id, lease_ms)
+local function take(shard, job, claim)
   local job_key = key_of(shard, 'job', job.id)
-  local fence = redis.call('HINCRBY', job_key, 'fences', 1) .. '-' .. claim_id
-  redis.call('HSET', job_key, 'state', 'running', 'fence', fence, 'lease_ms', lease_ms)
+  local fence = redis.call('HINCRBY', job_key, 'fences', 1) .. '-' .. claim.id
+  redis.call('HSET', job_key, 'state', 'running', 'fence', fence, 'lease_ms', claim.lease_ms, 'worker', claim.worker)
   redis.call('HSETNX', job_key, 'claimed_ms', shard.now_ms)
+  if job.passed_over_ms then
+    redis.call('HDEL', job_key, 'passed_over_ms', 'kept_by', 'kept_until_ms')
+  end
   leave_waiting(shard, job)
   advance_now(shard, job.model, job.place - job.lane * HEAD_START)
-  set_lease(shard, job.id, lease_ms)
+  set_lease(shard, job.id, claim.lease_ms)
 end
 
--- Takes jobs in the queue's order and returns their ids. Stops at the first that does not fit; passes over those of a
--- version this worker does not know.
-local function take_jobs(shard, model, claim_id, lease_ms, max_jobs, max_tokens, max_version)
-  local waiting = key_of(shard, 'waiting', model)
-  local ids = {}
+-- The claimed jobs are suspects: should the worker be lost before they have a token from it, it is lost through them.
+local function suspect(shard, worker, ids)
+  local suspects = key_of(shard, 'suspects', worker)
+  redis.call('SADD', suspects, unpack(ids))
+  redis.call('PEXPIRE', suspects, SUSPECTS_TTL_MS)
+end
+
+-- Whether the worker takes nothing behind this job, which has no room there now, so that room comes free for it.
+--
+-- A job without room is passed over, so that it does not hold up others. Once that has lasted, one worker keeps itself
+-- for it, while others go on passing it over.
+local function keeps_itself_for(shard, claim, job)
+  local job_key = key_of(shard, 'job', job.id)
+  if not job.passed_over_ms then
+    redis.call('HSET', job_key, 'passed_over_ms', shard.now_ms)
+    return false
+  end
+  if shard.now_ms - job.passed_over_ms < PATIENCE_MS then
+    return false
+  end
+  if job.kept_by and job.kept_by ~= claim.worker and tonumber(job.kept_until_ms) > shard.now_ms then
+    return false
+  end
+  redis.call('HSET', job_key, 'kept_by', claim.worker, 'kept_until_ms', shard.now_ms + KEPT_MS)
+  return true
+end
+
+-- Takes jobs in the queue's order. Passes over those of a version this worker does not know, and, for a while, over
+-- those that it has no room for. Returns the ids of what was taken, and whether the worker keeps itself for one of those.
+local function take_jobs(shard, claim)
+  local waiting = key_of(shard, 'waiting', claim.model)
+  local ids, passed_over = {}, 0
+  local tokens, choices = claim.max_tokens, claim.max_choices
   for _, id in ipairs(redis.call('ZRANGE', waiting, 0, CLAIM_WINDOW - 1)) do
-    if #ids == max_jobs then
+    if #ids == claim.max_jobs then
       break
     end
-    local job = get_job(shard, id, QUEUE_FIELDS)
-    if job.state ~= 'waiting' then
-      redis.call('ZREM', waiting, id)
+    local job = get_job(shard, id, CLAIM_FIELDS)
+    local solo = is_solo(job)
+    if not job.state then
+      drop_waiting(shard, claim.model, id)
+    elseif job.state ~= 'waiting' then
+      leave_waiting(shard, job)
     elseif is_overdue(shard, job) then
       end_job(shard, job, 'expired', notice_of(id))
-    elseif tonumber(job.version) <= max_version then
-      if tonumber(job.size) > max_tokens then
+    elseif tonumber(job.version) > claim.max_version then
+      -- Left to a worker that knows it.
+    elseif tonumber(job.size) <= tokens and tonumber(job.choices) <= choices
+        and (not solo or claim.is_idle and #ids == 0) then
+      tokens, choices = tokens - job.size, choices - job.choices
+      take(shard, job, claim)
+      ids[#ids + 1] = id
+      if solo then
         break
       end
-      max_tokens = max_tokens - job.size
-      take(shard, job, claim_id, lease_ms)
-      ids[#ids + 1] = id
+    elseif keeps_itself_for(shard, claim, job) then
+      return ids, true
+    elseif passed_over == PASSED_OVER then
+      break
+    else
+      passed_over = passed_over + 1
     end
   end
-  return ids
+  return ids, false
 end
 
 -- ARGV  1 worker   2 claim id, new for each claim, the same when a claim is repeated because its answer was lost
---       3 model   4 lease_ms   5 most jobs   6 most tokens   7 newest job version the worker knows
--- Returns a list of {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms,
--- remaining_ms or nil}.
+--       3 model   4 lease_ms   5 most jobs   6 most tokens   7 most choices   8 newest job version the worker knows
+--       9 1 if the worker has no job, else 0
+-- Returns 1 if the worker keeps itself for a job that it has no room for, else 0; and a list of
+-- {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms, remaining_ms or nil,
+-- 1 if the job is to run alone, else 0}.
 local function claim(keys, args)
   local shard = open_shard(keys)
-  local worker, claim_id, model, lease_ms = args[1], args[2], args[3], tonumber(args[4])
-
-  local ids = ids_of_repeated_claim(shard, worker, claim_id)
+  local claim = {
+    worker = args[1], id = args[2], model = args[3], lease_ms = tonumber(args[4]), max_jobs = tonumber(args[5]),
+    max_tokens = tonumber(args[6]), max_choices = tonumber(args[7]), max_version = tonumber(args[8]),
+    is_idle = args[9] == '1',
+  }
+  local ids, is_kept = ids_of_repeated_claim(shard, claim.worker, claim.id), false
   if not ids then
-    ids = take_jobs(shard, model, claim_id, lease_ms, tonumber(args[5]), tonumber(args[6]), tonumber(args[7]))
+    ids, is_kept = take_jobs(shard, claim)
     if #ids > 0 then
-      redis.call('SET', key_of(shard, 'claim', worker), claim_id .. ' ' .. table.concat(ids, ' '), 'PX', lease_ms)
-      if redis.call('EXISTS', key_of(shard, 'waiting', model)) == 1 then
-        wake_worker(shard, model)
+      local last = key_of(shard, 'claim', claim.worker)
+      redis.call('SET', last, claim.id .. ' ' .. table.concat(ids, ' '), 'PX', claim.lease_ms)
+      suspect(shard, claim.worker, ids)
+      if redis.call('EXISTS', key_of(shard, 'waiting', claim.model)) == 1 then
+        wake_worker(shard, claim.model)
       end
     end
     send_news(shard)
@@ -557,79 +660,101 @@ local function claim(keys, args)
   for index, id in ipairs(ids) do
     claims[index] = describe_claim(shard, id)
   end
-  return claims
+  return { is_kept and 1 or 0, claims }
 end
 
--- Why a push for this job is refused, 'ok' if it was applied before, nil if it is to be applied now.
---
--- Three guards stand before the log: the fence, the position, and the stream's own rule that ids grow (push_one).
-local function verdict(shard, job, item)
+-- Why an item of a push is refused; 'ok' if it was applied before, nil if it is to be applied now. Three guards stand
+-- before the log: the fence, the position, and the stream's own rule that ids grow (append).
+local function verdict(shard, job, fence, start, stop)
   if job.state == 'cancelled' or job.state == 'expired' then
     return job.state
   end
-  if not job.state or job.fence ~= item.fence then
+  if not job.state or job.fence ~= fence then
     return 'fenced'
   end
-  local logged = tonumber(job.end_position)
-  if job.state ~= 'running' then
-    return logged == item.stop and 'ok' or 'position'
-  end
-  if is_overdue(shard, job) then
+  if job.state == 'running' and is_overdue(shard, job) then
     end_job(shard, job, 'expired', notice_of(job.id))
     return 'expired'
   end
-  if logged == item.start then
+  if job.state == 'running' and job.end_position == start then
     return nil
   end
-  return logged == item.stop and 'ok' or 'position'
+  return job.end_position == stop and 'ok' or 'position'
 end
 
-local function push_one(shard, item, lease_ms)
-  local job = get_job(shard, item.id, PUSH_FIELDS)
-  if item.entry == '' and item.outcome == '' then
-    item.start = tonumber(job.end_position) -- only the lease is renewed; no position is claimed
-    item.stop = item.start
+-- Whether the entry is in the log now, and on its way to the job's watchers.
+local function append(shard, job, stop, head, entry)
+  local reply = redis.pcall('XADD', shard.root .. ':log:' .. job.id, stop .. '-0', 'entry', entry)
+  if type(reply) == 'table' then
+    return false
   end
-  local refusal = verdict(shard, job, item)
-  if refusal and refusal ~= 'ok' then
-    return refusal
-  end
-
-  if not refusal and item.entry ~= '' then
-    local log = key_of(shard, 'log', item.id)
-    local reply = redis.pcall('XADD', log, item.stop .. '-0', 'entry', item.entry)
-    if type(reply) == 'table' and reply.err then
-      return 'position'
-    end
-    redis.call('HSET', key_of(shard, 'job', item.id), 'end_position', item.stop)
-    tell(shard, job.watchers, item.entry_head .. item.entry)
-  end
-  if not refusal and item.outcome ~= '' then
-    redis.call('HSET', key_of(shard, 'job', item.id), 'outcome', item.outcome)
-    end_job(shard, job, item.final_state, item.outcome_head .. item.outcome)
-  elseif job.state == 'running' then
-    set_lease(shard, item.id, lease_ms)
-  end
-  return 'ok'
+  redis.call('HSET', shard.root .. ':job:' .. job.id, 'end_position', stop)
+  tell(shard, job.watchers, head, entry)
+  return true
 end
 
--- ARGV  1 lease_ms, then nine for each job:
+-- The job has tokens from this worker, so it did not kill it. Once a job runs alone, its charge is its own and stays.
+local function acquit(shard, worker, id)
+  local job_key = key_of(shard, 'job', id)
+  redis.call('SREM', key_of(shard, 'suspects', worker), id)
+  if not is_solo(get_job(shard, id, { 'charge', 'lost_leases' })) then
+    redis.call('HDEL', job_key, 'charge')
+  end
+end
+
+-- ARGV  1 lease_ms   2 worker   3 how many items, then seven for each item:
 --       1 job id   2 fence   3 start position   4 end position   5 head of the entry's JobUpdate   6 LogEntry bytes
---       7 head of the outcome's JobUpdate   8 Outcome bytes   9 state the outcome means
---       Entry and outcome with their heads are empty when there is none; with neither, only the lease is renewed.
---       A head is everything of a framed JobUpdate before the entry or outcome itself.
--- Returns one of 'ok', 'fenced', 'cancelled', 'expired', 'position' for each job.
+--       7 '1' if the lease is to be renewed, else empty
+--       then four for each outcome:
+--       1 number of its item, from 1   2 head of the outcome's JobUpdate   3 Outcome bytes   4 state it means
+--       5 and 6 of an item are empty when there is no entry. An item that only renews has no positions either. A head
+--       is everything of a framed JobUpdate before the entry or outcome itself.
+-- Returns one of 'ok', 'fenced', 'cancelled', 'expired', 'position' for each item.
+--
+-- This runs for every job at every step: it is written for speed where that costs little clarity.
 local function push(keys, args)
   local shard = open_shard(keys)
-  local lease_ms = tonumber(args[1])
-  local statuses = {}
-  for base = 1, #args - 1, 9 do
-    statuses[#statuses + 1] = push_one(shard, {
-      id = args[base + 1], fence = args[base + 2],
-      start = tonumber(args[base + 3]), stop = tonumber(args[base + 4]),
-      entry_head = args[base + 5], entry = args[base + 6],
-      outcome_head = args[base + 7], outcome = args[base + 8], final_state = args[base + 9],
-    }, lease_ms)
+  local lease_end_ms, worker, num_items = shard.now_ms + args[1], args[2], tonumber(args[3])
+  local outcomes = {}
+  for base = 4 + 7 * num_items, #args, 4 do
+    outcomes[tonumber(args[base])] = base
+  end
+
+  local statuses, renewed = {}, {}
+  for number = 1, num_items do
+    local base = 7 * number - 3
+    local id, start, stop, entry, renews = args[base], args[base + 2], args[base + 3], args[base + 5], args[base + 6]
+    local job_key = shard.root .. ':job:' .. id
+    local values = redis.call('HMGET', job_key, 'state', 'fence', 'end_position', 'deadline_ms', 'watchers')
+    local job = {
+      id = id, state = values[1], fence = values[2], end_position = values[3], deadline_ms = values[4],
+      watchers = values[5],
+    }
+    if stop == '' then
+      start, stop = job.end_position, job.end_position -- only renews, and claims no position
+    end
+
+    local status = verdict(shard, job, args[base + 1], start, stop)
+    local outcome = outcomes[number]
+    if not status and entry ~= '' and not append(shard, job, stop, args[base + 4], entry) then
+      status = 'position'
+    end
+    if renews ~= '' and entry ~= '' and (not status or status == 'ok') then
+      acquit(shard, worker, id)
+    end
+    if not status and outcome then
+      redis.call('HSET', job_key, 'outcome', args[outcome + 2])
+      end_job(shard, job, args[outcome + 3], args[outcome + 1] .. args[outcome + 2])
+    elseif renews ~= '' and job.state == 'running' and (not status or status == 'ok') then
+      renewed[#renewed + 1] = lease_end_ms
+      renewed[#renewed + 1] = id
+    end
+    statuses[number] = status or 'ok'
+  end
+
+  if #renewed > 0 then
+    redis.call('ZADD', shard.root .. ':leases', unpack(renewed))
+    redis.call('PEXPIRE', key_of(shard, 'suspects', worker), SUSPECTS_TTL_MS)
   end
   send_news(shard)
   return statuses
@@ -643,6 +768,7 @@ local function release(keys, args)
   for index = 1, #args, 2 do
     local job = get_job(shard, args[index], QUEUE_FIELDS)
     if job.state == 'running' and job.fence == args[index + 1] then
+      redis.call('SREM', key_of(shard, 'suspects', job.worker), job.id)
       requeue(shard, job)
       released = released + 1
     end
@@ -689,18 +815,72 @@ local function cap_leases(shard, limit)
   end
 end
 
--- ARGV  1 attempts a job has   2 stall_ms: a longer pause between sweeps means that nobody could renew a lease
---       3 most jobs to look at in each index
+-- Whether Redis was restarted, or another took its place, since the last sweep.
+local function is_another_run(shard)
+  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  local counters = key_of(shard, 'counters')
+  local swept_run = redis.call('HGET', counters, 'swept_run')
+  redis.call('HSET', counters, 'swept_run', run)
+  return swept_run and swept_run ~= run
+end
+
+-- What the loss of its worker adds to a job's charge: what the worker was doing says which jobs may have killed it.
+local function charge_of_loss(shard, job)
+  local suspects = key_of(shard, 'suspects', job.worker)
+  if is_solo(job) then
+    return SUSPECT_CHARGE
+  end
+  if redis.call('EXISTS', suspects) == 0 then
+    return BYSTANDER_CHARGE
+  end
+  -- The other leases of the worker lapse within this time, and are judged by the same suspects.
+  redis.call('PEXPIRE', suspects, job.lease_ms)
+  return redis.call('SISMEMBER', suspects, job.id) == 1 and SUSPECT_CHARGE or 0
+end
+
+-- The job has failed and is kept for a person to look at; its prompt is refused for a while.
+local function bury(shard, job)
+  local job_key = key_of(shard, 'job', job.id)
+  redis.call('HDEL', job_key, 'fence')
+  end_job(shard, job, 'failed', notice_of(job.id))
+  redis.call('PEXPIRE', job_key, DEAD_TTL_MS)
+  redis.call('PEXPIRE', key_of(shard, 'log', job.id), DEAD_TTL_MS)
+  redis.call('ZADD', key_of(shard, 'dead'), shard.now_ms, job.id)
+  redis.call('SET', job.poison_key, job.id, 'PX', POISON_TTL_MS)
+end
+
+-- The job's worker is lost. Whether the job waits for another one now.
+local function survive_loss(shard, job)
+  local job_key = key_of(shard, 'job', job.id)
+  redis.call('HINCRBY', job_key, 'lost_leases', 1)
+  if redis.call('HINCRBY', job_key, 'charge', charge_of_loss(shard, job)) >= DEAD_CHARGE then
+    bury(shard, job)
+    return false
+  end
+  requeue(shard, job)
+  return true
+end
+
+-- Whoever sweeps uses this version of the library.
+local function announce_version(shard)
+  local versions = key_of(shard, 'versions')
+  redis.call('ZADD', versions, shard.now_ms, VERSION)
+  redis.call('ZREMRANGEBYSCORE', versions, '-inf', shard.now_ms - VERSION_TTL_MS)
+  redis.call('PEXPIRE', versions, VERSION_TTL_MS)
+end
+
+-- ARGV  1 stall_ms: a longer pause between sweeps means that nobody could renew a lease
+--       2 most jobs to look at in each index
 -- Returns {requeued, expired, poisoned, leases extended by amnesty, abandoned, 1 if there is more to do else 0}.
 local function sweep(keys, args)
   local shard = open_shard(keys)
-  local max_attempts, stall_ms, limit = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
+  local stall_ms, limit = tonumber(args[1]), tonumber(args[2])
   local leases, deadlines, counters = key_of(shard, 'leases'), key_of(shard, 'deadlines'), key_of(shard, 'counters')
   local requeued, expired, poisoned, amnestied, abandoned = 0, 0, 0, 0, 0
 
   local swept_ms = tonumber(redis.call('HGET', counters, 'swept_ms'))
   redis.call('HSET', counters, 'swept_ms', shard.now_ms)
-  if swept_ms and shard.now_ms - swept_ms > stall_ms then
+  if is_another_run(shard) or swept_ms and shard.now_ms - swept_ms > stall_ms then
     amnestied = grant_amnesty(shard)
   end
   cap_leases(shard, limit)
@@ -730,22 +910,181 @@ local function sweep(keys, args)
 
   local lost = redis.call('ZRANGEBYSCORE', leases, '-inf', shard.now_ms, 'LIMIT', 0, limit)
   for _, id in ipairs(lost) do
-    local job = get_job(shard, id, QUEUE_FIELDS)
+    local job = get_job(shard, id, LOSS_FIELDS)
     if job.state ~= 'running' then
       redis.call('ZREM', leases, id)
-    elseif redis.call('HINCRBY', key_of(shard, 'job', id), 'lost_leases', 1) < max_attempts then
-      requeue(shard, job)
+    elseif survive_loss(shard, job) then
       requeued = requeued + 1
     else
-      redis.call('HDEL', key_of(shard, 'job', id), 'fence')
-      end_job(shard, job, 'failed', notice_of(id))
       poisoned = poisoned + 1
     end
   end
 
+  redis.call('ZREMRANGEBYSCORE', key_of(shard, 'dead'), '-inf', shard.now_ms - DEAD_TTL_MS)
+  announce_version(shard)
   send_news(shard)
   local is_cut_off = #overdue == limit or #unwatched == limit or #lost == limit
   return { requeued, expired, poisoned, amnestied, abandoned, is_cut_off and 1 or 0 }
+end
+
+-- Whether something was amiss, and is right now: a job in an index it does not belong in, or missing from one it does.
+local function repair(shard, id)
+  local job_key = key_of(shard, 'job', id)
+  local job = get_job(shard, id, INDEX_FIELDS)
+  if not job.state then
+    return false
+  end
+  local leases, deadlines = key_of(shard, 'leases'), key_of(shard, 'deadlines')
+  local is_waiting, is_running = job.state == 'waiting', job.state == 'running'
+  local ends = is_final(job.state)
+  local repaired = false
+
+  if (redis.call('ZSCORE', key_of(shard, 'waiting', job.model), id) ~= false) ~= is_waiting then
+    repaired = true
+    if is_waiting then
+      enter_waiting(shard, job, job.place)
+    else
+      leave_waiting(shard, job)
+    end
+  end
+  if (redis.call('ZSCORE', leases, id) ~= false) ~= is_running then
+    repaired = true
+    if is_running then
+      set_lease(shard, id, job.lease_ms)
+    else
+      redis.call('ZREM', leases, id)
+    end
+  end
+  if (redis.call('ZSCORE', deadlines, id) ~= false) ~= (job.deadline_ms ~= false and not ends) then
+    repaired = true
+    if job.deadline_ms and not ends then
+      redis.call('ZADD', deadlines, job.deadline_ms, id)
+    else
+      redis.call('ZREM', deadlines, id)
+    end
+  end
+  if (redis.call('PTTL', job_key) >= 0) ~= ends then
+    repaired = true
+    for _, key in ipairs({ job_key, key_of(shard, 'log', id) }) do
+      if ends then
+        redis.call('PEXPIRE', key, job.retention_ms)
+      else
+        redis.call('PERSIST', key)
+      end
+    end
+  end
+  return repaired
+end
+
+-- Calls `drop` for ids without a job in an index, from where the last walk over it stopped. Returns how many there were.
+local function drop_orphans(shard, index, num_keys, drop)
+  local counters, cursor_name = key_of(shard, 'counters'), 'cursor:' .. index
+  local cursor = redis.call('HGET', counters, cursor_name) or '0'
+  local next_cursor, members = unpack(redis.call('ZSCAN', shard.root .. ':' .. index, cursor, 'COUNT', num_keys))
+  if next_cursor == '0' then
+    redis.call('HDEL', counters, cursor_name)
+  else
+    redis.call('HSET', counters, cursor_name, next_cursor)
+  end
+  local dropped = 0
+  for place = 1, #members, 2 do
+    if redis.call('EXISTS', key_of(shard, 'job', members[place])) == 0 then
+      dropped = dropped + drop(members[place])
+    end
+  end
+  return dropped
+end
+
+-- Counts anew what waits, if a job was lost and with it what it counted for.
+local function recount_waiting(shard, models)
+  if redis.call('HDEL', key_of(shard, 'counters'), 'must_recount') == 0 then
+    return
+  end
+  for _, counts in ipairs({ 'waiting_tokens', 'tenant_jobs', 'tenant_tokens' }) do
+    redis.call('DEL', key_of(shard, counts))
+  end
+  for _, model in ipairs(models) do
+    for _, id in ipairs(redis.call('ZRANGE', key_of(shard, 'waiting', model), 0, -1)) do
+      local job = get_job(shard, id, INDEX_FIELDS)
+      if job.state then
+        count_waiting(shard, job, 1)
+      end
+    end
+  end
+end
+
+-- One stretch of a slow walk that goes round and round over all jobs and all indexes, shared by all who call this.
+--
+-- ARGV  1 most keys to look at, roughly   2 pause_ms that must have passed since anybody's last stretch
+-- Returns {jobs looked at, repairs}. In a queue that nobody else writes to there is never anything to repair.
+local function reconcile(keys, args)
+  local shard = open_shard(keys)
+  local num_keys, counters = tonumber(args[1]), key_of(shard, 'counters')
+  local walked_ms = tonumber(redis.call('HGET', counters, 'walked_ms'))
+  if walked_ms and walked_ms <= shard.now_ms and shard.now_ms - walked_ms < tonumber(args[2]) then
+    return { 0, 0 }
+  end
+
+  local prefix = key_of(shard, 'job', '')
+  local cursor = redis.call('HGET', counters, 'cursor') or '0'
+  local next_cursor, found = unpack(redis.call('SCAN', cursor, 'MATCH', prefix .. '*', 'COUNT', num_keys))
+  redis.call('HSET', counters, 'walked_ms', shard.now_ms, 'cursor', next_cursor)
+  local repairs = 0
+  for _, key in ipairs(found) do
+    if repair(shard, string.sub(key, #prefix + 1)) then
+      repairs = repairs + 1
+    end
+  end
+
+  local models = redis.call('HKEYS', key_of(shard, 'waiting_tokens'))
+  for _, index in ipairs({ 'leases', 'deadlines' }) do
+    repairs = repairs + drop_orphans(shard, index, num_keys, function(id)
+      return redis.call('ZREM', key_of(shard, index), id)
+    end)
+  end
+  for _, model in ipairs(models) do
+    repairs = repairs + drop_orphans(shard, 'waiting:' .. model, num_keys, function(id)
+      return drop_waiting(shard, model, id)
+    end)
+  end
+  recount_waiting(shard, models)
+  return { #found, repairs }
+end
+
+------------------------------------------------------------------------------------------------------------------------
+-- The operator's side
+
+-- ARGV  1 most jobs
+-- Returns {{job id, ms since its death, end position, Job bytes} ...} of dead jobs, the last to die first.
+local function dead(keys, args)
+  local shard = open_shard(keys)
+  local letters = {}
+  local died = redis.call('ZRANGE', key_of(shard, 'dead'), 0, args[1] - 1, 'REV', 'WITHSCORES')
+  for index = 1, #died, 2 do
+    local job = get_job(shard, died[index], { 'job', 'end_position' })
+    if job.job then
+      letters[#letters + 1] = { job.id, shard.now_ms - died[index + 1], tonumber(job.end_position), job.job }
+    end
+  end
+  return letters
+end
+
+-- ARGV  1 job id
+-- Returns 1 if the job was dead and waits again, with nothing charged and no deadline; else 0. This is the one way out
+-- of a final state, and only a person takes it.
+local function revive(keys, args)
+  local shard = open_shard(keys)
+  local job = get_job(shard, args[1], LOSS_FIELDS)
+  if redis.call('ZREM', key_of(shard, 'dead'), args[1]) == 0 or not job.state then
+    return 0
+  end
+  local job_key = key_of(shard, 'job', job.id)
+  redis.call('PERSIST', job_key)
+  redis.call('PERSIST', key_of(shard, 'log', job.id))
+  redis.call('DEL', job.poison_key)
+  redis.call('HDEL', job_key, 'charge', 'lost_leases', 'deadline_ms')
+  requeue(shard, job)
+  return 1
 end
 
 ------------------------------------------------------------------------------------------------------------------------
@@ -768,3 +1107,6 @@ register('push', push, { 'allow-oom' })
 register('release', release, { 'allow-oom' })
 register('heartbeat', heartbeat, { 'allow-oom' })
 register('sweep', sweep, { 'allow-oom' })
+register('reconcile', reconcile, { 'allow-oom' })
+register('dead', dead, { 'no-writes' })
+register('revive', revive, { 'allow-oom' })

@@ -1,29 +1,33 @@
-"""One typed call for each function of `functions.lua`, and the library's own loading."""
+"""One typed call for each function of `functions.lua`, to one shard."""
 
 import asyncio
 import hashlib
-import importlib.resources
+from array import array
 from collections.abc import Coroutine, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
-import redis.asyncio
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
 
-from oasst_jobs.connection import MAX_BLOCK_S, check_server, translated
+from oasst_jobs.connection import MAX_BLOCK_S, RedisClient, check_server, send, send_and_wait
 from oasst_jobs.errors import (
     LibraryMissingError,
-    QueueError,
+    PoisonedPromptError,
     QueueFullError,
+    QueueUnavailableError,
     RequestConflictError,
     TenantFullError,
     TooMuchAheadError,
+    UnavailableReason,
 )
 from oasst_jobs.framing import update_head
 from oasst_jobs.keys import ShardKeys
+from oasst_jobs.library import LIBRARY, FunctionLibrary, install, remove_unused
 from oasst_jobs.outcomes import outcome_of, state_of
 from oasst_jobs.records import (
+    DeadLetter,
+    Durability,
     JobSnapshot,
     JobState,
     LogSnapshot,
@@ -36,7 +40,7 @@ from oasst_jobs.records import (
     TenantPolicy,
 )
 
-__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "WATCHED_PER_CALL", "ClaimReply", "QueueClient", "job_size"]
+__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "WATCHED_PER_CALL", "ClaimReply", "Shard", "job_size"]
 
 T = TypeVar("T")
 
@@ -55,12 +59,11 @@ _SWEEP_LIMIT = 100
 # How soon a cancellation that was swallowed is repeated.
 _CANCEL_AGAIN_S = 0.02
 
+# How long a submit waits for a replica to confirm it.
+_REPLICATION_TIMEOUT_MS = 1000
+
 # Most batches one read of a gateway's stream brings.
 _UPDATES_PER_READ = 256
-
-_SOURCE = importlib.resources.files("oasst_jobs").joinpath("functions.lua").read_text(encoding="utf-8")
-_VERSION = hashlib.sha256(_SOURCE.encode()).hexdigest()[:16]
-_LIBRARY = f"#!lua name=oasst_jobs_{_VERSION}\nlocal VERSION = '{_VERSION}'\n{_SOURCE}"
 
 # Priority -> lane; jobs in a lower lane go first.
 _LANES = {
@@ -69,6 +72,10 @@ _LANES = {
     chat_pb2.PRIORITY_UNSPECIFIED: 1,
     chat_pb2.PRIORITY_BULK: 2,
 }
+
+_ENTRY_FIELD = job_pb2.JobUpdate.ENTRY_FIELD_NUMBER
+_OUTCOME_FIELD = job_pb2.JobUpdate.OUTCOME_FIELD_NUMBER
+_STATUSES = {status.value.encode(): status for status in PushStatus}
 
 # What a function takes and a command sends.
 Argument = str | bytes | int
@@ -85,6 +92,7 @@ class ClaimReply(NamedTuple):
     attempt: int
     waited_ms: int
     remaining_ms: int | None
+    is_solo: int
 
 
 def job_size(job: job_pb2.Job) -> int:
@@ -95,7 +103,7 @@ def job_size(job: job_pb2.Job) -> int:
     return len(job.prompt_token_ids) + max(job.n, 1) * job.limits.max_new_tokens
 
 
-class QueueClient:
+class Shard:
     """Calls the functions of one shard.
 
     The library is loaded when the server does not have it: at the first call, or after its functions were flushed.
@@ -106,18 +114,11 @@ class QueueClient:
     unknown, and it may be made again with the same arguments.
     """
 
-    def __init__(self, redis: redis.asyncio.Redis, shard: int = 0) -> None:
-        self.keys = ShardKeys(shard)
+    def __init__(self, redis: RedisClient, number: int = 0, *, library: FunctionLibrary = LIBRARY) -> None:
+        self.keys = ShardKeys(number)
         self._redis = redis
+        self._library = library
         self._calls: set[asyncio.Task[Any]] = set()
-
-    async def check_server(self) -> None:
-        """The server is new enough, keeps what it is given, and has the functions.
-
-        Raises:
-            UnsupportedServerError: with a sentence that says what to change.
-        """
-        await self._carry_out(self._load_library())
 
     async def enqueue(
         self,
@@ -130,6 +131,7 @@ class QueueClient:
         policy: TenantPolicy,
         max_tokens_ahead: int | None,
         grace_ms: int | None,
+        durability: Durability,
     ) -> Submitted:
         """Puts a job into the queue, or adds the gateway to the watchers of the one that is there.
 
@@ -137,7 +139,7 @@ class QueueClient:
 
         Raises:
             RequestConflictError: if the one that is there came from another request.
-            QueueFullError, TenantFullError, TooMuchAheadError: if a new job is not let in.
+            JobNotAcceptedError: if a new job is not let in; its subclasses say why.
         """
         verdict, *about = await self._call(
             "enqueue",
@@ -154,16 +156,21 @@ class QueueClient:
             _or_empty(timeout_ms),
             round(limits.retention_s * 1000),
             gateway_id,
-            limits.max_waiting_jobs,
+            _or_empty(limits.max_waiting_jobs),
             _or_empty(limits.max_waiting_tokens),
             _or_empty(policy.max_waiting_jobs),
             _or_empty(policy.max_waiting_tokens),
             _or_empty(max_tokens_ahead),
+            max(job.n, 1),
+            _prompt_digest(job),
             _or_empty(grace_ms),
+            durability=durability,
         )
         match verdict:
             case b"conflict":
                 raise RequestConflictError(job.job_id)
+            case b"poisoned":
+                raise PoisonedPromptError
             case b"queue_full":
                 raise QueueFullError(waiting_jobs=about[0], waiting_tokens=about[1])
             case b"tenant_full":
@@ -216,20 +223,38 @@ class QueueClient:
 
     async def load(self) -> QueueLoad:
         *counts, workers = await self._call("load")
+        waiting_jobs, waiting_tokens, running_jobs, dead_jobs = counts
         statuses = [job_pb2.WorkerStatus.FromString(status) for status in workers[::2]]
-        return QueueLoad(*counts, list(zip(statuses, workers[1::2], strict=True)))
+        ages_ms = workers[1::2]
+        return QueueLoad(
+            waiting_jobs, waiting_tokens, running_jobs, dead_jobs, workers=list(zip(statuses, ages_ms, strict=True))
+        )
 
     async def claim(
-        self, worker_id: str, claim_id: str, *, model: str, lease_ms: int, max_jobs: int, max_tokens: int
-    ) -> list[ClaimReply]:
-        """Takes jobs in the queue's order. The same claim id again gets the same jobs."""
-        claims = await self._call("claim", worker_id, claim_id, model, lease_ms, max_jobs, max_tokens, JOB_VERSION)
-        return [ClaimReply(job_id.decode(), fence.decode(), *rest) for job_id, fence, *rest in claims]
+        self,
+        worker_id: str,
+        claim_id: str,
+        *,
+        model: str,
+        lease_ms: int,
+        max_jobs: int,
+        max_tokens: int,
+        max_choices: int,
+        is_idle: bool,
+    ) -> tuple[list[ClaimReply], bool]:
+        """Takes jobs in the queue's order. The same claim id again gets the same jobs.
 
-    async def push(self, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:
+        Also tells whether the worker now keeps itself for a job that it has no room for.
+        """
+        room = (max_jobs, max_tokens, max_choices)
+        reply = await self._call("claim", worker_id, claim_id, model, lease_ms, *room, JOB_VERSION, int(is_idle))
+        is_kept, claims = reply
+        return [ClaimReply(job_id.decode(), fence.decode(), *rest) for job_id, fence, *rest in claims], bool(is_kept)
+
+    async def push(self, worker_id: str, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:
         """Applies at most PUSH_ITEMS_PER_CALL items in one call."""
-        arguments = chain.from_iterable(map(_push_arguments, items))
-        return [PushStatus(status.decode()) for status in await self._call("push", lease_ms, *arguments)]
+        statuses = await self._call("push", lease_ms, worker_id, len(items), *_push_arguments(items))
+        return [_STATUSES[status] for status in statuses]
 
     async def release(self, claims: Sequence[tuple[str, str]]) -> int:
         """Gives back jobs by id and fence. Tells how many were still held."""
@@ -238,10 +263,26 @@ class QueueClient:
     async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
         await self._call("heartbeat", status.worker_id, status.SerializeToString())
 
-    async def sweep(self, *, max_attempts: int, stall_ms: int) -> tuple[SweepReport, bool]:
+    async def sweep(self, *, stall_ms: int) -> tuple[SweepReport, bool]:
         """Sets right what time has changed. Also tells whether there is more to do at once."""
-        *counts, is_cut_off = await self._call("sweep", max_attempts, stall_ms, _SWEEP_LIMIT)
+        *counts, is_cut_off = await self._call("sweep", stall_ms, _SWEEP_LIMIT)
         return SweepReport(*counts), bool(is_cut_off)
+
+    async def reconcile(self, *, max_keys: int, pause_ms: int) -> tuple[int, int]:
+        """Walks on over the jobs, if nobody has for `pause_ms`. Tells how many it looked at, and its repairs."""
+        num_jobs, num_repairs = await self._call("reconcile", max_keys, pause_ms)
+        return num_jobs, num_repairs
+
+    async def dead(self, max_jobs: int) -> list[DeadLetter]:
+        """Jobs whose workers died with them, the last to die first."""
+        return [
+            DeadLetter(job_id.decode(), age_ms, end_position, job_pb2.Job.FromString(job))
+            for job_id, age_ms, end_position, job in await self._call("dead", max_jobs)
+        ]
+
+    async def revive(self, job_id: str) -> bool:
+        """Has a dead job wait again. False: it was not dead."""
+        return bool(await self._call("revive", job_id))
 
     async def wait_for_wake(self, model: str, timeout_s: float) -> None:
         """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S."""
@@ -272,29 +313,38 @@ class QueueClient:
         key = self.keys.updates(gateway_id)
         await self._carry_out(self._send("XTRIM", key, "MINID", "~", read_id))
 
-    async def _call(self, name: str, *arguments: Argument) -> Any:
+    async def _call(self, name: str, *arguments: Argument, durability: Durability = Durability.LOCAL) -> Any:
         # Any: each function answers in its own shape, which the method that calls it takes apart.
-        return await self._carry_out(self._call_loaded(name, arguments))
+        return await self._carry_out(self._call_loaded(name, arguments, durability))
 
-    async def _call_loaded(self, name: str, arguments: Sequence[Argument]) -> Any:
+    async def _call_loaded(self, name: str, arguments: Sequence[Argument], durability: Durability) -> Any:
         """Calls a function; where the server does not know it, loads the library and calls again."""
-        command = ("FCALL", f"oasst_{name}_{_VERSION}", 1, self.keys.root, *arguments)
+        command = ("FCALL", self._library.function(name), 1, self.keys.root, *arguments)
+        call = self._send if durability is Durability.LOCAL else self._send_replicated
         try:
-            return await self._send(*command)
+            return await call(*command)
         except LibraryMissingError:
-            await self._load_library()
-        return await self._send(*command)
+            await self._install()
+        return await call(*command)
 
-    async def _load_library(self) -> None:
+    async def _install(self) -> None:
+        """The library is loaded, and others that nobody uses any more are gone."""
         await check_server(self._redis)
-        try:
-            await self._send("FUNCTION", "LOAD", _LIBRARY)
-        except QueueError as error:
-            if "already exists" not in str(error):
-                raise
+        await install(self._redis, self._library)
+        versions = await self._send("ZRANGE", self.keys.versions, 0, -1)
+        used = {self._library.version, *(version.decode() for version in versions)}
+        await remove_unused(self._redis, used)
 
     async def _send(self, *command: Argument | float) -> Any:
-        return await translated(self._redis.execute_command(*command))  # type: ignore[no-untyped-call]  # theirs
+        return await send(self._redis, self.keys.root, *command)
+
+    async def _send_replicated(self, *command: Argument) -> Any:
+        reply, num_replicas = await send_and_wait(
+            self._redis, self.keys.root, *command, num_replicas=1, timeout_ms=_REPLICATION_TIMEOUT_MS
+        )
+        if num_replicas < 1:
+            raise QueueUnavailableError(UnavailableReason.NOT_REPLICATED, "no replica has confirmed the job in time")
+        return reply
 
     async def _carry_out(self, call: Coroutine[Any, Any, T], *, is_wait: bool = False) -> T:
         """The call's result. If the caller is cancelled, the call still comes to its end before the cancellation.
@@ -335,33 +385,35 @@ def _or_empty(number: int | None) -> Argument:
     return "" if number is None else number
 
 
-def _push_arguments(item: PushItem) -> tuple[Argument, ...]:
-    """The nine arguments that `push` takes for an item."""
-    end_position = item.start_position
-    entry_head = entry = outcome_head = outcome = b""
-    final_state = ""
-    if item.entry is not None:
-        end_position = item.entry.end_position
-        if end_position <= item.start_position:
-            raise ValueError(f"an entry from {item.start_position} to {end_position} holds no token")
-        entry = item.entry.SerializeToString()
-        entry_head = update_head(
-            item.job_id, item.start_position, field=job_pb2.JobUpdate.ENTRY_FIELD_NUMBER, length=len(entry)
-        )
-    if item.outcome is not None:
-        outcome = item.outcome.SerializeToString()
-        outcome_head = update_head(
-            item.job_id, end_position, field=job_pb2.JobUpdate.OUTCOME_FIELD_NUMBER, length=len(outcome)
-        )
-        final_state = state_of(item.outcome)
-    return (
-        item.job_id,
-        item.fence,
-        item.start_position,
-        end_position,
-        entry_head,
-        entry,
-        outcome_head,
-        outcome,
-        final_state,
-    )
+def _prompt_digest(job: job_pb2.Job) -> str:
+    """The same for a tenant's same prompt to the same model."""
+    digest = hashlib.blake2b(array("I", job.prompt_token_ids).tobytes(), digest_size=16, person=b"oasst.prompt")
+    for name in (job.tenant, job.model):
+        digest.update(len(name.encode()).to_bytes(4) + name.encode())
+    return digest.hexdigest()
+
+
+def _push_arguments(items: Sequence[PushItem]) -> list[Argument]:
+    """What `push` takes for these items."""
+    arguments: list[Argument] = []
+    outcomes: list[Argument] = []
+    for number, item in enumerate(items, start=1):
+        job_id, start_position, entry, outcome = item.job_id, item.start_position, item.entry, item.outcome
+        renews = "1" if item.renews else ""
+        end_position = start_position
+        if entry is not None:
+            end_position = entry.end_position
+            if end_position <= start_position:
+                raise ValueError(f"an entry from {start_position} to {end_position} holds no token")
+            body = entry.SerializeToString()
+            head = update_head(job_id, start_position, field=_ENTRY_FIELD, length=len(body))
+            arguments += (job_id, item.fence, start_position, end_position, head, body, renews)
+        elif outcome is not None:
+            arguments += (job_id, item.fence, start_position, end_position, b"", b"", renews)
+        else:
+            arguments += (job_id, item.fence, "", "", b"", b"", renews)
+        if outcome is not None:
+            body = outcome.SerializeToString()
+            head = update_head(job_id, end_position, field=_OUTCOME_FIELD, length=len(body))
+            outcomes += (number, head, body, state_of(outcome))
+    return arguments + outcomes

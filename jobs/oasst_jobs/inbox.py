@@ -1,4 +1,4 @@
-"""News of jobs for one gateway: one reader of its stream, fanned out to whoever waits.
+"""News of jobs for one gateway: one reader of its stream in each shard, fanned out to whoever waits.
 
 The gateway's stream is fast and may lose; the job's log is the truth. A subscription knows the position up to which it
 has told everything, so it sees what it missed and has it read from the log:
@@ -20,8 +20,9 @@ from contextlib import asynccontextmanager
 
 from oasst.jobs.v1 import job_pb2
 
+from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
-from oasst_jobs.functions import QueueClient
+from oasst_jobs.functions import Shard
 from oasst_jobs.outcomes import diverged, lost
 from oasst_jobs.records import LogSnapshot
 
@@ -142,7 +143,7 @@ class Subscription:
 
 
 class Inbox:
-    """The one reader of a gateway's stream.
+    """The one reader of a gateway's streams.
 
     Any number of subscriptions may watch the same job. One that hears nothing for `recheck_s` has its log read, so
     that nothing lost on the way can leave a reader waiting.
@@ -166,7 +167,8 @@ class Inbox:
     async def run(self) -> None:
         """Serves the subscriptions until cancelled. While the queue is unavailable they wait."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read_stream())
+            for shard in self._client.shards:
+                tasks.create_task(self._read_stream(shard))
             tasks.create_task(self._read_logs())
             tasks.create_task(self._watch_silence())
 
@@ -183,27 +185,27 @@ class Inbox:
             if not watching and self._subscriptions.get(job_id) is watching:
                 del self._subscriptions[job_id]
 
-    async def _read_stream(self) -> None:
-        """Reads the gateway's stream, over lost connections."""
+    async def _read_stream(self, shard: Shard) -> None:
+        """Reads the gateway's stream of a shard, over lost connections."""
         while True:
             try:
-                await self._read_from_now()
+                await self._read_from_now(shard)
             except QueueUnavailableError as error:
                 _log.warning("inbox lost its connection gateway=%s reason=%s", self._gateway_id, error.reason)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _read_from_now(self) -> None:
+    async def _read_from_now(self, shard: Shard) -> None:
         """Passes on each batch from now on; what came before, the subscriptions read from their logs."""
-        last_id = await self._client.last_update_id(self._gateway_id)
+        last_id = await shard.last_update_id(self._gateway_id)
         self._mark_all_stale()
         num_read = 0
         while True:
-            for batch_id, batch in await self._client.read_updates(self._gateway_id, last_id):
+            for batch_id, batch in await shard.read_updates(self._gateway_id, last_id):
                 self._pass_on(batch)
                 last_id = batch_id
                 num_read += 1
             if num_read >= _BATCHES_PER_TRIM:
-                await self._client.trim_updates(self._gateway_id, last_id)
+                await shard.trim_updates(self._gateway_id, last_id)
                 num_read = 0
 
     async def _read_logs(self) -> None:

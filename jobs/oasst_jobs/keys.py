@@ -8,8 +8,8 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  Goes a retention after the job's end.
 `oasst:{0}:log:<job id>`         stream. The token log; an entry's id is `<end position>-0`. Written by push, read by
                                  claim and read. Goes with its job.
-`oasst:{0}:waiting:<model>`      sorted set. Job ids by place in the queue. Written by enqueue, release and sweep, read
-                                 by claim, attach and status. Gone when empty.
+`oasst:{0}:waiting:<model>`      sorted set. Job ids by place in the queue. Written by whatever queues a job or takes it
+                                 out, read by claim, enqueue, attach and status. Gone when empty.
 `oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by
                                  enqueue, attach, status and load. A field goes with the model's last waiting job.
 `oasst:{0}:tenant_jobs`          hash. Tenant -> its waiting jobs. Written with `waiting`, read by enqueue. A field
@@ -34,7 +34,18 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:workers`              hash. Worker -> WorkerStatus. Written by heartbeat, read by load. A field goes 15 s
                                  after the worker's last heartbeat, if another beats; the key 15 s after anybody's.
 `oasst:{0}:heartbeats`           sorted set. Workers by their last heartbeat (ms). As `workers`.
-`oasst:{0}:counters`             hash. `swept_ms` (sweep). Never goes.
+`oasst:{0}:suspects:<worker>`    set. Jobs the worker claimed and has no token of: they may be what kills it. Written by
+                                 claim, push and whatever takes a job from its worker, read by sweep. Gone when empty,
+                                 else two minutes after the worker's last claim or renewal.
+`oasst:{0}:dead`                 sorted set. Jobs that killed their workers, by time of death (ms). Written by sweep and
+                                 revive, read by dead and load. An entry goes with its job, after a day.
+`oasst:{0}:poison:<digest>`      string. A dead job's id, by digest of its tenant, model and prompt. Written by sweep,
+                                 read by enqueue. Goes after an hour.
+`oasst:{0}:versions`             sorted set. Versions of the function library by last use (ms). Written by sweep, read
+                                 by whoever loads another version. Goes after an hour without sweep.
+`oasst:{0}:counters`             hash. `swept_ms` and `swept_run`: when and in which run of the server the last sweep
+                                 was (sweep); `walked_ms` and cursors of the walk, and `must_recount` when an index had
+                                 an id without a job (claim, reconcile). Never goes.
 
 Fields of a job hash. All times are milliseconds of Redis's own clock.
 
@@ -44,11 +55,17 @@ Fields of a job hash. All times are milliseconds of Redis's own clock.
 `model` `version` `prompt_tokens`  out of the Job, for functions that do not read protobuf
 `size`                           positions the job may come to hold: prompt, and all that each choice may generate
 `tenant` `lane` `weight`         whose job it is, how urgent (0, 1, 2), and its tenant's weight when it came
+`choices`                        how many it has
+`poison_key`                     the `poison` key of its prompt
 `place`                          score in `waiting`, kept for life: a job that comes back takes its old place
 `end_position`                   tokens logged over all choices
 `fence`                          right of the present claim, `<number>-<claim id>`; absent while waiting
 `fences`                         how many claims there were
-`lost_leases`                    how many of them lost their lease; absent for none
+`worker`                         whose claim the present or last one is
+`lost_leases`                    how many claims lost their lease; absent for none
+`charge`                         how much it is suspected of killing workers; absent for not at all
+`passed_over_ms`                 when it was first passed over for want of room; absent if it was not
+`kept_by` `kept_until_ms`        worker that keeps itself for it, and until when; as `passed_over_ms`
 `lease_ms`                       length of the present lease
 `watchers`                       gateways that watch, separated by spaces
 `grace_ms`                       how long it runs on when nobody watches; absent for as long as it takes
@@ -72,6 +89,10 @@ class ShardKeys:
     def root(self) -> str:
         """What every key of the shard begins with, and the one key passed to its functions."""
         return f"oasst:{{{self.shard}}}"
+
+    @property
+    def versions(self) -> str:
+        return f"{self.root}:versions"
 
     def wake(self, model: str) -> str:
         return f"{self.root}:wake:{model}"

@@ -8,6 +8,8 @@ from oasst.jobs.v1 import job_pb2
 
 __all__ = [
     "ClaimedJob",
+    "DeadLetter",
+    "Durability",
     "JobSnapshot",
     "JobState",
     "LogSnapshot",
@@ -43,12 +45,21 @@ class JobState(StrEnum):
         return self not in (JobState.WAITING, JobState.RUNNING)
 
 
+class Durability(StrEnum):
+    """Where a job is kept by the time it counts as submitted."""
+
+    # On the server that answered.
+    LOCAL = "local"
+    # On one of its replicas as well.
+    REPLICATED = "replicated"
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
     """What a gateway lets into the queue. One job alone may always wait, whatever its size."""
 
-    # Jobs that may wait for one model. Running ones do not count.
-    max_waiting_jobs: int = 1000
+    # Jobs that may wait for one model. Running ones do not count. None: any number.
+    max_waiting_jobs: int | None = 1000
     # Prompt tokens and tokens asked for of all jobs that wait for one model. None: any number.
     max_waiting_tokens: int | None = None
     # How long a job and its log can be read after its end.
@@ -149,6 +160,8 @@ class ClaimedJob:
     waited_ms: int
     # Until the deadline, as of the claim.
     remaining_ms: int | None
+    # Whether it lost workers in a way that makes it run alone: its worker claims nothing beside it.
+    is_solo: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +176,21 @@ class PushItem:
     entry: job_pb2.LogEntry | None = None
     # Comes after the entry, and ends the job.
     outcome: job_pb2.Outcome | None = None
+    # Whether the lease begins anew. Needed with the first entry of a claim, which shows that the job did not kill its
+    # worker, and then at least every third of a lease; without it a push costs Redis less.
+    renews: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A job that failed because its workers died with it, kept for a day for a person to look at."""
+
+    job_id: str
+    # Since it died.
+    age_ms: int
+    # Tokens logged over all choices.
+    end_position: int
+    job: job_pb2.Job
 
 
 class PushStatus(Enum):
@@ -185,7 +213,7 @@ class SweepReport:
     requeued: int = 0
     # Jobs whose deadline passed.
     expired: int = 0
-    # Jobs that lost too many workers and have failed.
+    # Jobs that killed too many workers and are dead.
     poisoned: int = 0
     # Leases extended because nobody could have renewed them.
     amnestied: int = 0

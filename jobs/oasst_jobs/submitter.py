@@ -5,8 +5,18 @@ from collections.abc import Sequence
 
 from oasst.jobs.v1 import job_pb2
 
-from oasst_jobs.functions import WATCHED_PER_CALL, QueueClient
-from oasst_jobs.records import JobSnapshot, JobState, LogSnapshot, QueueLimits, QueueLoad, Submitted, TenantPolicy
+from oasst_jobs.client import QueueClient
+from oasst_jobs.functions import WATCHED_PER_CALL
+from oasst_jobs.records import (
+    Durability,
+    JobSnapshot,
+    JobState,
+    LogSnapshot,
+    QueueLimits,
+    QueueLoad,
+    Submitted,
+    TenantPolicy,
+)
 
 __all__ = ["Submitter", "job_id_for"]
 
@@ -30,12 +40,20 @@ class Submitter:
         async for news in subscription: ...
     """
 
-    def __init__(self, client: QueueClient, *, gateway_id: str, limits: QueueLimits) -> None:
+    def __init__(
+        self,
+        client: QueueClient,
+        *,
+        gateway_id: str,
+        limits: QueueLimits,
+        durability: Durability = Durability.LOCAL,
+    ) -> None:
         if not gateway_id or gateway_id.split() != [gateway_id]:
             raise ValueError(f"a gateway id is one word, {gateway_id!r} is not")
         self._client = client
         self._gateway_id = gateway_id
         self._limits = limits
+        self._durability = durability
 
     async def submit(
         self,
@@ -59,7 +77,8 @@ class Submitter:
 
         Raises:
             RequestConflictError: if the id was used before with another digest.
-            QueueFullError, TenantFullError, TooMuchAheadError: if it is not let in; all are JobNotAcceptedError.
+            QueueFullError, TenantFullError, TooMuchAheadError, PoisonedPromptError: if it is not let in; all of them
+                are JobNotAcceptedError.
         """
         return await self._client.enqueue(
             job,
@@ -70,6 +89,7 @@ class Submitter:
             policy=policy,
             max_tokens_ahead=max_tokens_ahead,
             grace_ms=grace_ms,
+            durability=self._durability,
         )
 
     async def attach(self, job_id: str) -> JobSnapshot | None:

@@ -3,16 +3,14 @@
 import asyncio
 import logging
 
+from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
-from oasst_jobs.functions import QueueClient
+from oasst_jobs.functions import Shard
 from oasst_jobs.records import SweepReport
 
 __all__ = ["Sweeper"]
 
 _log = logging.getLogger(__name__)
-
-# A job whose third worker is lost has most likely killed all three.
-_MAX_ATTEMPTS = 3
 
 
 class Sweeper:
@@ -43,11 +41,14 @@ class Sweeper:
 
     async def sweep(self) -> SweepReport:
         """Everything that is due now is done: leases taken back, deadlines enforced."""
-        report, is_cut_off = await self._sweep_once()
-        while is_cut_off:
-            part, is_cut_off = await self._sweep_once()
-            report += part
+        report = SweepReport()
+        for shard in self._client.shards:
+            report += await self._sweep_shard(shard)
         return report
 
-    async def _sweep_once(self) -> tuple[SweepReport, bool]:
-        return await self._client.sweep(max_attempts=_MAX_ATTEMPTS, stall_ms=self._stall_ms)
+    async def _sweep_shard(self, shard: Shard) -> SweepReport:
+        report, is_cut_off = await shard.sweep(stall_ms=self._stall_ms)
+        while is_cut_off:
+            part, is_cut_off = await shard.sweep(stall_ms=self._stall_ms)
+            report += part
+        return report

@@ -67,16 +67,72 @@ async def test_a_claim_takes_no_more_jobs_than_asked_for(submitter: Submitter, c
     assert await claim_ids(claimer, max_jobs=9) == ["2", "3", "4"]
 
 
-async def test_a_claim_stops_at_the_first_job_that_does_not_fit(submitter: Submitter, claimer: Claimer) -> None:
+async def test_a_job_that_does_not_fit_is_passed_over(submitter: Submitter, claimer: Claimer) -> None:
     await submit(
         submitter,
         make_job("small", prompt_tokens=10, max_new_tokens=10),
         make_job("large", prompt_tokens=10, max_new_tokens=20, n=4),
         make_job("tiny", prompt_tokens=1, max_new_tokens=1),
     )
-    assert await claim_ids(claimer, max_tokens=20 + 89) == ["small"]
+    assert await claim_ids(claimer, max_tokens=20 + 89) == ["small", "tiny"]
     assert await claim_ids(claimer, max_tokens=89) == []
-    assert await claim_ids(claimer, max_tokens=90 + 2) == ["large", "tiny"]
+    assert await claim_ids(claimer, max_tokens=90) == ["large"]
+
+
+async def test_choices_need_room_as_well(submitter: Submitter, claimer: Claimer) -> None:
+    await submit(submitter, make_job("wide", n=4), make_job("narrow"))
+    [narrow] = await claimer.claim(max_jobs=3, max_tokens=10_000, max_choices=3)
+    assert narrow.job.request_id == "narrow"
+    [wide] = await claimer.claim(max_jobs=3, max_tokens=10_000, max_choices=4)
+    assert wide.job.request_id == "wide"
+
+
+async def passed_over_for(redis_client: redis.asyncio.Redis, client: QueueClient, job: job_pb2.Job, ms: int) -> None:
+    """The job was first passed over so long ago."""
+    await redis_client.hincrby(f"{client.shards[0].keys.root}:job:{job.job_id}", "passed_over_ms", -ms)
+
+
+async def test_one_worker_keeps_itself_for_a_job_that_was_passed_over_for_long(
+    submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    large = make_job("large", max_new_tokens=500)
+    await submit(submitter, large, *(make_job(str(number)) for number in range(6)))
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == ["0"]
+    await passed_over_for(redis_client, client, large, 3_000)
+
+    other = Claimer(client, worker_id="worker-2", model=MODEL)
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == []
+    assert await claim_ids(other, max_jobs=1, max_tokens=100) == ["1"]
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == []
+    assert await claim_ids(claimer, max_jobs=2, max_tokens=520) == ["large"]
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == ["2"]
+
+
+async def test_a_worker_that_no_longer_asks_is_not_waited_for(
+    submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    large = make_job("large", max_new_tokens=500)
+    await submit(submitter, large, make_job("small"))
+    await claim_ids(claimer, max_jobs=1, max_tokens=10)
+    await passed_over_for(redis_client, client, large, 3_000)
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == []
+
+    other = Claimer(client, worker_id="worker-2", model=MODEL)
+    await redis_client.hincrby(f"{client.shards[0].keys.root}:job:{large.job_id}", "kept_until_ms", -10_000)
+    assert await claim_ids(other, max_jobs=1, max_tokens=100) == []
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == ["small"]
+
+
+async def test_a_job_that_came_back_may_be_passed_over_anew(
+    submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    large = make_job("large", max_new_tokens=500)
+    await submit(submitter, large, make_job("small"))
+    await claim_ids(claimer, max_jobs=1, max_tokens=10)
+    await passed_over_for(redis_client, client, large, 3_000)
+    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
+    await claimer.release([claimed])
+    assert await claim_ids(claimer, max_jobs=1, max_tokens=100) == ["small"]
 
 
 async def test_jobs_of_another_model_are_left_alone(
@@ -105,7 +161,16 @@ async def test_a_repeated_claim_gets_the_same_jobs_again(submitter: Submitter, c
     claim_id = secrets.token_hex(8)
 
     async def claim() -> list[tuple[str, str]]:
-        replies = await client.claim("worker-1", claim_id, model=MODEL, lease_ms=10_000, max_jobs=2, max_tokens=1000)
+        replies, _ = await client.shards[0].claim(
+            "worker-1",
+            claim_id,
+            model=MODEL,
+            lease_ms=10_000,
+            max_jobs=2,
+            max_tokens=1000,
+            max_choices=8,
+            is_idle=False,
+        )
         return [(reply.job_id, reply.fence) for reply in replies]
 
     first = await claim()
@@ -156,7 +221,7 @@ async def test_a_job_whose_bytes_are_no_job_fails_and_takes_no_other_with_it(
 ) -> None:
     broken = make_job("broken")
     await submit(submitter, broken, make_job("sound"))
-    await redis_client.hset(f"{client.keys.root}:job:{broken.job_id}", "job", b"\xff\xff")
+    await redis_client.hset(f"{client.shards[0].keys.root}:job:{broken.job_id}", "job", b"\xff\xff")
     assert await claim_ids(claimer) == ["sound"]
 
     log = await client.read(broken.job_id, 0)
@@ -169,7 +234,7 @@ async def test_a_job_whose_bytes_are_no_job_fails_and_takes_no_other_with_it(
 async def test_an_index_entry_without_a_job_is_cleared_away(
     submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
-    waiting = f"{client.keys.root}:waiting:{MODEL}"
+    waiting = f"{client.shards[0].keys.root}:waiting:{MODEL}"
     await redis_client.zadd(waiting, {"orphan": 0})
     await submit(submitter, make_job("sound"))
     assert await claim_ids(claimer) == ["sound"]
@@ -266,8 +331,8 @@ async def test_the_wake_list_stays_short_and_expires(
     submitter: Submitter, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
     await submit(submitter, *(make_job(str(number)) for number in range(10)))
-    assert await redis_client.llen(client.keys.wake(MODEL)) == 1
-    assert await redis_client.pttl(client.keys.wake(MODEL)) > 0
+    assert await redis_client.llen(client.shards[0].keys.wake(MODEL)) == 1
+    assert await redis_client.pttl(client.shards[0].keys.wake(MODEL)) > 0
 
 
 def test_a_lease_longer_than_any_honest_one_is_refused(client: QueueClient) -> None:

@@ -10,6 +10,7 @@ import redis.exceptions
 from job_samples import finished, make_entry, make_job
 from oasst_jobs import (
     Claimer,
+    Durability,
     JobState,
     PushItem,
     PushStatus,
@@ -18,12 +19,15 @@ from oasst_jobs import (
     QueueLimits,
     QueueUnavailableError,
     Submitter,
+    Sweeper,
     TenantPolicy,
     UnavailableReason,
     UnsupportedServerError,
     connect,
 )
 from oasst_jobs.errors import translate
+from oasst_jobs.functions import Shard
+from oasst_jobs.library import LIBRARY
 
 
 async def submit(submitter: Submitter, request_id: str = "job") -> str:
@@ -57,19 +61,43 @@ async def test_a_flushed_server_serves_again(submitter: Submitter, redis_client:
     assert await submitter.cancel(job_id) is JobState.CANCELLED
 
 
-async def test_other_versions_of_the_library_stay(client: QueueClient, redis_client: redis.asyncio.Redis) -> None:
-    older = "#!lua name=oasst_jobs_0123\nredis.register_function('oasst_push_0123', function() return 1 end)"
-    await redis_client.function_load(older)
+async def test_libraries_in_use_stay_and_others_go_when_the_next_is_loaded(
+    client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    for version in ("used", "unused"):
+        code = f"redis.register_function('oasst_push_{version}', function() return 1 end)"
+        await redis_client.function_load(f"#!lua name=oasst_jobs_{version}\n{code}")
+    await redis_client.function_load("#!lua name=another\nredis.register_function('theirs', function() return 1 end)")
+    await redis_client.zadd(client.shards[0].keys.versions, {"used": 1})
     await client.check_server()
-    assert len(await redis_client.function_list()) == 2
-    assert await redis_client.fcall("oasst_push_0123", 0) == 1
+
+    names = {library[1] for library in await redis_client.function_list()}
+    assert names == {b"oasst_jobs_used", b"another", LIBRARY.name.encode()}
+    assert await redis_client.fcall("oasst_push_used", 0) == 1
+
+
+async def test_whoever_sweeps_keeps_its_library_in_use(
+    client: QueueClient, sweeper: Sweeper, redis_client: redis.asyncio.Redis
+) -> None:
+    await sweeper.sweep()
+    assert await redis_client.zrange(client.shards[0].keys.versions, 0, -1) == [LIBRARY.version.encode()]
 
 
 async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio.Redis, claimer: Claimer) -> None:
-    elsewhere = Submitter(QueueClient(redis_client, shard=1), gateway_id="gateway-1", limits=QueueLimits())
-    await submit(elsewhere)
+    shard = Shard(redis_client, 1)
+    await shard.enqueue(
+        make_job("elsewhere"),
+        digest=b"digest",
+        timeout_ms=None,
+        gateway_id="gateway-1",
+        limits=QueueLimits(),
+        policy=TenantPolicy(),
+        max_tokens_ahead=None,
+        grace_ms=None,
+        durability=Durability.LOCAL,
+    )
     assert await claimer.claim(max_jobs=1, max_tokens=1000) == []
-    assert (await elsewhere.load()).waiting_jobs == 1
+    assert (await shard.load()).waiting_jobs == 1
 
 
 async def test_a_server_that_is_gone_is_unreachable_and_serves_again_when_it_is_back(
@@ -187,10 +215,9 @@ class _OldServer(redis.asyncio.Redis):
 
     about: dict[str, str]
 
-    async def info(self, *sections: str, **options: object) -> dict[str, str]:
-        return self.about
-
     async def execute_command(self, *command: object, **options: object) -> object:
+        if command[0] == "INFO":
+            return self.about
         raise redis.exceptions.ResponseError("unknown command 'FCALL', with args beginning with: 'oasst_load'")
 
 
@@ -222,6 +249,8 @@ async def test_cancelled_calls_never_leave_their_answer_to_the_next(valkey_url: 
             limits=QueueLimits(),
             policy=TenantPolicy(),
             max_tokens_ahead=None,
+            grace_ms=None,
+            durability=Durability.LOCAL,
         )
         for job in ids
     ]

@@ -147,7 +147,7 @@ async def test_a_returned_job_comes_next_even_after_virtual_time_was_forgotten(
 ) -> None:
     await submit(submitter, *jobs_of("tenant", 30))
     claims = await serve(claimer, 30)
-    await redis_client.delete(f"{client.keys.root}:flows:{MODEL}")
+    await redis_client.delete(f"{client.shards[0].keys.root}:flows:{MODEL}")
     await submit(submitter, *jobs_of("later", 3))
     await claimer.release(claims[-1:])
     assert claims[-1].job_id in [claimed.job_id for claimed in await serve(claimer, 2)]
@@ -159,5 +159,5 @@ async def test_idle_tenants_are_forgotten(
     await submit(submitter, *(make_job("only", tenant=f"tenant {number}") for number in range(50)))
     await submit(submitter, *jobs_of("busy", 50))
     await serve(claimer, 100)
-    members = await redis_client.zrange(f"{client.keys.root}:flows:{MODEL}", 0, -1)
+    members = await redis_client.zrange(f"{client.shards[0].keys.root}:flows:{MODEL}", 0, -1)
     assert sorted(members) == [b"1busy", b"2busy", b"now"]

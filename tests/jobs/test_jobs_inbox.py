@@ -179,14 +179,14 @@ async def test_a_gateway_that_attaches_twice_hears_everything_once(
     await submitter.attach(JOB_ID)
     await submitter.attach(JOB_ID)
     await push(claimer, await claim_one(claimer), 0, 1)
-    [(_, fields)] = await redis_client.xrange(client.keys.updates("gateway-1"))
+    [(_, fields)] = await redis_client.xrange(client.shards[0].keys.updates("gateway-1"))
     assert len(job_pb2.UpdateBatch.FromString(fields[b"batch"]).updates) == 1
 
 
 async def test_a_gap_in_the_stream_is_filled_from_the_log(
     client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
 ) -> None:
-    updates = client.keys.updates("gateway-1")
+    updates = client.shards[0].keys.updates("gateway-1")
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(10):
         await submit(submitter)
         claimed = await claim_one(claimer)
@@ -215,7 +215,7 @@ async def _push_within(client: QueueClient, pipeline: redis.asyncio.client.Pipel
             pipeline.execute_command(*command)
             return [b"ok"]
 
-    await QueueClient(Queueing()).push([item], lease_ms=10_000)
+    await QueueClient(Queueing()).push("worker-1", [item], lease_ms=10_000)
 
 
 async def test_a_lost_outcome_is_found_after_a_silence(
@@ -263,8 +263,8 @@ async def test_a_job_that_killed_its_workers_reaches_the_reader(
         await submit(submitter)
         reading = asyncio.create_task(collect(subscription))
         for _ in range(3):
-            await claim_one(claimer)
-            await redis_client.zadd(f"{client.keys.root}:leases", {JOB_ID: 1})
+            assert len(await claimer.claim(max_jobs=1, max_tokens=10_000, is_idle=True)) == 1
+            await redis_client.zadd(f"{client.shards[0].keys.root}:leases", {JOB_ID: 1})
             await sweeper.sweep()
         [outcome] = await reading
         assert outcome.failed.reason == "POISON"
@@ -318,7 +318,7 @@ async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_t
         valkey.start()
         # The batch is gone before the inbox is back, and nothing more will come.
         await push(claimer, claimed, 2, 5, ends=True)
-        await redis_client.delete(client.keys.updates("gateway-1"))
+        await redis_client.delete(client.shards[0].keys.updates("gateway-1"))
         assert await collect(subscription) == [make_entry(2, 5), finished(5)]
 
 
@@ -333,11 +333,11 @@ async def test_a_log_that_was_set_back_is_noticed_by_the_next_news(
         assert [await anext(subscription) for _ in range(2)] == [make_entry(0, 2), make_entry(2, 9)]
 
         # As after a failover to a replica that had not seen the second push.
-        log = f"{client.keys.root}:log:{JOB_ID}"
+        log = f"{client.shards[0].keys.root}:log:{JOB_ID}"
         [(first_id, first), _] = await redis_client.xrange(log)
         await redis_client.delete(log)
         await redis_client.xadd(log, first, first_id)
-        await redis_client.hset(f"{client.keys.root}:job:{JOB_ID}", "end_position", 2)
+        await redis_client.hset(f"{client.shards[0].keys.root}:job:{JOB_ID}", "end_position", 2)
 
         await push(claimer, claimed, 2, 3)
         [outcome] = await collect(subscription)
@@ -418,17 +418,17 @@ async def test_a_gateway_started_anew_does_not_read_its_predecessors_news(
     await submit(submitter)
     claimed = await claim_one(claimer)
     await push(claimer, claimed, 0, 1)
-    last_id = await client.last_update_id("gateway-1")
+    last_id = await client.shards[0].last_update_id("gateway-1")
     assert last_id != "0-0"
     await push(claimer, claimed, 1, 2)
-    [(_, batch)] = await client.read_updates("gateway-1", last_id)
+    [(_, batch)] = await client.shards[0].read_updates("gateway-1", last_id)
     assert [update.entry for update in batch.updates] == [make_entry(1, 2)]
 
 
 async def test_what_was_read_is_cut_from_the_stream(
     client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis, eventually
 ) -> None:
-    updates = client.keys.updates("gateway-1")
+    updates = client.shards[0].keys.updates("gateway-1")
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
         await submit(submitter)
         claimed = await claim_one(claimer)

@@ -22,10 +22,14 @@ KINDS = {
     "deadlines": ("zset", None),
     "watched": ("zset", None),
     "claim": ("string", 10_000),
+    "suspects": ("set", 120_000),
+    "dead": ("zset", None),
+    "poison": ("string", 3_600_000),
     "wake": ("list", 10_000),
     "updates": ("stream", 60_000),
     "workers": ("hash", 15_000),
     "heartbeats": ("zset", 15_000),
+    "versions": ("zset", 3_600_000),
     "counters": ("hash", None),
 }
 
@@ -33,7 +37,7 @@ KINDS = {
 async def live(
     submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
-    """Jobs end in every way there is; one waits and one runs."""
+    """Jobs end in every way there is; one runs; one waits, passed over, with a worker that keeps itself for it."""
     for request_id in ("finished", "failed", "cancelled", "expired", "running", "waiting"):
         timeout_ms = 60_000 if request_id == "expired" else None
         await submitter.submit(make_job(request_id), digest=b"digest", timeout_ms=timeout_ms, grace_ms=1_000)
@@ -41,14 +45,18 @@ async def live(
     items = [
         PushItem(claimed.job_id, claimed.fence, 0, make_entry(0, 2), finished(2) if name == "finished" else None)
         for name, claimed in claims.items()
+        if name != "running"
     ]
     await claimer.push(items)
     await submitter.cancel(claims["cancelled"].job_id)
     poisoned = claims["failed"].job_id
-    await redis_client.hset(f"{client.keys.root}:job:{poisoned}", "lost_leases", 2)
-    await redis_client.zadd(f"{client.keys.root}:leases", {poisoned: 1})
-    await redis_client.zadd(f"{client.keys.root}:deadlines", {claims["expired"].job_id: 1})
+    await redis_client.hset(f"{client.shards[0].keys.root}:job:{poisoned}", "charge", 11)
+    await redis_client.zadd(f"{client.shards[0].keys.root}:leases", {poisoned: 1})
+    await redis_client.zadd(f"{client.shards[0].keys.root}:deadlines", {claims["expired"].job_id: 1})
     await sweeper.sweep()
+    for _ in range(2):
+        await claimer.claim(max_jobs=1, max_tokens=1)
+        await redis_client.hset(f"{client.shards[0].keys.root}:job:{make_job('waiting').job_id}", "passed_over_ms", 1)
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL))
 
 
@@ -59,8 +67,8 @@ async def test_every_key_is_one_that_is_named_and_has_its_type_and_expiry(
     seen = set()
     for key in await redis_client.keys():
         name = key.decode()
-        assert name.startswith(f"{client.keys.root}:")
-        kind = name.removeprefix(f"{client.keys.root}:").partition(":")[0]
+        assert name.startswith(f"{client.shards[0].keys.root}:")
+        kind = name.removeprefix(f"{client.shards[0].keys.root}:").partition(":")[0]
         key_type, max_ttl_ms = KINDS[kind]
         assert (await redis_client.type(key)).decode() == key_type, name
         if max_ttl_ms is not None:
@@ -80,7 +88,7 @@ async def test_every_field_of_a_job_is_described(
 ) -> None:
     await live(submitter, claimer, sweeper, client, redis_client)
     stored = set()
-    for key in await redis_client.keys(f"{client.keys.root}:job:*"):
+    for key in await redis_client.keys(f"{client.shards[0].keys.root}:job:*"):
         stored |= {field.decode() for field in await redis_client.hkeys(key)}
     fields = (oasst_jobs.keys.__doc__ or "").partition("Fields of a job hash.")[2]
     described = {name for line in fields.splitlines() for name in re.findall(r"^(?:`\w+` ?)+", line)}
@@ -102,7 +110,8 @@ async def test_what_has_ended_goes_after_its_retention(
     assert snapshot is not None
     assert snapshot.state is JobState(request_id)
     for kind in ("job", "log"):
-        assert 0 < await redis_client.pttl(f"{client.keys.root}:{kind}:{job_id}") <= 300_000
+        longest_ms = 86_400_000 if request_id == "failed" else 300_000  # That one is dead.
+        assert 0 < await redis_client.pttl(f"{client.shards[0].keys.root}:{kind}:{job_id}") <= longest_ms
 
 
 async def test_after_a_drain_only_the_counters_have_no_expiry(
@@ -112,11 +121,16 @@ async def test_after_a_drain_only_the_counters_have_no_expiry(
     await live(submitter, claimer, sweeper, client, redis_client)
     for request_id in ("running", "waiting"):
         await submitter.cancel(make_job(request_id).job_id)
+    dead = make_job("failed").job_id
+    for kind in ("job", "log"):
+        await redis_client.delete(f"{client.shards[0].keys.root}:{kind}:{dead}")
+    await redis_client.zadd(f"{client.shards[0].keys.root}:dead", {dead: 1})
+    await sweeper.sweep()
 
-    root = client.keys.root.encode()
+    root = client.shards[0].keys.root.encode()
 
     async def is_drained() -> bool:
-        return not await redis_client.keys(f"{client.keys.root}:[jl]o*")
+        return not await redis_client.keys(f"{client.shards[0].keys.root}:[jl]o*")
 
     await eventually(is_drained)
     lasting = [key for key in await redis_client.keys() if await redis_client.pttl(key) == -1]
@@ -131,5 +145,5 @@ async def test_a_gateway_id_within_another_is_another(
         await Submitter(client, gateway_id=gateway_id, limits=QueueLimits()).submit(
             job, digest=b"digest", timeout_ms=None
         )
-    watchers = await redis_client.hget(f"{client.keys.root}:job:{job.job_id}", "watchers")
+    watchers = await redis_client.hget(f"{client.shards[0].keys.root}:job:{job.job_id}", "watchers")
     assert watchers == b"gateway-11 gateway-1 1"

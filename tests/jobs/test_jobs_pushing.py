@@ -58,7 +58,7 @@ async def test_a_push_applied_twice_is_applied_once(
     log = await client.read(claimed.job_id, 0)
     assert log is not None
     assert log.entries == [make_entry(0, 3), make_entry(3, 4), make_entry(4, 6)]
-    assert await redis_client.xlen(client.keys.updates("gateway-1")) == 3
+    assert await redis_client.xlen(client.shards[0].keys.updates("gateway-1")) == 3
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 2), (0, 4), (2, 4), (4, 5)])
@@ -89,7 +89,7 @@ async def test_a_log_longer_than_its_hash_says_refuses_what_it_has(
 ) -> None:
     claimed = await claim_one(submitter, claimer)
     await claimer.push([item(claimed, 0, 3)])
-    await redis_client.hset(f"{client.keys.root}:job:{claimed.job_id}", "end_position", 0)
+    await redis_client.hset(f"{client.shards[0].keys.root}:job:{claimed.job_id}", "end_position", 0)
     assert await claimer.push([item(claimed, 0, 2)]) == [PushStatus.POSITION]
 
 
@@ -157,7 +157,7 @@ async def test_a_push_after_the_deadline_expires_the_job(
 ) -> None:
     claimed = await claim_one(submitter, claimer, timeout_ms=60_000)
     await claimer.push([item(claimed, 0, 1)])
-    await redis_client.hset(f"{client.keys.root}:job:{claimed.job_id}", "deadline_ms", 1)
+    await redis_client.hset(f"{client.shards[0].keys.root}:job:{claimed.job_id}", "deadline_ms", 1)
     assert await claimer.push([item(claimed, 1, 2)]) == [PushStatus.EXPIRED]
     assert await claimer.push([item(claimed, 1, 2)]) == [PushStatus.EXPIRED]
     log = await client.read(claimed.job_id, 0)
@@ -169,7 +169,7 @@ async def test_every_push_renews_the_lease(
     submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
     claimed = await claim_one(submitter, claimer)
-    leases = f"{client.keys.root}:leases"
+    leases = f"{client.shards[0].keys.root}:leases"
     for push in (PushItem(claimed.job_id, claimed.fence, 0), item(claimed, 0, 1), item(claimed, 0, 1)):
         await redis_client.zadd(leases, {claimed.job_id: 1})
         assert await claimer.push([push]) == [PushStatus.OK]

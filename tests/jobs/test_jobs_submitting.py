@@ -256,8 +256,8 @@ async def test_a_worker_silent_for_long_is_shown_no_more(
     submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="silent", model=MODEL))
-    await redis_client.zincrby(f"{client.keys.root}:heartbeats", -60_000, "silent")
+    await redis_client.zincrby(f"{client.shards[0].keys.root}:heartbeats", -60_000, "silent")
     assert (await submitter.load()).workers == []
 
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="alive", model=MODEL))
-    assert await redis_client.hkeys(f"{client.keys.root}:workers") == [b"alive"]
+    assert await redis_client.hkeys(f"{client.shards[0].keys.root}:workers") == [b"alive"]

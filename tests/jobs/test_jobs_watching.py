@@ -19,7 +19,7 @@ def pass_time(redis_client: redis.asyncio.Redis, client: QueueClient):
     """So many milliseconds are over, as far as watching goes."""
 
     async def pass_ms(elapsed_ms: int) -> None:
-        watched = f"{client.keys.root}:watched"
+        watched = f"{client.shards[0].keys.root}:watched"
         for job_id in await redis_client.zrange(watched, 0, -1):
             await redis_client.zincrby(watched, -elapsed_ms, job_id)
 
@@ -93,7 +93,7 @@ async def test_nobody_needs_to_watch_a_job_without_end_of_watching(
     job_id = await submit(submitter, grace_ms=None, is_watched=False)
     await submitter.attach(job_id)
     await submitter.unwatch(job_id)
-    assert not await redis_client.exists(f"{client.keys.root}:watched")
+    assert not await redis_client.exists(f"{client.shards[0].keys.root}:watched")
     assert await sweeper.sweep() == SweepReport()
     assert await state_of(submitter, job_id) is JobState.WAITING
 
@@ -104,7 +104,7 @@ async def test_after_a_stall_nobody_is_taken_for_gone(
     job_id = await submit(submitter, grace_ms=0)
     await sweeper.sweep()
     await pass_time(2 * WATCH_MS)
-    await redis_client.hincrby(f"{client.keys.root}:counters", "swept_ms", -10_000)
+    await redis_client.hincrby(f"{client.shards[0].keys.root}:counters", "swept_ms", -10_000)
     assert await sweeper.sweep() == SweepReport()
     assert await state_of(submitter, job_id) is JobState.WAITING
 
@@ -115,5 +115,5 @@ async def test_a_job_that_has_ended_is_not_watched(
     job_id = await submit(submitter, grace_ms=5_000)
     await submitter.cancel(job_id)
     await submitter.keep_watching([job_id])
-    assert not await redis_client.exists(f"{client.keys.root}:watched")
+    assert not await redis_client.exists(f"{client.shards[0].keys.root}:watched")
     assert await submitter.unwatch("no such job") is None

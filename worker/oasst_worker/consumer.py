@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 from oasst.jobs.v1.job_pb2 import Outcome
@@ -34,7 +35,19 @@ _ANY_SIZE = 2**50
 # KV cache kept free for the next tokens of each running choice, so that a claim does not preempt at once.
 _LOOKAHEAD_TOKENS = 64
 _MIN_BACKOFF_S = 0.05
-_MAX_BACKOFF_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What a worker can take in."""
+
+    jobs: int
+    tokens: int
+    choices: int
+    is_idle: bool = False
+
+
+_ROOM_OF_IDLE = _Room(jobs=1, tokens=_ANY_SIZE, choices=_ANY_SIZE, is_idle=True)
 
 
 class Consumer:
@@ -60,13 +73,12 @@ class Consumer:
         self._intake = intake
         self._metrics = metrics
         self._watchdog = watchdog
-        # A job of which the queue has not heard for this long is told of, news or none.
+        # A lease that began this long ago is renewed, with news or without; and no try to reach the queue comes later.
         self._renew_after_s = lease_s / 3
         self._clock = clock
         self.num_generated_tokens = 0  # Since the start.
         self._jobs: dict[str, RunningJob] = {}
         self._owners: dict[Choice, RunningJob] = {}  # Choices that belong in the engine.
-        self._head_does_not_fit = False  # The next waiting job needs more room than there is; until room is made.
         self._drain_ends_s = float("inf")
         self._queue_is_reachable = True
         # Wake-ups. Each is set by whoever changes something, and cleared by the one task that waits for it.
@@ -146,42 +158,39 @@ class Consumer:
 
     async def _claim(self) -> bool:
         """Takes in the next jobs there is room for; False once there is nothing more to take now."""
-        max_jobs, max_tokens = self._room_for()
-        if max_jobs < 1 or max_tokens < 1:
+        room = self._room_for()
+        if room is None:
             return False
         started_s = self._clock()
         claimed_jobs = await self._reach(
-            "claim", lambda: self._claimer.claim(max_jobs=max_jobs, max_tokens=max_tokens), give_up=self._draining
+            "claim",
+            lambda: self._claimer.claim(
+                max_jobs=room.jobs, max_tokens=room.tokens, max_choices=room.choices, is_idle=room.is_idle
+            ),
+            give_up=self._draining,
         )
         if not claimed_jobs:
             return False
         failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
-        for index, claimed in enumerate(claimed_jobs):
-            if self._jobs and claimed.job.n > self._loop.max_sequences - self.num_sequences:
-                await self._return_unfit(claimed_jobs[index:])
-                return False
+        for claimed in claimed_jobs:
             await self._take_in(claimed)
         return True
 
-    def _room_for(self) -> tuple[int, int]:
-        """How many jobs may be claimed, and of how many tokens in all.
+    def _room_for(self) -> _Room | None:
+        """What may be claimed; None for nothing.
 
         An idle worker takes one job whatever its size: so one that can never fit is told so, and one that needs the
-        whole worker gets it.
+        whole worker gets it. Beside a job that is to run alone nothing is claimed.
         """
         if not self._jobs:
-            return 1, _ANY_SIZE
-        if self._head_does_not_fit:
-            return 0, 0
+            return _ROOM_OF_IDLE
+        if any(job.claimed.is_solo for job in self._jobs.values()):
+            return None
         expected_tokens = sum(job.kv_tokens_expected(_LOOKAHEAD_TOKENS) for job in self._jobs.values())
-        return self._loop.max_sequences - self.num_sequences, self._loop.kv_tokens_total - expected_tokens
-
-    async def _return_unfit(self, claimed_jobs: Sequence[ClaimedJob]) -> None:
-        """Jobs whose choices have no room here go back to their places; the next claim waits until room is made."""
-        self._head_does_not_fit = True
-        self._room.clear()
-        await self._reach("release", lambda: self._claimer.release(claimed_jobs), give_up=self._draining)
+        slots = self._loop.max_sequences - self.num_sequences
+        tokens = self._loop.kv_tokens_total - expected_tokens
+        return _Room(jobs=slots, tokens=tokens, choices=slots) if slots > 0 and tokens > 0 else None
 
     async def _take_in(self, claimed: ClaimedJob) -> None:
         self._metrics.record_claim(claimed)
@@ -195,7 +204,7 @@ class Consumer:
             self._drop(lost, PushStatus.FENCED)
         job = RunningJob(claimed, resumed, now_s=self._clock())
         self._jobs[job.job_id] = job
-        for choice in job.live_choices:
+        for choice in job.choices:
             self._owners[choice] = job
             self._loop.add(choice)
         if job.has_ended:
@@ -227,7 +236,7 @@ class Consumer:
             for report in self._loop.take():
                 self._take(report)
             due_s = self._clock() - self._renew_after_s
-            jobs = [job for job in self._jobs.values() if job.has_news or job.told_s < due_s]
+            jobs = [job for job in self._jobs.values() if job.has_news or job.renewed_s < due_s]
             if jobs:
                 await self._push(jobs)
 
@@ -249,7 +258,7 @@ class Consumer:
     async def _push(self, jobs: Sequence[RunningJob]) -> None:
         """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
         started_s = self._clock()
-        items = [job.next_item(now_s=started_s) for job in jobs]
+        items = [job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs]
         failpoints.reach("worker.pushing")
         statuses = await self._reach("push", lambda: self._claimer.push(items), give_up=self._closing)
         failpoints.reach("worker.pushed")
@@ -281,9 +290,9 @@ class Consumer:
 
     def _evict(self, job: RunningJob) -> None:
         """The engine holds none of the job's choices."""
-        for choice in [choice for choice, owner in self._owners.items() if owner is job]:
-            del self._owners[choice]
-            self._loop.remove(choice)
+        for choice in job.choices:
+            if self._owners.pop(choice, None) is not None:
+                self._loop.remove(choice)
 
     def _forget(self, job: RunningJob) -> None:
         del self._jobs[job.job_id]
@@ -317,7 +326,7 @@ class Consumer:
         self, operation: str, call: Callable[[], Awaitable[_Answer]], *, give_up: asyncio.Event
     ) -> _Answer | None:
         """The call's answer, asked for until there is one; None if `give_up` is set before."""
-        for delay_s in _backoff():
+        for delay_s in _backoff(self._renew_after_s):
             try:
                 answer = await call()
             except QueueUnavailableError as error:
@@ -336,25 +345,23 @@ class Consumer:
 
     def _note_room(self) -> None:
         """Lets the listening task listen only while there is room: a wake-up it takes is one that others miss."""
-        max_jobs, max_tokens = self._room_for()
-        if max_jobs > 0 and max_tokens > 0:
+        if self._room_for() is not None:
             self._room.set()
         else:
             self._room.clear()
 
     def _note_more_room(self) -> None:
         """What did not fit before may fit now."""
-        self._head_does_not_fit = False
         self._note_room()
         self._claim_now.set()
 
 
-def _backoff() -> Iterator[float]:
+def _backoff(longest_s: float) -> Iterator[float]:
     """Delays before each further try, growing, and spread so that workers do not come back all at once."""
     delay_s = _MIN_BACKOFF_S
     while True:
         yield delay_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-        delay_s = min(2 * delay_s, _MAX_BACKOFF_S)
+        delay_s = max(_MIN_BACKOFF_S, min(2 * delay_s, longest_s))
 
 
 async def _wait_at_most(event: asyncio.Event, timeout_s: float) -> bool:

@@ -64,6 +64,9 @@ class WorkerMetrics:
         self.claim_seconds = histogram("claim_seconds", "Duration of a claim that brought jobs.", _CALL_SECONDS)
         self.push_seconds = histogram("push_seconds", "Duration of a push, tries that failed included.", _CALL_SECONDS)
         self.queue_errors = counter("queue_errors_total", "Calls that the queue did not answer.", "operation")
+        self.reconcile_repairs = counter(
+            "reconcile_repairs_total", "Disagreements between jobs and indexes that were put right; should stay 0."
+        )
         self._num_preemptions = 0
 
     def record_claim(self, claimed: ClaimedJob) -> None:

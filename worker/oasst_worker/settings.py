@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -33,8 +34,7 @@ def _check_address(address: str) -> str:
 
 
 def _check_redis_url(url: str) -> str:
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("must begin with redis://, rediss:// or unix://")
+    ServerAddress.parse(url)
     return url
 
 
@@ -59,8 +59,10 @@ class WorkerSettings(BaseSettings):
     model: str = Field(description="Checkpoint folder or hub id.")
     model_name: str | None = Field(None, description="Name jobs call the model by. Unset: hub id or folder name.")
     redis_url: Annotated[str, AfterValidator(_check_redis_url)] = Field(
-        "redis://127.0.0.1:6379/0", description="Where the queue is."
+        "redis://127.0.0.1:6379/0",
+        description="Where the queue is: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://.",
     )
+    queue_shards: int = Field(1, ge=1, le=1024, description="Parts of the queue; the same for all its processes.")
     metrics_listen: Annotated[str, AfterValidator(_check_address)] = Field(
         "127.0.0.1:9465", description="HOST:PORT of /metrics, /healthz and /readyz; port 0 takes a free one."
     )
@@ -78,7 +80,7 @@ class WorkerSettings(BaseSettings):
     kv_tokens: int | None = Field(None, ge=1, description="Positions of KV cache. Unset: what memory allows.")
     step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, prompts and decoding together.")
     max_steps_ahead: int = Field(32, ge=1, description="Steps the engine may be ahead of the queue.")
-    lease_s: float = Field(10.0, ge=0.1, le=120, description="How long a silent worker keeps its jobs.")
+    lease_s: float = Field(4.0, ge=0.1, le=120, description="How long a silent worker keeps its jobs.")
     step_limit_s: float = Field(20.0, gt=0, description="A step that takes longer, and 10x the usual, ends the worker.")
     redis_wait_s: float = Field(60.0, ge=0, description="How long the start waits for Redis before it fails.")
     drain_s: float = Field(30.0, ge=0, description="How long running jobs may go on once asked to stop.")

@@ -9,7 +9,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from oasst_jobs import Claimer, QueueClient, QueueUnavailableError, Sweeper, connect
+from oasst_jobs import Claimer, QueueClient, QueueUnavailableError, Reconciler, Sweeper, connect
 from prometheus_client import CollectorRegistry
 
 from oasst_worker.consumer import Consumer
@@ -54,7 +54,7 @@ class Worker:
         async with AsyncExitStack() as stack:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
-            client = QueueClient(redis)
+            client = QueueClient(redis, num_shards=settings.queue_shards)
             claimer = Claimer(
                 client,
                 worker_id=settings.worker_id,
@@ -64,12 +64,14 @@ class Worker:
             consumer = Consumer(
                 claimer, self._loop, self._model.intake, self._metrics, self._watchdog, lease_s=settings.lease_s
             )
+            reconciler = Reconciler(client)
             self._stop_on_signals(consumer)
             await self._wait_for_queue(client, consumer)
             async with asyncio.TaskGroup() as tasks:
                 companions = [
                     tasks.create_task(Sweeper(client).run(), name="sweep"),
-                    tasks.create_task(self._watch(consumer), name="watch"),
+                    tasks.create_task(reconciler.run(), name="reconcile"),
+                    tasks.create_task(self._watch(consumer, reconciler), name="watch"),
                     tasks.create_task(self._await_engine(), name="engine"),
                     tasks.create_task(
                         beat(claimer, consumer, self._loop, worker_id=settings.worker_id, model=self._model.name),
@@ -110,8 +112,9 @@ class Worker:
             else:
                 return
 
-    async def _watch(self, consumer: Consumer) -> None:
+    async def _watch(self, consumer: Consumer, reconciler: Reconciler) -> None:
         """Health and gauges show how the worker does; a step that does not end ends this with EngineStalledError."""
+        num_repairs = 0
         while True:
             self._watchdog.observe(self._loop.step_in_progress, time.monotonic())
             self._health.record_progress(step_stuck_s=self._watchdog.stuck_s, step_limit_s=self._watchdog.limit_s)
@@ -119,6 +122,8 @@ class Worker:
             self._metrics.record_load(
                 self._loop.load, max_sequences=self._loop.max_sequences, kv_tokens_total=self._loop.kv_tokens_total
             )
+            self._metrics.reconcile_repairs.inc(reconciler.num_repairs - num_repairs)
+            num_repairs = reconciler.num_repairs
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def _await_engine(self) -> None:

@@ -1,0 +1,214 @@
+"""The whole queue: one shard or several, each call to the shard that its job is in."""
+
+import asyncio
+import zlib
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from oasst.jobs.v1 import job_pb2
+
+from oasst_jobs.connection import RedisClient, check_server
+from oasst_jobs.functions import Shard
+from oasst_jobs.library import LIBRARY, FunctionLibrary
+from oasst_jobs.records import (
+    DeadLetter,
+    Durability,
+    JobSnapshot,
+    JobState,
+    LogSnapshot,
+    PushItem,
+    PushStatus,
+    QueueLimits,
+    QueueLoad,
+    Submitted,
+    TenantPolicy,
+)
+
+__all__ = ["QueueClient"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class QueueClient:
+    """Calls the functions of all shards.
+
+    A job's shard follows from its id, so every process must name the same number of shards. With several, each holds
+    its part of the jobs and orders them by itself: limits and places are then as exact as the parts are equal.
+    """
+
+    def __init__(self, redis: RedisClient, *, num_shards: int = 1, library: FunctionLibrary = LIBRARY) -> None:
+        if num_shards < 1:
+            raise ValueError(f"a queue has at least one shard, not {num_shards}")
+        self.redis = redis
+        self.shards = tuple(Shard(redis, number, library=library) for number in range(num_shards))
+
+    def shard_of(self, job_id: str) -> Shard:
+        return self.shards[self._shard_number(job_id)]
+
+    async def check_server(self) -> None:
+        """The server is new enough, keeps what it is given, and has the functions.
+
+        Raises:
+            UnsupportedServerError: with a sentence that says what to change.
+        """
+        await check_server(self.redis)
+        await self.load()  # Loads the functions where they are missing.
+
+    async def enqueue(
+        self,
+        job: job_pb2.Job,
+        *,
+        digest: bytes,
+        timeout_ms: int | None,
+        gateway_id: str,
+        limits: QueueLimits,
+        policy: TenantPolicy,
+        max_tokens_ahead: int | None,
+        grace_ms: int | None,
+        durability: Durability,
+    ) -> Submitted:
+        """Puts a job into its shard, which takes its part of what is allowed. Raises as Submitter.submit does."""
+        submitted = await self.shard_of(job.job_id).enqueue(
+            job,
+            digest=digest,
+            timeout_ms=timeout_ms,
+            gateway_id=gateway_id,
+            limits=replace(
+                limits,
+                max_waiting_jobs=self._part(limits.max_waiting_jobs),
+                max_waiting_tokens=self._part(limits.max_waiting_tokens),
+            ),
+            policy=replace(
+                policy,
+                max_waiting_jobs=self._part(policy.max_waiting_jobs),
+                max_waiting_tokens=self._part(policy.max_waiting_tokens),
+            ),
+            max_tokens_ahead=self._part(max_tokens_ahead),
+            grace_ms=grace_ms,
+            durability=durability,
+        )
+        return replace(
+            submitted,
+            queue_position=submitted.queue_position * len(self.shards),
+            tokens_ahead=submitted.tokens_ahead * len(self.shards),
+        )
+
+    async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
+        """Adds the gateway to a job's watchers."""
+        return self._over_all_shards(await self.shard_of(job_id).attach(job_id, gateway_id))
+
+    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
+        """Puts off the end of jobs that the gateway watches."""
+
+        async def keep_watching(shard: Shard, part: Sequence[str]) -> list[None]:
+            await shard.keep_watching(gateway_id, part)
+            return [None] * len(part)
+
+        await self._by_shard(job_ids, lambda job_id: job_id, keep_watching)
+
+    async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
+        """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""
+        return await self.shard_of(job_id).unwatch(job_id, gateway_id)
+
+    async def status(self, job_id: str) -> JobSnapshot | None:
+        return self._over_all_shards(await self.shard_of(job_id).status(job_id))
+
+    async def read(self, job_id: str, after: int) -> LogSnapshot | None:
+        """What a job has logged behind position `after`."""
+        return await self.shard_of(job_id).read(job_id, after)
+
+    async def cancel(self, job_id: str) -> JobState | None:
+        """Ends a job that has not ended. Tells the state it is in now."""
+        return await self.shard_of(job_id).cancel(job_id)
+
+    async def load(self) -> QueueLoad:
+        loads = [await shard.load() for shard in self.shards]
+        # Every worker tells every shard of itself.
+        workers = {status.worker_id: (status, age_ms) for load in loads for status, age_ms in load.workers}
+        return QueueLoad(
+            waiting_jobs=sum(load.waiting_jobs for load in loads),
+            waiting_tokens=sum(load.waiting_tokens for load in loads),
+            running_jobs=sum(load.running_jobs for load in loads),
+            dead_jobs=sum(load.dead_jobs for load in loads),
+            workers=list(workers.values()),
+        )
+
+    async def push(self, worker_id: str, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:
+        """Applies any number of items."""
+
+        async def push(shard: Shard, part: Sequence[PushItem]) -> list[PushStatus]:
+            return await shard.push(worker_id, part, lease_ms=lease_ms)
+
+        return await self._by_shard(items, lambda item: item.job_id, push)
+
+    async def release(self, claims: Sequence[tuple[str, str]]) -> None:
+        """Gives back jobs by id and fence."""
+
+        async def release(shard: Shard, part: Sequence[tuple[str, str]]) -> list[None]:
+            await shard.release(part)
+            return [None] * len(part)
+
+        await self._by_shard(claims, lambda claim: claim[0], release)
+
+    async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
+        for shard in self.shards:
+            await shard.heartbeat(status)
+
+    async def wait_for_wake(self, model: str, timeout_s: float) -> None:
+        """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S."""
+        waits = [asyncio.ensure_future(shard.wait_for_wake(model, timeout_s)) for shard in self.shards]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        for wait in done:
+            wait.result()
+
+    async def dead(self, max_jobs: int) -> list[DeadLetter]:
+        """Dead jobs of all shards, the last to die first."""
+        letters = [letter for shard in self.shards for letter in await shard.dead(max_jobs)]
+        return sorted(letters, key=lambda letter: letter.age_ms)[:max_jobs]
+
+    async def revive(self, job_id: str) -> bool:
+        """Has a dead job wait again. False: it was not dead."""
+        return await self.shard_of(job_id).revive(job_id)
+
+    def _shard_number(self, job_id: str) -> int:
+        return zlib.crc32(job_id.encode()) % len(self.shards)
+
+    def _part(self, limit: int | None) -> int | None:
+        """One shard's part of a limit for all."""
+        return None if limit is None else -(-limit // len(self.shards))
+
+    def _over_all_shards(self, snapshot: JobSnapshot | None) -> JobSnapshot | None:
+        """The snapshot with what is ahead in all shards, taken as equal to its own."""
+        if snapshot is None or len(self.shards) == 1:
+            return snapshot
+        return replace(
+            snapshot,
+            queue_position=snapshot.queue_position * len(self.shards),
+            tokens_ahead=snapshot.tokens_ahead * len(self.shards),
+        )
+
+    async def _by_shard(
+        self,
+        items: Sequence[T],
+        job_id_of: Callable[[T], str],
+        call: Callable[[Shard, Sequence[T]], Awaitable[list[R]]],
+    ) -> list[R]:
+        """The answers to all items, each asked of its job's shard; in the order of the items."""
+        if len(self.shards) == 1:
+            return await call(self.shards[0], items)
+        indices: dict[int, list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            indices[self._shard_number(job_id_of(item))].append(index)
+        parts = [call(self.shards[number], [items[index] for index in part]) for number, part in indices.items()]
+        answers: dict[int, R] = {}
+        for part, answered in zip(indices.values(), await asyncio.gather(*parts), strict=True):
+            answers.update(zip(part, answered, strict=True))
+        return [answers[index] for index in range(len(items))]

@@ -1,0 +1,47 @@
+"""A slow walk over all jobs that finds where a job and the indexes disagree, and puts it right.
+
+Every change of a job and its indexes is one function, so there should be nothing to find. There is, when somebody
+deletes keys by hand, a server evicts them, or a function has a defect: a job in no index would wait for ever.
+"""
+
+import asyncio
+import logging
+
+from oasst_jobs.client import QueueClient
+from oasst_jobs.errors import QueueUnavailableError
+
+__all__ = ["Reconciler"]
+
+_log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Walks over all shards again and again. Any number of processes may: they share one walk, and its pace."""
+
+    def __init__(self, client: QueueClient, *, interval_s: float = 0.5, max_keys: int = 250) -> None:
+        self._client = client
+        self._interval_s = interval_s
+        self._max_keys = max_keys
+        # Since the start, by this process. More than 0 is worth an alarm.
+        self.num_repairs = 0
+
+    async def run(self) -> None:
+        """Walks until cancelled; an unavailable queue is tried again at the next turn."""
+        while True:
+            try:
+                await self.walk()
+            except QueueUnavailableError as error:
+                _log.debug("walk skipped reason=%s", error.reason)
+            await asyncio.sleep(self._interval_s)
+
+    async def walk(self) -> int:
+        """Goes one stretch further in each shard, unless another process just has. Tells how many repairs it took."""
+        num_repairs = 0
+        for shard in self._client.shards:
+            # A little less than the interval: with one process, every turn is its own.
+            _, repaired = await shard.reconcile(max_keys=self._max_keys, pause_ms=round(900 * self._interval_s))
+            num_repairs += repaired
+        if num_repairs:
+            self.num_repairs += num_repairs
+            _log.error("jobs and indexes disagreed repairs=%d", num_repairs)
+        return num_repairs

@@ -16,10 +16,13 @@ from rich.table import Table
 
 from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import OURS, EngineRow, measure_engine
+from bench.gateway import FloodRow, GatewayRow, measure_flood, measure_gateway
 from bench.path import PathRow, measure_path
 from bench.start import StartRow, measure_start
 
-PARTS = ("engine", "path", "start")
+PARTS = ("engine", "path", "gateway", "start")
+# Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
+GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
 
 
 def main() -> None:
@@ -53,6 +56,12 @@ def main() -> None:
                 streams = max(options.concurrent)
                 rows = [measure_path(name, path, streams=streams, **lengths) for name, path in checkpoints.items()]
                 console.print(_path_table(rows))
+            elif part == "gateway":
+                rows = [measure_gateway(*load) for load in GATEWAY_LOADS]
+                console.print(_gateway_table(rows))
+                flood = measure_flood(10_000, max_waiting=100)
+                console.print(_flood_table(flood))
+                rows.append(flood)
             else:
                 rows = [measure_start(options.rounds)]
                 console.print(_start_table(rows[0]))
@@ -102,6 +111,38 @@ def _path_table(rows: list[PathRow]) -> Table:
             f"{row.engine_first_token_s * 1e3:.1f} ms",
             "yes" if row.same_tokens else "NO",
         )
+    return table
+
+
+def _gateway_table(rows: list[GatewayRow]) -> Table:
+    table = Table(title="Processor time of a gateway for each streamed message, beside a bare gRPC server's")
+    for heading in ("streams", "step", "tokens/s", "messages/token", "us/message", "bare us/message", "us/token"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.streams),
+            f"{row.step_ms:g} ms",
+            f"{row.tokens_per_s:.0f}",
+            f"{row.messages_per_token:.2f}",
+            f"{row.cpu_us_per_message:.1f}",
+            f"{row.bare_us_per_message:.1f}",
+            f"{row.cpu_us_per_token:.1f}",
+        )
+    return table
+
+
+def _flood_table(row: FloodRow) -> Table:
+    table = Table(title="A flood of requests into a queue that takes a hundred")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("requests, and the seconds in which they were sent", f"{row.requests} in {row.sent_in_s:.1f} s")
+    table.add_row("accepted", str(row.accepted))
+    table.add_row("refused by the gateway", str(row.refused))
+    table.add_row("turned away by gRPC's limit on streams", str(row.turned_away))
+    table.add_row(
+        "from sending to refusal, median and 99 %", f"{row.refusal_p50_ms:.0f} and {row.refusal_p99_ms:.0f} ms"
+    )
+    table.add_row("processor time of the gateway for each", f"{row.cpu_us_per_request:.0f} us")
     return table
 
 

@@ -1,24 +1,30 @@
-"""What a gateway process spends on each message it streams: processor time, not wall time.
+"""What a gateway process spends on each message it streams, and how it takes a flood of requests.
 
-A feeder in place of a worker logs one token of every stream at each step, as fast as it is told to, and a caller reads
-all streams. Gateway, feeder and caller are processes of their own, so the figure is the gateway's alone.
+A feeder in place of a worker logs one token of every stream at each step, and a caller reads all streams. Gateway,
+feeder and caller are processes of their own, so the figure is the gateway's alone: processor time, not wall time.
+Beside it stands a bare gRPC server that writes messages of the same size to as many streams and does nothing else:
+what is left between the two is ours.
 
     python -m bench.gateway feed URL STREAMS TOKENS STEP_S     is the feeder
+    python -m bench.gateway bare STREAMS TOKENS STEP_S         is the bare server
 """
 
 import asyncio
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import psutil
+import uvloop
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2
 from oasst_cli.valkey import find_server
@@ -26,9 +32,11 @@ from oasst_jobs import ClaimedJob, Claimer, PushItem, QueueClient, connect
 
 from bench.checkpoints import DEMO
 
-__all__ = ["GatewayRow", "measure_gateway"]
+__all__ = ["FloodRow", "GatewayRow", "measure_flood", "measure_gateway"]
 
 MODEL = "measured"
+CHAT_STREAM = "/oasst.v1.ChatService/ChatStream"
+CHAT = "/oasst.v1.ChatService/Chat"
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,49 @@ class GatewayRow:
     messages_per_token: float  # Below 1 where tokens that waited together left together.
     cpu_us_per_message: float
     cpu_us_per_token: float
+    bare_us_per_message: float  # Of a server that only writes.
+
+
+@dataclass(frozen=True)
+class FloodRow:
+    requests: int
+    sent_in_s: float
+    accepted: int
+    refused: int  # By the gateway, with the time to come back.
+    turned_away: int  # By gRPC itself, as more streams than a connection may have; a client's retry comes again.
+    refusal_p50_ms: float  # From sending to the refusal.
+    refusal_p99_ms: float
+    cpu_us_per_request: float
 
 
 def measure_gateway(streams: int, tokens: int, step_s: float) -> GatewayRow:
     """All streams at once, from the first token of the first to the end of the last."""
-    with running_gateway() as (process, address, url):
-        command = [sys.executable, "-m", "bench.gateway", "feed", url, str(streams), str(tokens), str(step_s)]
-        with subprocess.Popen(command) as feeder:
-            try:
-                return asyncio.run(_read_all(process, address, streams, tokens, step_s))
-            finally:
-                feeder.terminate()
+    numbers = [str(streams), str(tokens), str(step_s)]
+    with contextlib.ExitStack() as exits:
+        bare = _start(exits, sys.executable, "-m", "bench.gateway", "bare", *numbers)
+        address = _first_line(bare)
+        cpu_s, _, num_messages = asyncio.run(_read_all(psutil.Process(bare.pid), address, streams, tokens))
+        bare_us = cpu_s / num_messages * 1e6
+    with running_gateway() as (process, address, url), contextlib.ExitStack() as exits:
+        _start(exits, sys.executable, "-m", "bench.gateway", "feed", url, *numbers)
+        cpu_s, elapsed_s, num_messages = asyncio.run(_read_all(process, address, streams, tokens))
+    num_tokens = streams * tokens
+    return GatewayRow(
+        streams=streams,
+        step_ms=step_s * 1e3,
+        tokens_per_s=num_tokens / elapsed_s,
+        messages_per_token=num_messages / num_tokens,
+        cpu_us_per_message=cpu_s / num_messages * 1e6,
+        cpu_us_per_token=cpu_s / num_tokens * 1e6,
+        bare_us_per_message=bare_us,
+    )
+
+
+def measure_flood(requests: int, *, max_waiting: int) -> FloodRow:
+    """So many requests in a second, into a queue that takes few of them and has no worker."""
+    options = ["--max-waiting-jobs", str(max_waiting), "--max-open-chats", str(requests)]
+    with running_gateway(*options) as (process, address, _):
+        return asyncio.run(_flood(process, address, requests))
 
 
 @contextlib.contextmanager
@@ -66,8 +106,7 @@ def running_gateway(*options: str) -> Iterator[tuple[psutil.Process, str, str]]:
             *(sys.executable, "-m", "oasst_gateway", "--model", str(DEMO), "--model-name", MODEL, "--redis-url", url),
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--log-level", "warning", *options),
         )
-        line = gateway.stdout.readline() if gateway.stdout else ""
-        yield psutil.Process(gateway.pid), json.loads(line)["listen"], url
+        yield psutil.Process(gateway.pid), json.loads(_first_line(gateway))["listen"], url
 
 
 def _start(exits: contextlib.ExitStack, *command: str) -> subprocess.Popen[str]:
@@ -76,15 +115,21 @@ def _start(exits: contextlib.ExitStack, *command: str) -> subprocess.Popen[str]:
     return process
 
 
-async def _read_all(process: psutil.Process, address: str, streams: int, tokens: int, step_s: float) -> GatewayRow:
+def _first_line(process: subprocess.Popen[str]) -> str:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise RuntimeError(f"it did not start: exit code {process.wait()}")
+    return line.strip()
+
+
+async def _read_all(process: psutil.Process, address: str, streams: int, tokens: int) -> tuple[float, float, int]:
+    """Processor seconds of the server, seconds, messages."""
     async with grpc.aio.insecure_channel(address) as channel:
         # Bytes are enough here: what the caller spends is not measured, but it must keep up.
-        chat_stream = channel.unary_stream(
-            "/oasst.v1.ChatService/ChatStream", request_serializer=chat_pb2.ChatRequest.SerializeToString
-        )
+        chat_stream = channel.unary_stream(CHAT_STREAM, request_serializer=chat_pb2.ChatRequest.SerializeToString)
         calls = [chat_stream(_request(tokens)) for _ in range(streams)]
         for call in calls:
-            await call.read()  # `accepted`; the feeder begins once it has claimed all.
+            await call.read()  # `accepted`; tokens begin once all are there.
         num_messages = 0
 
         async def read(call: grpc.aio.UnaryStreamCall) -> None:
@@ -94,15 +139,51 @@ async def _read_all(process: psutil.Process, address: str, streams: int, tokens:
 
         busy_s, started_s = _cpu_s(process), time.perf_counter()
         await asyncio.gather(*map(read, calls))
-        busy_s, elapsed_s = _cpu_s(process) - busy_s, time.perf_counter() - started_s
-    num_tokens = streams * tokens
-    return GatewayRow(
-        streams=streams,
-        step_ms=step_s * 1e3,
-        tokens_per_s=num_tokens / elapsed_s,
-        messages_per_token=num_messages / num_tokens,
-        cpu_us_per_message=busy_s / num_messages * 1e6,
-        cpu_us_per_token=busy_s / num_tokens * 1e6,
+        return _cpu_s(process) - busy_s, time.perf_counter() - started_s, num_messages
+
+
+async def _flood(process: psutil.Process, address: str, requests: int) -> FloodRow:
+    refusal_s: list[float] = []
+    codes: Counter[grpc.StatusCode] = Counter()
+    async with grpc.aio.insecure_channel(address) as channel:
+        chat = channel.unary_unary(CHAT, request_serializer=chat_pb2.ChatRequest.SerializeToString)
+
+        async def ask() -> None:
+            sent_s = time.perf_counter()
+            try:
+                await chat(_request(16))
+            except grpc.aio.AioRpcError as error:
+                codes[error.code()] += 1
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    refusal_s.append(time.perf_counter() - sent_s)
+
+        busy_s, started_s = _cpu_s(process), time.perf_counter()
+        calls = []
+        for index in range(requests):
+            calls.append(asyncio.create_task(ask()))
+            # Evenly over the second, as far as the sender keeps up.
+            await asyncio.sleep(max(0.0, started_s + index / requests - time.perf_counter()))
+        sent_in_s = time.perf_counter() - started_s
+        # Whoever was accepted waits for a worker that never comes.
+        num_answered = -1
+        while num_answered != len(refusal_s):
+            num_answered = len(refusal_s)
+            await asyncio.sleep(0.5)
+        cpu_s = _cpu_s(process) - busy_s
+        num_accepted = requests - codes.total()
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    cuts = statistics.quantiles(refusal_s, n=100)
+    return FloodRow(
+        requests=requests,
+        sent_in_s=sent_in_s,
+        accepted=num_accepted,
+        refused=codes[grpc.StatusCode.RESOURCE_EXHAUSTED],
+        turned_away=codes[grpc.StatusCode.UNAVAILABLE],
+        refusal_p50_ms=cuts[49] * 1e3,
+        refusal_p99_ms=cuts[98] * 1e3,
+        cpu_us_per_request=cpu_s / requests * 1e6,
     )
 
 
@@ -145,6 +226,49 @@ def _item(job: ClaimedJob, position: int, *, is_last: bool) -> PushItem:
     )
 
 
+async def _serve_bare(streams: int, tokens: int, step_s: float) -> None:
+    """Writes a message of a token's size to each stream at each step, once all streams are there."""
+    message = _item_event().SerializeToString()
+    inboxes: list[asyncio.Queue[bytes]] = []
+    are_all_there = asyncio.Event()
+
+    async def stream(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        inboxes.append(inbox)
+        await context.write(message)
+        if len(inboxes) == streams:
+            are_all_there.set()
+        for _ in range(tokens):
+            await context.write(await inbox.get())
+
+    server = grpc.aio.server()
+    handler = grpc.unary_stream_rpc_method_handler(stream)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("oasst.v1.ChatService", {"ChatStream": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await are_all_there.wait()
+    due_s = time.perf_counter()
+    for _ in range(tokens):
+        for inbox in inboxes:
+            inbox.put_nowait(message)
+        due_s += step_s
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+    await server.wait_for_termination()
+
+
+def _item_event() -> chat_pb2.ChatEvent:
+    delta = generation_pb2.Delta(position=1000, text=" token", token_ids=[1000])
+    return chat_pb2.ChatEvent(next_position=1000, delta=delta)
+
+
 if __name__ == "__main__":
-    _, _, queue_url, num_streams, num_tokens, pause_s = sys.argv
-    asyncio.run(_feed(queue_url, int(num_streams), int(num_tokens), float(pause_s)))
+    role, *arguments = sys.argv[1:]
+    num_streams, num_tokens, pause_s = int(arguments[-3]), int(arguments[-2]), float(arguments[-1])
+    if role == "feed":
+        asyncio.run(_feed(arguments[0], num_streams, num_tokens, pause_s))
+    else:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_bare(num_streams, num_tokens, pause_s))

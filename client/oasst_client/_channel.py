@@ -104,10 +104,12 @@ def call_metadata(
 def channel_options(
     tls: Tls | bool | None = None, extra: Sequence[tuple[str, str | int]] = ()
 ) -> list[tuple[str, str | int]]:
-    """The channel options of this package, those of the caller last so that they win."""
-    server_name = tls.server_name if isinstance(tls, Tls) else None
-    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
-    return [*_OPTIONS, *named, *extra]
+    """The channel options of this package; the caller's own stand in place of those of the same name."""
+    merged = dict(_OPTIONS)
+    if isinstance(tls, Tls) and tls.server_name:
+        merged["grpc.ssl_target_name_override"] = tls.server_name
+    merged.update(extra)  # gRPC itself would take the first of two.
+    return list(merged.items())
 
 
 def _stays_here(address: str) -> bool:

@@ -1,6 +1,8 @@
 """Who is let into the queue, and when to come back if not. The policy is pure: numbers in, numbers out."""
 
+import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +17,10 @@ __all__ = ["Admission", "Outlook", "SpeedEstimate"]
 _MIN_RETRY_AFTER_S = 0.2
 _MAX_RETRY_AFTER_S = 30.0
 _RETRY_AFTER_WITHOUT_SPEED_S = 1.0
+# In a flood, more calls at once would only wait for each other's connections, and then fail for having waited.
+_SUBMISSIONS_AT_ONCE = 32
+# For so long a queue that was full is taken to be so still, without asking.
+_STAYS_FULL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +84,27 @@ class Admission:
         *,
         look_out: Callable[[], Outlook],
         worker_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
         draw_spread: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # Protects nothing.
     ) -> None:
         """`worker_wait_s` is how soon a worker can be expected while there is none."""
         self._submitter = submitter
         self._look_out = look_out
         self._worker_wait_s = worker_wait_s
+        self._clock = clock
         self._draw_spread = draw_spread
+        self._turn = asyncio.Semaphore(_SUBMISSIONS_AT_ONCE)
+        self._full: QueueFullError | None = None  # What the queue said when it was full last.
+        self._full_until_s = 0.0
+
+    def check_open(self) -> None:
+        """The queue may have a place. Costs nothing, so that a flood is turned away before it is read.
+
+        Raises:
+            RefusedError: it had none just now.
+        """
+        if self._full is not None and self._clock() < self._full_until_s:
+            raise self._queue_full(self._full)
 
     async def submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool = True) -> Submitted:
         """The request is in the queue.
@@ -93,6 +113,11 @@ class Admission:
             NoWorkerError, RefusedError: it is not, and tells when to come back.
             RequestConflictError, QueueUnavailableError
         """
+        async with self._turn:
+            self.check_open()
+            return await self._submit(prepared, tenant, is_watched=is_watched)
+
+    async def _submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool) -> Submitted:
         outlook = self._look_out()
         remaining_s = None if prepared.timeout_ms is None else prepared.timeout_ms / 1000
         if not outlook.has_workers and remaining_s is not None and remaining_s < self._worker_wait_s:
@@ -108,17 +133,21 @@ class Admission:
                 max_tokens_ahead=outlook.max_tokens_ahead(remaining_s),
             )
         except QueueFullError as error:
-            message = f"the queue is full: {error.waiting_jobs} requests with {error.waiting_tokens} tokens wait"
-            raise self._refused("QUEUE_FULL", message, outlook, error.waiting_tokens) from error
+            self._full, self._full_until_s = error, self._clock() + _STAYS_FULL_S
+            raise self._queue_full(error) from error
         except TenantFullError as error:
             message = f"this tenant's share of the queue is full: {error.waiting_jobs} of its requests wait"
-            raise self._refused("TENANT_LIMIT", message, outlook, error.waiting_tokens) from error
+            raise self._refused("TENANT_LIMIT", message, error.waiting_tokens) from error
         except TooMuchAheadError as error:
             message = f"{error.jobs_ahead} requests are ahead, which takes longer than this one's deadline allows"
-            raise self._refused("DEADLINE_UNREACHABLE", message, outlook, error.tokens_ahead) from error
+            raise self._refused("DEADLINE_UNREACHABLE", message, error.tokens_ahead) from error
 
-    def _refused(self, reason: str, message: str, outlook: Outlook, waiting_tokens: int) -> RefusedError:
-        retry_after_s = outlook.retry_after_s(waiting_tokens, spread=self._draw_spread())
+    def _queue_full(self, error: QueueFullError) -> RefusedError:
+        message = f"the queue is full: {error.waiting_jobs} requests with {error.waiting_tokens} tokens wait"
+        return self._refused("QUEUE_FULL", message, error.waiting_tokens)
+
+    def _refused(self, reason: str, message: str, waiting_tokens: int) -> RefusedError:
+        retry_after_s = self._look_out().retry_after_s(waiting_tokens, spread=self._draw_spread())
         return RefusedError(reason, message, retry_after_s=retry_after_s)
 
 

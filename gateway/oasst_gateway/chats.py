@@ -111,6 +111,7 @@ class Chats:
             InvalidRequestError, NotTrustedError, NoWorkerError, RefusedError, QueueError: the request was not accepted.
         """
         with self._opened():
+            self._admission.check_open()
             meter = ChatMeter(self._metrics)
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
@@ -122,6 +123,7 @@ class Chats:
 
     async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant) -> chat_pb2.Accepted:
         """The request is in the queue, and nobody needs to watch it. Raises what `open` raises."""
+        self._admission.check_open()
         # The RPC's own deadline is for being accepted, not for the answer.
         prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
         return await self._submit(prepared, tenant, is_watched=False)
@@ -353,7 +355,11 @@ class Chats:
     def _depart(self, job_id: str) -> None:
         task = asyncio.create_task(self._unwatch_until_heard(job_id))
         self._departures[job_id] = task
-        task.add_done_callback(lambda _: self._departures.pop(job_id))
+        task.add_done_callback(functools.partial(self._forget_departure, job_id))
+
+    def _forget_departure(self, job_id: str, departure: asyncio.Task[None]) -> None:
+        if self._departures.get(job_id) is departure:  # And not a later one.
+            del self._departures[job_id]
 
     async def _unwatch_until_heard(self, job_id: str) -> None:
         """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+from oasst_jobs import Durability, ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -32,8 +33,7 @@ def _check_address(address: str) -> str:
 
 
 def _check_redis_url(url: str) -> str:
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ValueError("must begin with redis://, rediss:// or unix://")
+    ServerAddress.parse(url)
     return url
 
 
@@ -62,6 +62,10 @@ class GatewaySettings(BaseSettings):
     model_name: str | None = Field(None, description="Name callers know the model by. Unset: hub id or folder name.")
     redis_url: Annotated[str, AfterValidator(_check_redis_url)] = Field(
         "redis://127.0.0.1:6379/0", description="Where the queue is."
+    )
+    queue_shards: int = Field(1, ge=1, le=1024, description="Parts of the queue; the same for all its processes.")
+    durability: Durability = Field(
+        Durability.LOCAL, description="Whether a request is accepted once Redis has it, or once a replica has it too."
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
     metrics: bool = Field(True, description="Whether metrics are served.")

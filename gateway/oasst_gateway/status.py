@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # without stubs
 from grpc_status import rpc_status  # type: ignore[import-untyped]  # without stubs
-from oasst_jobs import QueueError, QueueUnavailableError, RequestConflictError
+from oasst_jobs import PoisonedPromptError, QueueError, QueueUnavailableError, RequestConflictError
 
 from oasst_gateway.errors import (
     ChatFailedError,
@@ -107,6 +107,10 @@ def _not_trusted(error: NotTrustedError) -> RpcStatus:
     return RpcStatus(grpc.StatusCode.PERMISSION_DENIED, "NOT_TRUSTED", str(error))
 
 
+def _poisoned(error: PoisonedPromptError) -> RpcStatus:
+    return RpcStatus(grpc.StatusCode.ABORTED, "POISON", str(error))
+
+
 def _conflict(error: RequestConflictError) -> RpcStatus:
     message = "another request has this request_id; a retry must be the same request"
     return RpcStatus(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_CONFLICT", message)
@@ -147,6 +151,7 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., RpcStatus]], ...] = (
     (RefusedError, _refused),
     (UnimplementedRpcError, _unimplemented),
     (RequestConflictError, _conflict),
+    (PoisonedPromptError, _poisoned),
     (QueueUnavailableError, _queue_unavailable),
     (QueueError, _internal),
     (GatewayError, _internal),

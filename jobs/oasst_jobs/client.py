@@ -10,7 +10,7 @@ from typing import TypeVar
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.connection import RedisClient, check_server
-from oasst_jobs.functions import Shard
+from oasst_jobs.functions import WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
     DeadLetter,
@@ -101,10 +101,11 @@ class QueueClient:
         return self._over_all_shards(await self.shard_of(job_id).attach(job_id, gateway_id))
 
     async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
-        """Puts off the end of jobs that the gateway watches."""
+        """Puts off the end of any number of jobs that the gateway watches."""
 
         async def keep_watching(shard: Shard, part: Sequence[str]) -> list[None]:
-            await shard.keep_watching(gateway_id, part)
+            for start in range(0, len(part), WATCHED_PER_CALL):
+                await shard.keep_watching(gateway_id, part[start : start + WATCHED_PER_CALL])
             return [None] * len(part)
 
         await self._by_shard(job_ids, lambda job_id: job_id, keep_watching)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
-from oasst_jobs.functions import WATCHED_PER_CALL
 from oasst_jobs.records import (
     Durability,
     JobSnapshot,
@@ -100,8 +99,7 @@ class Submitter:
         """This gateway goes on watching the jobs. To be said every few seconds; after a minute of silence it counts as
         gone.
         """
-        for start in range(0, len(job_ids), WATCHED_PER_CALL):
-            await self._client.keep_watching(self._gateway_id, job_ids[start : start + WATCHED_PER_CALL])
+        await self._client.keep_watching(self._gateway_id, job_ids)
 
     async def unwatch(self, job_id: str) -> JobState | None:
         """This gateway does not watch the job any more; if nobody does, the job's grace begins. Tells its state."""

@@ -1,6 +1,7 @@
 """Who is let in, and what those are told who are not."""
 
 import asyncio
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -101,6 +102,27 @@ async def test_a_hundred_at_once_fill_the_queue_to_its_limit_and_no_further(
         assert len(answers) - len(refusals) == 10 == (await queue.load()).waiting_jobs
         assert {refusal.reason for refusal in refusals} == {"QUEUE_FULL"}
         assert all(refusal.retry_after_s is not None for refusal in refusals)
+
+
+async def test_whoever_comes_just_after_the_queue_was_full_is_not_even_read(
+    model: ServedModel, valkey_url: str, queue: QueueClient
+) -> None:
+    """A request that is wrong as well: what is told shows what was looked at first."""
+    async with start_gateway(model, valkey_url, max_waiting_jobs=1) as gateway:
+        await gateway.chat.SubmitChat(ask("Hello!", request_id="r-1"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await gateway.chat.SubmitChat(ask("Hello!"))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.SubmitChat(chat_pb2.ChatRequest())
+        assert details_of(refused.value).reason == "QUEUE_FULL"
+        await gateway.chat.CancelChat(chat_pb2.CancelChatRequest(request_id="r-1"))
+
+        async def is_let_in() -> bool:
+            with suppress(grpc.aio.AioRpcError):
+                return bool(await gateway.chat.SubmitChat(ask("Hello!", request_id="r-2")))
+            return False
+
+        await eventually(is_let_in)
 
 
 async def test_a_worker_of_another_model_is_no_worker(

@@ -100,7 +100,11 @@ def test_redis_that_is_not_there_stops_the_start_with_one_sentence(checkpoint: P
         ([], "--model (or OASST_GATEWAY_MODEL) is required"),
         (["--model", "m", "--listen", "here"], "--listen: must be HOST:PORT with a port from 0 to 65535"),
         (["--model", "m", "--listen", "host:70000"], "--listen: must be HOST:PORT with a port from 0 to 65535"),
-        (["--model", "m", "--redis-url", "http://x"], "--redis-url: must begin with redis://, rediss:// or unix://"),
+        (
+            ["--model", "m", "--redis-url", "http://x"],
+            "--redis-url: must begin with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+            " (rediss+... for TLS)",
+        ),
         (["--model", "m", "--max-choices", "0"], "--max-choices: Input should be greater than or equal to 1"),
         (["--model", "m", "--log-level", "loud"], "--log-level: Input should be 'debug', 'info', 'warning' or 'error'"),
     ],

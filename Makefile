@@ -8,6 +8,9 @@ run: .venv/all            ## Start the whole stack on this machine and chat with
 test: .venv/dev           ## Run the tests
 	$(BIN)/pytest
 
+fuzz: .venv/dev           ## Fuzz the queue with many seeds
+	$(BIN)/pytest -m fuzz tests/jobs
+
 lint: .venv/dev           ## Check style, types and the protobuf files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -41,4 +44,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint format proto demo bench clean help
+.PHONY: run test fuzz lint format proto demo bench clean help

@@ -18,9 +18,10 @@ from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import OURS, EngineRow, measure_engine
 from bench.gateway import FloodRow, GatewayRow, measure_flood, measure_gateway
 from bench.path import PathRow, measure_path
+from bench.queue import QueueFigures, measure_queue
 from bench.start import StartRow, measure_start
 
-PARTS = ("engine", "path", "gateway", "start")
+PARTS = ("engine", "path", "gateway", "queue", "start")
 # Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
 GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 100_000], help="jobs that wait, for queue")
     parser.add_argument("--json", type=Path, help="also writes the figures to this file")
     options = parser.parse_args()
 
@@ -62,6 +64,10 @@ def main() -> None:
                 flood = measure_flood(10_000, max_waiting=100)
                 console.print(_flood_table(flood))
                 rows.append(flood)
+            elif part == "queue":
+                waiting = tuple(options.waiting)
+                rows = [measure_queue(streams=(1, 8, 32, 128), waiting_jobs=waiting, rounds=options.rounds)]
+                console.print(_queue_table(rows[0]))
             else:
                 rows = [measure_start(options.rounds)]
                 console.print(_start_table(rows[0]))
@@ -154,6 +160,23 @@ def _start_table(row: StartRow) -> Table:
     table.add_row("from there to everything stopped", f"{row.stopped_s:.1f} s")
     for process, mib in row.resident_mib.items():
         table.add_row(f"resident memory of {process}", f"{mib:.0f} MiB")
+    return table
+
+
+def _queue_table(figures: QueueFigures) -> Table:
+    table = Table(title=f"Queue alone on {figures.server}, append-only file synced every second")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for push in figures.pushes:
+        table.add_row(f"server per token, {push.streams} streams", f"{push.server_us_per_token:.1f} us")
+        table.add_row(f"worker per token, {push.streams} streams", f"{push.worker_us_per_token:.1f} us")
+    for claim in figures.claims:
+        table.add_row(f"claim, {claim.waiting_jobs:,} jobs waiting", f"{claim.claim_us:.0f} us")
+        table.add_row(f"submit, {claim.waiting_jobs:,} jobs waiting", f"{claim.submit_us:.0f} us")
+    table.add_row("memory of a waiting job of 128 tokens", f"{figures.memory.bytes_per_waiting_job:.0f} bytes")
+    table.add_row("memory of a logged token", f"{figures.memory.bytes_per_logged_token:.0f} bytes")
+    for name, value_ms in figures.claimed_after_ms.items():
+        table.add_row(f"submit to claim by an idle worker, {name}", f"{value_ms:.1f} ms")
     return table
 
 

@@ -36,11 +36,16 @@ class ValkeyServer:
         self._prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
 
+    @staticmethod
+    def binary() -> str:
+        """What to start for a server of another kind, such as a sentinel."""
+        return str(_find_binary())
+
     def start(self) -> None:
         """The server answers."""
         command = [
             *self._prefix,
-            str(_find_binary()),
+            self.binary(),
             *("--port", "0", "--unixsocket", str(self._folder / "valkey.sock"), "--unixsocketperm", "700"),
             *("--dir", str(self._folder), "--appendonly", "yes", "--appendfsync", "no", "--save", ""),
             *("--maxmemory-policy", "noeviction", "--logfile", str(self._folder / "valkey.log")),

@@ -37,6 +37,11 @@ class Queue:
         await until(lambda: self._has_ended(job_id))
         return await self.log(job_id)
 
+    async def charge(self, job_id: str) -> int:
+        """How much the job is suspected of killing workers."""
+        key = f"{self.client.shard_of(job_id).keys.root}:job:{job_id}"
+        return int(await self.client.redis.hget(key, "charge") or 0)
+
     async def lose_lease(self, job_id: str) -> None:
         """The job's worker was silent for longer than its lease, and the job waits again."""
 

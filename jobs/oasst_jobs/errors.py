@@ -153,8 +153,10 @@ _REASON_OF_CLASS: tuple[tuple[type[Exception], UnavailableReason], ...] = (
 def translate(error: redis.exceptions.RedisError | redis.exceptions.RedisClusterException) -> QueueError:
     """Our error for one of the client library's; a plain QueueError is a defect, not a state of the server."""
     message = f"Redis: {str(error) or type(error).__name__}"
+    # What a server says to a new connection comes wrapped into "no connection".
+    refusal = error.__cause__ if type(error) is redis.exceptions.ConnectionError else None
     for error_class, reason in _REASON_OF_CLASS:
-        if isinstance(error, error_class):
+        if isinstance(error, error_class) or isinstance(refusal, error_class):
             return QueueUnavailableError(reason, message)
     if str(error).lower().startswith(_MISSING_LIBRARY):
         return LibraryMissingError(message)

@@ -375,6 +375,8 @@ local function enqueue(keys, args)
     if gateway ~= '' then
       add_watcher(shard, id, gateway)
     end
+    -- A write in any case: WAIT on this connection is to cover the job, which another connection may have written.
+    redis.call('HSET', job_key, 'digest', known.digest)
     local jobs_ahead, tokens_ahead = ahead_of(shard, id, known)
     return { 'accepted', 0, known.state, jobs_ahead, tokens_ahead, known.job }
   end

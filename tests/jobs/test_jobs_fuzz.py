@@ -28,15 +28,17 @@ from oasst_jobs import (
     QueueClient,
     QueueLimits,
     QueueUnavailableError,
+    Reconciler,
     Submitter,
     Sweeper,
+    TenantPolicy,
     connect,
-    job_id_for,
 )
 
 LEASE_MS = 150
 NUM_WORKERS = 5
 GATEWAYS = ("gateway-1", "gateway-2")
+POLICIES = {"a": TenantPolicy(weight=0.5), "b": TenantPolicy(), "c": TenantPolicy(weight=4.0)}
 
 
 def length_of(job_id: str) -> int:
@@ -160,7 +162,8 @@ async def read_whole(inbox: Inbox, submitter: Submitter, job: job_pb2.Job, timeo
     """Submits the job and checks its stream to the end."""
     position = 0
     async with inbox.subscribe(job.job_id) as subscription:
-        await until_answered(lambda: submitter.submit(job, digest=b"digest", timeout_ms=timeout_ms))
+        policy = POLICIES[job.tenant]
+        await until_answered(lambda: submitter.submit(job, digest=b"digest", timeout_ms=timeout_ms, policy=policy))
         async for news in subscription:
             if isinstance(news, job_pb2.Outcome):
                 outcome = news
@@ -204,16 +207,23 @@ async def kill_now_and_then(valkey, dice: random.Random, events: Counter[str]) -
     await asyncio.Event().wait()
 
 
+# Seed, jobs, shards, and whether Redis dies as well. The long runs are for `make fuzz`.
+QUICK_RUNS = [(1, 250, 1, False), (2, 250, 3, False), (3, 150, 1, True), (4, 150, 2, True)]
+LONG_RUNS = [(seed, 300, 1 + seed % 3, seed % 2 == 0) for seed in range(11, 51)]
+
+
 @pytest.mark.parametrize(
-    ("seed", "num_jobs", "dies"),
-    [(1, 250, False), (2, 250, False), (3, 150, True), (4, 150, True)],
+    ("seed", "num_jobs", "num_shards", "dies"),
+    [*QUICK_RUNS, *(pytest.param(*run, marks=pytest.mark.fuzz) for run in LONG_RUNS)],
 )
-async def test_every_stream_is_whole_whatever_dies(valkey, seed: int, num_jobs: int, dies: bool) -> None:
+async def test_every_stream_is_whole_whatever_dies(
+    valkey, seed: int, num_jobs: int, num_shards: int, dies: bool
+) -> None:
     dice = random.Random(seed)
     redis_client = connect(valkey.url)
     lossy = LossyRedis(connection_pool=redis_client.connection_pool)
     lossy.dice = dice
-    client = QueueClient(lossy)
+    client = QueueClient(lossy, num_shards=num_shards)
     await until_answered(client.check_server)
 
     inboxes = {gateway: Inbox(client, gateway_id=gateway, recheck_s=0.3) for gateway in GATEWAYS}
@@ -222,8 +232,15 @@ async def test_every_stream_is_whole_whatever_dies(valkey, seed: int, num_jobs: 
     events: Counter[str] = Counter()
     workers = [SimulatedWorker(client, f"worker-{number}", dice, events) for number in range(NUM_WORKERS)]
     sweepers = [Sweeper(client, interval_s=0.03, stall_s=0.25) for _ in range(2)]
+    reconciler = Reconciler(client, interval_s=0.02)
     jobs = [
-        make_job(f"{seed}-{number}", max_new_tokens=100, priority=dice.choice(chat_pb2.Priority.values()))
+        make_job(
+            f"{seed}-{number}",
+            prompt_tokens=1 + number,  # Each its own: a prompt that was poison is refused.
+            max_new_tokens=100,
+            priority=dice.choice(chat_pb2.Priority.values()),
+            tenant=dice.choice(sorted(POLICIES)),
+        )
         for number in range(num_jobs)
     ]
 
@@ -232,6 +249,7 @@ async def test_every_stream_is_whole_whatever_dies(valkey, seed: int, num_jobs: 
             *(inbox.run() for inbox in inboxes.values()),
             *(worker.run() for worker in workers),
             *(sweeper.run() for sweeper in sweepers),
+            reconciler.run(),
             cancel_some(submitters["gateway-1"], [job.job_id for job in jobs], dice),
             *([kill_now_and_then(valkey, dice, events)] if dies else []),
         ),
@@ -253,13 +271,14 @@ async def test_every_stream_is_whole_whatever_dies(valkey, seed: int, num_jobs: 
     assert events["kills of Redis" if dies else "FENCED"] > 0
 
     # What the readers saw is what is stored, once and for all, and no index remembers any of it.
-    plain = QueueClient(redis_client)
+    assert reconciler.num_repairs == 0
+    plain = QueueClient(redis_client, num_shards=num_shards)
     for job in jobs:
-        log = await plain.read(job_id_for("tenant", job.request_id), 0)
+        log = await plain.read(job.job_id, 0)
         assert log is not None
         assert log.state.is_terminal
         assert log.state is not JobState.FINISHED or log.end_position == length_of(job.job_id)
-    root = plain.shards[0].keys.root
-    assert await redis_client.exists(f"{root}:leases", f"{root}:deadlines", f"{root}:waiting_tokens") == 0
-    assert await redis_client.keys(f"{root}:waiting:*") == []
+    left = {key.decode().split(":")[2] for key in await redis_client.keys()}
+    expire = {"log", "flows", "claim", "suspects", "wake", "updates", "versions", "dead", "poison"}
+    assert left <= {"job", "counters", *expire}
     await redis_client.aclose()

@@ -36,7 +36,7 @@ KINDS = {
 async def live(
     submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
-    """Jobs end in every way there is; one waits and one runs."""
+    """Jobs end in every way there is; one runs; one waits, was passed over, and a worker keeps itself for it."""
     for request_id in ("finished", "failed", "cancelled", "expired", "running", "waiting"):
         timeout_ms = 60_000 if request_id == "expired" else None
         await submitter.submit(make_job(request_id), digest=b"digest", timeout_ms=timeout_ms, grace_ms=1_000)

@@ -39,9 +39,9 @@ class WatchedClaimer(Claimer):
         self.may_push = asyncio.Event()
         self.may_push.set()
 
-    async def claim(self, *, max_jobs: int, max_tokens: int) -> list[ClaimedJob]:
+    async def claim(self, **room) -> list[ClaimedJob]:
         self.is_claiming = True
-        claimed = await super().claim(max_jobs=max_jobs, max_tokens=max_tokens)
+        claimed = await super().claim(**room)
         self.is_claiming = False
         return claimed
 
@@ -310,17 +310,51 @@ async def test_a_job_with_more_choices_than_slots_are_free_waits_its_turn(queue,
     first = await queue.submit(make_job("first", n=3))
     await until(lambda: worker.consumer.num_sequences == 3)
     second = await queue.submit(make_job("second", n=2))
-    await until(lambda: worker.registry.get_sample_value("oasst_worker_claim_seconds_count") == 2)
-    await until(lambda: _is_waiting(queue, second))
-    assert worker.consumer.num_sequences == 3
+    third = await queue.submit(make_job("third"))
+    await until(lambda: worker.consumer.num_sequences == 4)
+    assert await queue.state(second) is JobState.WAITING
     worker.executor.allow(math.inf)
-    for job_id, n in ((first, 3), (second, 2)):
+    for job_id, n in ((first, 3), (second, 2), (third, 1)):
         log = await queue.ended(job_id)
         assert [text_of(log, choice) for choice in range(n)] == [expected_text(job_id, 16, i) for i in range(n)]
 
 
-async def _is_waiting(queue: Queue, job_id: str) -> bool:
-    return await queue.state(job_id) is JobState.WAITING
+async def test_a_job_that_is_to_run_alone_does(queue, start_worker):
+    job_id = await queue.submit(make_job("alone", max_new_tokens=30))
+    for number in range(2):
+        dying = Claimer(queue.client, worker_id=f"dying-{number}", model=MODEL, lease_ms=1)
+        assert len(await dying.claim(max_jobs=1, max_tokens=1000)) == 1
+        await queue.lose_lease(job_id)
+
+    worker = start_worker()
+    worker.executor.allow(3)
+    await until(lambda: worker.executor.num_steps == 3)
+    beside = await queue.submit(make_job("beside"))
+    await until(lambda: worker.consumer.num_sequences == 1)
+    worker.executor.allow(math.inf)
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 30)
+    assert text_of(await queue.ended(beside)) == expected_text(beside, 16)
+    assert worker.registry.get_sample_value("oasst_worker_batch_size_bucket", {"le": "1.0"}) == 46
+
+
+async def test_a_worker_that_dies_in_a_step_is_blamed_on_what_was_new_in_it(queue, start_worker):
+    worker = start_worker(lease_ms=LEASE_MS)
+    worker.executor.allow(5)
+    old = await queue.submit(make_job("old", max_new_tokens=40))
+    await until(lambda: worker.executor.num_steps == 5)
+    new = await queue.submit(make_job("new"))
+    await until(lambda: worker.consumer.num_sequences == 2)
+    await worker.die()
+    for job_id in (old, new):
+        await queue.lose_lease(job_id)
+    [claim] = [claim for claim in await _claim_all(queue) if claim.job_id == new]
+    assert claim.attempt == 2
+    assert await queue.charge(new) == 4
+    assert await queue.charge(old) == 0
+
+
+async def _claim_all(queue: Queue) -> list[ClaimedJob]:
+    return await Claimer(queue.client, worker_id="heir", model=MODEL).claim(max_jobs=9, max_tokens=10_000)
 
 
 async def test_an_idle_worker_takes_a_job_with_more_choices_than_it_has_slots(queue, start_worker):

@@ -153,7 +153,10 @@ async def test_an_unknown_option_stops_the_start_with_one_sentence_on_stderr():
     ("arguments", "sentence"),
     [
         ([], "--model (or OASST_WORKER_MODEL) is required"),
-        (["--model", "x", "--redis-url", "http://x"], "--redis-url: must begin with redis://, rediss:// or unix://"),
+        (
+            ["--model", "x", "--redis-url", "http://x"],
+            "--redis-url: must begin with redis://, rediss://, unix://, redis+sentinel://",
+        ),
         (["--model", "x", "--metrics-listen", "9000"], "--metrics-listen: must be HOST:PORT"),
         (["--model", "x", "--kv-tokens", "0"], "--kv-tokens: Input should be greater than or equal to 1"),
         (["--model", "x", "--dtype", "int8"], "--dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),

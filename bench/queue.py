@@ -1,0 +1,262 @@
+"""The queue alone, on a Valkey of its own: what tokens, claims and waiting jobs cost, and how soon a job is claimed."""
+
+import asyncio
+import itertools
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis.asyncio
+from oasst.jobs.v1 import job_pb2
+from oasst.v1 import generation_pb2
+from oasst_cli.valkey import find_server
+from oasst_jobs import (
+    JOB_VERSION,
+    ClaimedJob,
+    Claimer,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueLimits,
+    Submitter,
+    connect,
+    job_id_for,
+)
+
+__all__ = ["ClaimRow", "MemoryRow", "PushRow", "QueueFigures", "measure_queue"]
+
+_MODEL = "measured"
+_PROMPT_TOKENS = 128
+_STEP_S = 0.025  # Of a worker of 40 steps a second, which says how many pushes share the renewal of a lease.
+_LEASE_MS = 4_000
+_SUBMITS_AT_ONCE = 200
+_NUM_CALLS = 300
+_START_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class PushRow:
+    """Tokens of so many streams, one each in every push."""
+
+    streams: int
+    server_us_per_token: float  # Processor time.
+    worker_us_per_token: float  # Processor time of building, packing and sending the push.
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One claim and one submit with so many jobs waiting."""
+
+    waiting_jobs: int
+    claim_us: float  # Processor time of the server.
+    submit_us: float
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    bytes_per_waiting_job: float
+    bytes_per_logged_token: float
+
+
+@dataclass(frozen=True)
+class QueueFigures:
+    server: str
+    pushes: list[PushRow]
+    claims: list[ClaimRow]
+    memory: MemoryRow
+    claimed_after_ms: dict[str, float]  # From the begin of a submit to the end of an idle worker's claim.
+
+
+def measure_queue(*, streams: tuple[int, ...], waiting_jobs: tuple[int, ...], rounds: int) -> QueueFigures:
+    """Medians of so many rounds. A million waiting jobs take a minute to submit, and 1.5 GB."""
+    return asyncio.run(_measure(streams, waiting_jobs, rounds))
+
+
+async def _measure(streams: tuple[int, ...], waiting_jobs: tuple[int, ...], rounds: int) -> QueueFigures:
+    async with _fresh_queue() as queue:
+        server = await queue.version()
+    return QueueFigures(
+        server,
+        pushes=[await _median_push(number, rounds) for number in streams],
+        claims=await _claims(waiting_jobs),
+        memory=await _memory(),
+        claimed_after_ms=await _claimed_after_ms(),
+    )
+
+
+class _Queue:
+    """A queue on a server that does nothing else."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self.redis = client
+        self.client = QueueClient(client)
+        limits = QueueLimits(max_waiting_jobs=None)
+        self.submitter = Submitter(self.client, gateway_id="gateway", limits=limits)
+        self.claimer = Claimer(self.client, worker_id="worker", model=_MODEL, lease_ms=120_000)
+        self._numbers = itertools.count()
+
+    async def version(self) -> str:
+        info = await self.redis.info("server")
+        return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
+
+    async def submit(self, number: int) -> None:
+        """So many jobs wait more, of 100 tenants."""
+        for start in range(0, number, _SUBMITS_AT_ONCE):
+            await asyncio.gather(*(self._submit_one() for _ in range(min(_SUBMITS_AT_ONCE, number - start))))
+
+    async def _submit_one(self) -> None:
+        number = next(self._numbers)
+        tenant = f"tenant {number % 100}"
+        job = job_pb2.Job(
+            version=JOB_VERSION,
+            job_id=job_id_for(tenant, str(number)),
+            tenant=tenant,
+            model=_MODEL,
+            prompt_token_ids=range(1000, 1000 + _PROMPT_TOKENS),
+            sampling=generation_pb2.SamplingParams(temperature=1.0, top_p=0.9, seed=number),
+            limits=generation_pb2.GenerationLimits(max_new_tokens=256),
+            n=1,
+            request_id=str(number),
+        )
+        await self.submitter.submit(job, digest=bytes(32), timeout_ms=3_600_000)
+
+    async def server_s(self) -> float:
+        """Processor time that the server has used."""
+        info = await self.redis.info("cpu")
+        return float(info["used_cpu_user"] + info["used_cpu_sys"])
+
+    async def memory_bytes(self) -> int:
+        return int((await self.redis.info("memory"))["used_memory"])
+
+    async def log_bytes(self, claims: list[ClaimedJob]) -> int:
+        """Memory of these jobs' logs."""
+        root = self.client.shards[0].keys.root
+        return sum([await self.redis.memory_usage(f"{root}:log:{claim.job_id}", samples=0) for claim in claims])
+
+
+@asynccontextmanager
+async def _fresh_queue() -> AsyncIterator[_Queue]:
+    with tempfile.TemporaryDirectory(prefix="oasst-bench-") as folder:
+        socket = Path(folder) / "valkey.sock"
+        command = [
+            *(str(find_server()), "--port", "0", "--unixsocket", str(socket), "--dir", folder, "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"),
+        ]
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+        client = connect(f"unix://{socket}")
+        try:
+            await _wait_for(client)
+            yield _Queue(client)
+        finally:
+            await client.aclose()
+            process.kill()
+            await process.wait()
+
+
+async def _wait_for(client: redis.asyncio.Redis) -> None:
+    async with asyncio.timeout(_START_TIMEOUT_S):
+        while True:
+            try:
+                await client.ping()
+            except redis.exceptions.ConnectionError:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+async def _median_push(streams: int, rounds: int) -> PushRow:
+    steps = max(20, 4000 // streams)
+    rows = []
+    for _ in range(rounds):
+        async with _fresh_queue() as queue:
+            await queue.submit(streams)
+            claims = await queue.claimer.claim(max_jobs=streams, max_tokens=2**50)
+            await _push(queue, claims, 0, 10)  # Warms up.
+            server_s, worker_s = await queue.server_s(), time.process_time()
+            await _push(queue, claims, 10, 10 + steps)
+            server_s, worker_s = await queue.server_s() - server_s, time.process_time() - worker_s
+            tokens = streams * steps
+            rows.append(PushRow(streams, server_s / tokens * 1e6, worker_s / tokens * 1e6))
+    return PushRow(
+        streams,
+        statistics.median(row.server_us_per_token for row in rows),
+        statistics.median(row.worker_us_per_token for row in rows),
+    )
+
+
+async def _push(queue: _Queue, claims: list[ClaimedJob], first: int, last: int) -> None:
+    steps_per_renewal = round(_LEASE_MS / 3 / 1000 / _STEP_S)
+    for step in range(first, last):
+        items = [
+            PushItem(claim.job_id, claim.fence, step, _entry(step), renews=step % steps_per_renewal == 0)
+            for claim in claims
+        ]
+        statuses = await queue.claimer.push(items)
+        if any(status is not PushStatus.OK for status in statuses):
+            raise RuntimeError("a push was refused")
+
+
+def _entry(position: int) -> job_pb2.LogEntry:
+    delta = generation_pb2.Delta(position=position, text=" word", token_ids=[1000 + position])
+    return job_pb2.LogEntry(end_position=position + 1, deltas=[delta])
+
+
+async def _claims(waiting_jobs: tuple[int, ...]) -> list[ClaimRow]:
+    rows = []
+    async with _fresh_queue() as queue:
+        num_waiting = 0
+        for number in sorted(waiting_jobs):
+            await queue.submit(number - num_waiting)
+            num_waiting = number
+            start_s = await queue.server_s()
+            await queue.submit(_NUM_CALLS)
+            submitted_s = await queue.server_s()
+            await _claim_one_by_one(queue, _NUM_CALLS)
+            claimed_s = await queue.server_s()
+            claim_us, submit_us = (
+                (end_s - begin_s) / _NUM_CALLS * 1e6
+                for begin_s, end_s in ((submitted_s, claimed_s), (start_s, submitted_s))
+            )
+            rows.append(ClaimRow(number, claim_us, submit_us))
+    return rows
+
+
+async def _claim_one_by_one(queue: _Queue, number: int) -> None:
+    for _ in range(number):
+        if len(await queue.claimer.claim(max_jobs=1, max_tokens=2**50)) != 1:
+            raise RuntimeError("a claim found nothing")
+
+
+async def _memory() -> MemoryRow:
+    async with _fresh_queue() as queue:
+        await queue.submit(1)
+        before = await queue.memory_bytes()
+        await queue.submit(10_000)
+        waiting = await queue.memory_bytes()
+        claims = await queue.claimer.claim(max_jobs=100, max_tokens=2**50)
+        await _push(queue, claims, 0, 200)
+        logged = await queue.log_bytes(claims)
+    return MemoryRow((waiting - before) / 10_000, logged / (100 * 200))
+
+
+async def _claimed_after_ms() -> dict[str, float]:
+    """A worker without work waits; jobs come one at a time."""
+    times_ms = []
+    async with _fresh_queue() as queue:
+        await queue.client.check_server()
+        for _ in range(300):
+            waiting = asyncio.create_task(queue.claimer.wait_for_work(10.0))
+            await asyncio.sleep(0.005)
+            started_s = time.perf_counter()
+            await queue.submit(1)
+            await waiting
+            if len(await queue.claimer.claim(max_jobs=1, max_tokens=2**50)) != 1:
+                raise RuntimeError("the worker was woken for nothing")
+            times_ms.append((time.perf_counter() - started_s) * 1e3)
+    ranked = sorted(times_ms)
+    return {"median": statistics.median(ranked), "99th percentile": ranked[len(ranked) * 99 // 100]}

@@ -1,0 +1,466 @@
+"""Servers of every kind: with users of few rights, behind TLS, replicated, named by sentinels, in a cluster."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+import redis.exceptions
+from job_samples import MODEL, finished, make_entry, make_job
+from oasst.jobs.v1 import job_pb2
+from oasst_jobs import (
+    Claimer,
+    Durability,
+    Inbox,
+    JobState,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueLimits,
+    QueueUnavailableError,
+    Reconciler,
+    ServerAddress,
+    Submitter,
+    Sweeper,
+    UnavailableReason,
+    connect,
+)
+from oasst_jobs.__main__ import main
+from oasst_jobs.acl import Role, acl_rules
+from oasst_jobs.library import LIBRARY
+from valkey_server import ValkeyServer
+
+
+def free_port() -> int:
+    """A port that was free just now, with 10,000 more free for a cluster's own bus."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 10_000))
+                return port
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., ValkeyServer]]:
+    """Starts servers on loopback ports, and stops them."""
+    servers: list[ValkeyServer] = []
+
+    def start(name: str, port: int, *options: str) -> ValkeyServer:
+        folder = tmp_path / name
+        folder.mkdir()
+        server = ValkeyServer(folder, "--port", str(port), "--bind", "127.0.0.1", *options)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+async def eventually(is_true: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await is_true():  # noqa: ASYNC110 - what is waited for happens in servers, which set no event
+            await asyncio.sleep(0.02)
+
+
+async def serve_one(gateway: QueueClient, worker: QueueClient, request_id: str) -> None:
+    """A job is submitted, claimed, generated and read to its end."""
+    job = make_job(request_id)
+    submitter = Submitter(gateway, gateway_id="gateway-1", limits=QueueLimits())
+    claimer = Claimer(worker, worker_id="worker-1", model=MODEL)
+    inbox = Inbox(gateway, gateway_id="gateway-1")
+    reading = asyncio.create_task(inbox.run())
+    try:
+        async with inbox.subscribe(job.job_id) as subscription, asyncio.timeout(20):
+            await submitter.submit(job, digest=b"digest", timeout_ms=60_000)
+            await claimer.wait_for_work(1.0)
+            [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
+            push = PushItem(job.job_id, claimed.fence, 0, make_entry(0, 3), finished(3))
+            assert await claimer.push([push]) == [PushStatus.OK]
+            assert [news async for news in subscription] == [make_entry(0, 3), finished(3)]
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+
+
+# --- Users
+
+
+@pytest.fixture
+async def users(valkey_url: str) -> AsyncIterator[dict[Role, redis.asyncio.Redis]]:
+    """A connection for each role, as a user with that role's rights and no more."""
+    owner = connect(valkey_url)
+    clients = {}
+    for role in Role:
+        await owner.execute_command("ACL", "SETUSER", role, "on", ">secret", *acl_rules(role))
+        clients[role] = connect(valkey_url.replace("unix://", f"unix://{role}:secret@"))
+    yield clients
+    for client in (owner, *clients.values()):
+        await client.aclose()
+
+
+async def test_with_the_users_rights_everything_works(users: dict[Role, redis.asyncio.Redis]) -> None:
+    await QueueClient(users[Role.ADMIN]).check_server()
+    gateway, worker = QueueClient(users[Role.GATEWAY]), QueueClient(users[Role.WORKER])
+    for client in (gateway, worker):
+        await client.check_server()
+    await serve_one(gateway, worker, "served")
+
+    submitter = Submitter(gateway, gateway_id="gateway-1", limits=QueueLimits())
+    claimer = Claimer(worker, worker_id="worker-1", model=MODEL)
+    for request_id in ("released", "cancelled"):
+        await submitter.submit(make_job(request_id), digest=b"digest", timeout_ms=None)
+    await claimer.release(await claimer.claim(max_jobs=1, max_tokens=1000))
+    assert await submitter.cancel(make_job("cancelled").job_id) is JobState.CANCELLED
+    assert await submitter.attach(make_job("released").job_id) is not None
+    await gateway.shards[0].trim_updates("gateway-1", "0-1")
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL))
+    assert (await submitter.load()).waiting_jobs == 1
+    for client in (gateway, worker):
+        await Sweeper(client).sweep()
+        assert await Reconciler(client, interval_s=0.0).walk() == 0
+    assert await QueueClient(users[Role.ADMIN]).dead(10) == []
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "KEYS *",
+        "GET other",
+        "SET other value",
+        "HGETALL another:{0}:job:1",
+        "DEL other",
+        "FLUSHALL",
+        "FLUSHDB",
+        "CONFIG GET *",
+        "CONFIG SET dir /tmp",
+        "EVAL return(1) 0",
+        "SCRIPT LOAD return(1)",
+        "FUNCTION FLUSH",
+        "ACL LIST",
+        "ACL WHOAMI",
+        "SHUTDOWN NOSAVE",
+        "REPLICAOF 127.0.0.1 1",
+        "MONITOR",
+        "CLIENT LIST",
+        "MIGRATE 127.0.0.1 1 oasst:{0}:counters 0 10",
+        "PUBLISH channel message",
+        "SAVE",
+        "MODULE LIST",
+    ],
+)
+async def test_nothing_else_is_allowed(users: dict[Role, redis.asyncio.Redis], role: Role, command: str) -> None:
+    with pytest.raises((redis.exceptions.NoPermissionError, redis.exceptions.AuthorizationError)):
+        await users[role].execute_command(*command.split())
+
+
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.WORKER])
+async def test_who_may_not_load_functions_says_who_should(users: dict[Role, redis.asyncio.Redis], role: Role) -> None:
+    with pytest.raises(QueueUnavailableError, match="python -m oasst_jobs load") as caught:
+        await QueueClient(users[role]).check_server()
+    assert caught.value.reason is UnavailableReason.ACCESS_DENIED
+
+
+async def test_a_wrong_password_is_told_as_such(users: dict[Role, redis.asyncio.Redis], valkey_url: str) -> None:
+    client = connect(valkey_url.replace("unix://", "unix://gateway:wrong@"))
+    with pytest.raises(QueueUnavailableError) as caught:
+        await QueueClient(client).load()
+    assert caught.value.reason is UnavailableReason.ACCESS_DENIED
+    await client.aclose()
+
+
+async def test_the_command_prints_users_that_a_server_takes_and_loads_the_functions(
+    valkey_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["acl"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    owner = connect(valkey_url)
+    for line in lines:
+        await owner.execute_command("ACL", "SETUSER", *line.split()[1:])
+    assert {line.split()[1] for line in lines} == {"oasst-gateway", "oasst-worker", "oasst-admin"}
+
+    assert await asyncio.to_thread(main, ["load", "--redis-url", valkey_url]) == 0
+    [library] = await owner.function_list()
+    assert library[1] == LIBRARY.name.encode()
+    await owner.aclose()
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "--redis-url", f"unix://{tmp_path}/none.sock"]) == 1
+    assert "oasst_jobs: Redis:" in capsys.readouterr().err
+
+
+# --- URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("http://host", "must begin with redis://"),
+        ("host:6379", "must begin with redis://"),
+        ("redis+other://host", "must begin with redis://"),
+        ("unix://", "needs the path of a socket"),
+        ("unix+cluster:///a", "needs the path of a socket"),
+        ("redis+sentinel://host:26379", "needs the name of the service"),
+        ("redis+cluster://a:1,,b:2", "names no host between the commas"),
+        ("redis://host?ssl_ca_cert=x", "unknown option: ssl_ca_cert"),
+        ("redis://host:port", "Port could not be cast"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_refused_with_a_sentence(url: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        connect(url)
+
+
+def test_a_refused_url_keeps_its_password_to_itself() -> None:
+    with pytest.raises(ValueError, match="must begin") as caught:
+        connect("http://user:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_hosts_options_and_passwords_are_read_from_the_url() -> None:
+    address = ServerAddress.parse("rediss+sentinel://u:p%40@a,b:1/main?sentinel_password=s&ssl_ca_certs=/ca.pem")
+    assert (address.nodes, address.service, address.is_tls) == ((("a", 26379), ("b", 1)), "main", True)
+    assert address.options == {"username": "u", "password": "p@", "ssl_ca_certs": "/ca.pem"}
+    assert address.sentinel_options == {"password": "s"}
+
+
+# --- TLS
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 that vouches for itself, and its key in the same folder."""
+    path = tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1"),
+            *("-keyout", str(tmp_path / "key.pem"), "-out", str(path)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return path
+
+
+@contextlib.asynccontextmanager
+async def tls_in_front_of(socket_path: str, certificate: Path) -> AsyncIterator[int]:
+    """A port that speaks TLS and passes everything on: the wheel's server has none of its own."""
+    connections: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_unix_connection(socket_path)
+        for task in (pump(reader, server_writer), pump(server_reader, writer)):
+            connections.add(asyncio.create_task(task))
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in connections:
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+
+async def test_over_tls_a_server_is_used_that_its_certificate_vouches_for(valkey_url: str, certificate: Path) -> None:
+    async with tls_in_front_of(valkey_url.removeprefix("unix://"), certificate) as port:
+        trusting = connect(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}")
+        client = QueueClient(trusting)
+        await serve_one(client, client, "encrypted")
+        doubting = connect(f"rediss://127.0.0.1:{port}")
+        with pytest.raises(QueueUnavailableError, match="certificate"):
+            await QueueClient(doubting).load()
+        for redis_client in (trusting, doubting):
+            await redis_client.aclose()
+
+
+# --- Replicas
+
+
+async def test_a_job_counts_as_submitted_once_a_replica_has_it(start_server) -> None:
+    primary_port, replica_port = free_port(), free_port()
+    primary = start_server("primary", primary_port)
+    redis_client = connect(primary.url)
+    submitter = Submitter(
+        QueueClient(redis_client), gateway_id="gateway-1", limits=QueueLimits(), durability=Durability.REPLICATED
+    )
+    job = make_job("kept")
+    with pytest.raises(QueueUnavailableError) as caught:
+        await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    assert caught.value.reason is UnavailableReason.NOT_REPLICATED
+
+    replica = start_server("replica", replica_port, "--replicaof", f"127.0.0.1 {primary_port}")
+    replica_client = connect(replica.url)
+
+    async def is_replicating() -> bool:
+        return (await replica_client.info("replication"))["master_link_status"] == "up"
+
+    await eventually(is_replicating)
+    # A frozen replica confirms nothing: the same request, sent again on another connection, is not accepted either.
+    replica.pause()
+    for _ in range(2):
+        other_client = connect(primary.url)
+        other = Submitter(
+            QueueClient(other_client), gateway_id="gateway-1", limits=QueueLimits(), durability=Durability.REPLICATED
+        )
+        with pytest.raises(QueueUnavailableError) as caught:
+            await other.submit(make_job("unconfirmed"), digest=b"digest", timeout_ms=None)
+        assert caught.value.reason is UnavailableReason.NOT_REPLICATED
+        await other_client.aclose()
+    replica.resume()
+    assert not (await submitter.submit(job, digest=b"digest", timeout_ms=None)).is_new
+
+    started_s = time.monotonic()
+    accepted = make_job("accepted")
+    await submitter.submit(accepted, digest=b"digest", timeout_ms=None)
+    assert time.monotonic() - started_s < 0.9
+    primary.kill()
+    root = QueueClient(replica_client).shards[0].keys.root
+    assert await replica_client.hget(f"{root}:job:{accepted.job_id}", "state") == b"waiting"
+    for client in (redis_client, replica_client):
+        await client.aclose()
+
+
+# --- Sentinels
+
+
+async def test_the_queue_goes_on_when_sentinels_make_a_replica_the_primary(start_server) -> None:
+    ports = {name: free_port() for name in ("primary", "replica", "sentinel")}
+    primary = start_server("primary", ports["primary"])
+    start_server("replica", ports["replica"], "--replicaof", f"127.0.0.1 {ports['primary']}")
+    settings = [
+        *("--sentinel", "monitor", "main", "127.0.0.1", str(ports["primary"]), "1"),
+        *("--sentinel", "down-after-milliseconds", "main", "300"),
+        *("--sentinel", "failover-timeout", "main", "2000"),
+    ]
+    sentinel = start_sentinel(Path(primary.url.removeprefix("unix://")).parent, ports["sentinel"], settings)
+    redis_client = connect(f"redis+sentinel://127.0.0.1:{ports['sentinel']}/main")
+    try:
+        client = QueueClient(redis_client)
+        await eventually_served(client, "before")
+        primary.kill()
+        await eventually_served(client, "after")
+    finally:
+        await redis_client.aclose()
+        sentinel.kill()
+        sentinel.wait()
+
+
+def start_sentinel(folder: Path, port: int, settings: list[str]) -> subprocess.Popen[bytes]:
+    """The server's other mode. It keeps its state in its file of settings."""
+    lines, words = [f"port {port}", "bind 127.0.0.1", f"dir {folder}"], iter(settings)
+    line: list[str] = []
+    for word in words:
+        if word == "--sentinel":
+            line = ["sentinel"]
+            lines.append("")
+        else:
+            line.append(word)
+        lines[-1] = " ".join(line) if line else lines[-1]
+    path = folder / "sentinel.conf"
+    path.write_text("\n".join(lines) + "\n")
+    return subprocess.Popen(
+        [ValkeyServer.binary(), str(path), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+async def eventually_served(client: QueueClient, request_id: str) -> None:
+    number = 0
+
+    async def is_served() -> bool:
+        nonlocal number
+        number += 1
+        try:
+            await serve_one(client, client, f"{request_id} {number}")
+        except (QueueUnavailableError, TimeoutError, ValueError):
+            return False
+        return True
+
+    await eventually(is_served)
+
+
+# --- Cluster
+
+
+@pytest.fixture
+async def cluster_url(start_server) -> str:
+    """Three nodes that share the slots."""
+    ports = [free_port() for _ in range(3)]
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+    nodes = [connect(start_server(f"node-{port}", port, *options).url) for port in ports]
+    slots = [(0, 5460), (5461, 10922), (10923, 16383)]
+    for node, (first, last) in zip(nodes, slots, strict=True):
+        await node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+    for port in ports[1:]:
+        await nodes[0].execute_command("CLUSTER", "MEET", "127.0.0.1", port)
+
+    async def is_ready() -> bool:
+        states = [await node.execute_command("CLUSTER", "INFO") for node in nodes]
+        return all(_is_ok(state) for state in states)
+
+    await eventually(is_ready)
+    for node in nodes:
+        await node.aclose()
+    return "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
+
+
+def _is_ok(state: object) -> bool:
+    if isinstance(state, dict):
+        return state["cluster_state"] == "ok" and state["cluster_known_nodes"] == "3"
+    return b"cluster_state:ok" in bytes(state) and b"cluster_known_nodes:3" in bytes(state)  # type: ignore[call-overload]
+
+
+async def test_a_cluster_holds_the_shards_of_the_queue(cluster_url: str) -> None:
+    redis_client = connect(cluster_url)
+    client = QueueClient(redis_client, num_shards=8)
+    await client.check_server()
+    for number in range(3):
+        await serve_one(client, client, f"job {number}")
+
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(), durability=Durability.LOCAL)
+    jobs = [make_job(str(number)) for number in range(40)]
+    for job in jobs:
+        await submitter.submit(job, digest=b"digest", timeout_ms=60_000)
+    nodes = {redis_client.get_node_from_key(client.shard_of(job.job_id).keys.root).name for job in jobs}
+    assert len(nodes) == 3
+    assert (await submitter.load()).waiting_jobs == 40
+
+    claimer = Claimer(client, worker_id="worker-1", model=MODEL)
+    claims = []
+    while claimed := await claimer.claim(max_jobs=3, max_tokens=10_000):
+        claims += claimed
+    assert sorted(claim.job_id for claim in claims) == sorted(job.job_id for job in jobs)
+    items = [PushItem(claim.job_id, claim.fence, 0, make_entry(0, 1), finished(1)) for claim in claims]
+    assert await claimer.push(items) == [PushStatus.OK] * 40
+    await Sweeper(client).sweep()
+    assert await Reconciler(client, interval_s=0.0).walk() == 0
+    for job in jobs:
+        assert (snapshot := await submitter.status(job.job_id)) is not None
+        assert snapshot.state is JobState.FINISHED
+
+    replicated = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(), durability=Durability.REPLICATED)
+    with pytest.raises(QueueUnavailableError) as caught:
+        await replicated.submit(make_job("alone"), digest=b"digest", timeout_ms=None)
+    assert caught.value.reason is UnavailableReason.NOT_REPLICATED
+    await redis_client.aclose()

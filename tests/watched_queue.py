@@ -42,6 +42,10 @@ class Queue:
         key = f"{self.client.shard_of(job_id).keys.root}:job:{job_id}"
         return int(await self.client.redis.hget(key, "charge") or 0)
 
+    async def expire(self, job_id: str) -> None:
+        """The job's deadline has passed; no sweep has seen it yet."""
+        await self.client.redis.hset(f"{self.client.shard_of(job_id).keys.root}:job:{job_id}", "deadline_ms", 1)
+
     async def lose_lease(self, job_id: str) -> None:
         """The job's worker was silent for longer than its lease, and the job waits again."""
 

@@ -57,13 +57,16 @@ class Claimer:
         may get nothing behind it until it does fit. So whoever is idle should offer all it has. Only a worker that
         says it is idle gets a job that is to run alone, and then no other.
         """
-        num_shards = len(self._client.shards)
+        num_shards, first_shard = len(self._client.shards), self._first_shard
         for offset in range(num_shards):
-            number = (self._first_shard + offset) % num_shards
+            number = (first_shard + offset) % num_shards
+            # Until it has answered, the next call begins behind it: a shard that is away does not hide the others.
+            self._first_shard = (number + 1) % num_shards
             replies, is_kept = await self._claim_from(number, max_jobs, max_tokens, max_choices, is_idle)
             claims = [claimed for reply in replies if (claimed := await self._read_claim(reply)) is not None]
+            if is_kept:
+                self._first_shard = number
             if claims or is_kept:
-                self._first_shard = number if is_kept else (number + 1) % num_shards
                 return claims
         return []
 

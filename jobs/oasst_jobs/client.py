@@ -5,11 +5,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.connection import RedisClient, check_server
+from oasst_jobs.errors import QueueError
 from oasst_jobs.functions import WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
@@ -126,7 +128,7 @@ class QueueClient:
         return await self.shard_of(job_id).cancel(job_id)
 
     async def load(self) -> QueueLoad:
-        loads = [await shard.load() for shard in self.shards]
+        loads = await self.on_each_shard(lambda shard: shard.load())
         # Every worker tells every shard of itself.
         workers = {status.worker_id: (status, age_ms) for load in loads for status, age_ms in load.workers}
         return QueueLoad(
@@ -155,29 +157,48 @@ class QueueClient:
         await self._by_shard(claims, lambda claim: claim[0], release)
 
     async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
-        for shard in self.shards:
-            await shard.heartbeat(status)
+        await self.on_each_shard(lambda shard: shard.heartbeat(status))
 
     async def wait_for_wake(self, model: str, timeout_s: float) -> None:
-        """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S."""
+        """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S.
+
+        A shard that is away does not keep the others from being heard.
+        """
         waits = [asyncio.ensure_future(shard.wait_for_wake(model, timeout_s)) for shard in self.shards]
+        pending = set(waits)
         try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if not pending or any(wait.exception() is None for wait in done):
+                    break
         finally:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-        for wait in done:
-            wait.result()
+        if all(wait.exception() is not None for wait in done):
+            done.pop().result()
 
     async def dead(self, max_jobs: int) -> list[DeadLetter]:
         """Dead jobs of all shards, the last to die first."""
-        letters = [letter for shard in self.shards for letter in await shard.dead(max_jobs)]
-        return sorted(letters, key=lambda letter: letter.age_ms)[:max_jobs]
+        letters = await self.on_each_shard(lambda shard: shard.dead(max_jobs))
+        return sorted(chain.from_iterable(letters), key=lambda letter: letter.age_ms)[:max_jobs]
 
     async def revive(self, job_id: str) -> bool:
         """Has a dead job wait again. False: it was not dead."""
         return await self.shard_of(job_id).revive(job_id)
+
+    async def on_each_shard(self, call: Callable[[Shard], Awaitable[R]]) -> list[R]:
+        """The answers of all shards, in their order. All are asked; then the first error is raised."""
+        answers: list[R] = []
+        errors: list[QueueError] = []
+        for shard in self.shards:
+            try:
+                answers.append(await call(shard))
+            except QueueError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return answers
 
     def _shard_number(self, job_id: str) -> int:
         return zlib.crc32(job_id.encode()) % len(self.shards)

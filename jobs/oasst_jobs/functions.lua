@@ -1,6 +1,6 @@
 -- The job queue: every change to it is one of these functions, whole or not at all.
 --
--- The loader (functions.py) puts two lines on top: the shebang that names the library, and `local VERSION`, a hash of
+-- The loader (library.py) puts two lines on top: the shebang that names the library, and `local VERSION`, a hash of
 -- this text. Libraries of several versions live beside each other while a fleet is being replaced.
 --
 -- KEYS[1] is always the shard's root, such as `oasst:{0}`. All other keys begin with it, so they lie in its slot.
@@ -8,8 +8,8 @@
 --
 -- Rules every function keeps:
 --   * time is Redis's own; callers only name durations;
---   * the job hash is the truth; an index that disagrees with it is corrected where it is met;
---   * finished, cancelled, expired and failed are final;
+--   * the job hash is the truth; an index that disagrees with it is corrected where it is met, and by `reconcile`;
+--   * finished, cancelled, expired and failed are final, unless a person revives a dead job;
 --   * applied twice, a function leaves what it left the first time and gives an answer that is still true.
 
 local LAST_LANE = 2                -- lanes are 0 for the most urgent priority, then 1, 2

@@ -36,11 +36,12 @@ class Reconciler:
 
     async def walk(self) -> int:
         """Goes one stretch further in each shard, unless another process just has. Tells how many repairs it took."""
-        num_repairs = 0
-        for shard in self._client.shards:
-            # A little less than the interval: with one process, every turn is its own.
-            _, repaired = await shard.reconcile(max_keys=self._max_keys, pause_ms=round(900 * self._interval_s))
-            num_repairs += repaired
+        # A little less than the interval: with one process, every turn is its own.
+        pause_ms = round(900 * self._interval_s)
+        walked = await self._client.on_each_shard(
+            lambda shard: shard.reconcile(max_keys=self._max_keys, pause_ms=pause_ms)
+        )
+        num_repairs = sum(repairs for _, repairs in walked)
         if num_repairs:
             self.num_repairs += num_repairs
             _log.error("jobs and indexes disagreed repairs=%d", num_repairs)

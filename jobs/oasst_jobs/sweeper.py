@@ -41,10 +41,7 @@ class Sweeper:
 
     async def sweep(self) -> SweepReport:
         """Everything that is due now is done: leases taken back, deadlines enforced."""
-        report = SweepReport()
-        for shard in self._client.shards:
-            report += await self._sweep_shard(shard)
-        return report
+        return sum(await self._client.on_each_shard(self._sweep_shard), start=SweepReport())
 
     async def _sweep_shard(self, shard: Shard) -> SweepReport:
         report, is_cut_off = await shard.sweep(stall_ms=self._stall_ms)

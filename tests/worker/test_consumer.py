@@ -249,6 +249,29 @@ async def test_a_cancelled_job_leaves_the_engine(queue, start_worker):
     assert worker.executor.num_steps < 900
 
 
+@pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.EXPIRED])
+async def test_what_ended_frees_its_blocks_within_two_steps_of_the_push_that_tells_it(queue, start_worker, state):
+    worker = start_worker()
+    worker.executor.allow(3)
+    ended, other = make_job("ended", n=3, max_new_tokens=900), make_job("other", max_new_tokens=900)
+    await queue.submit(ended)
+    await queue.submit(other)
+    await until(lambda: worker.executor.num_steps == 3)
+    await until(lambda: worker.loop.load.num_running == 4)
+    if state is JobState.CANCELLED:
+        await queue.client.cancel(ended.job_id)
+    else:
+        await queue.expire(ended.job_id)
+
+    worker.executor.allow(1)  # Its tokens are pushed, and the answer is that it has ended.
+    await until(lambda: worker.jobs_by(state.value) == 1)
+    worker.executor.allow(2)
+    await until(lambda: worker.executor.num_steps == 6)
+    await until(lambda: worker.loop.load.num_running == 1)
+    assert worker.executor.num_steps == 6
+    assert worker.loop.load.kv_tokens_used <= 2 * ScriptedExecutor.block_size
+
+
 async def test_a_choice_whose_logits_are_not_finite_fails_its_job_alone(queue, start_worker):
     worker = start_worker()
     bad, good = make_job("bad", n=2, max_new_tokens=900), make_job("good")

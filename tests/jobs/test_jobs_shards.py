@@ -1,0 +1,138 @@
+"""A queue of several shards is one queue to both sides, also while one of its shards is away."""
+
+from itertools import chain
+
+import pytest
+import redis.asyncio
+import redis.exceptions
+from job_samples import MODEL, finished, make_entry, make_job
+from oasst.jobs.v1 import job_pb2
+from oasst_jobs import (
+    Claimer,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueLimits,
+    QueueUnavailableError,
+    Submitter,
+    Sweeper,
+    TenantFullError,
+    TenantPolicy,
+)
+
+NUM_SHARDS = 3
+
+
+@pytest.fixture
+def client(redis_client: redis.asyncio.Redis) -> QueueClient:
+    return QueueClient(redis_client, num_shards=NUM_SHARDS)
+
+
+class OneShardAway(redis.asyncio.Redis):
+    """Every call to the first shard fails."""
+
+    async def execute_command(self, *command: object, **options: object) -> object:
+        if any(str(word).startswith("oasst:{0}") for word in command):
+            raise redis.exceptions.ConnectionError("away")
+        return await super().execute_command(*command, **options)
+
+
+@pytest.fixture
+def lame_client(redis_client: redis.asyncio.Redis) -> QueueClient:
+    return QueueClient(OneShardAway(connection_pool=redis_client.connection_pool), num_shards=NUM_SHARDS)
+
+
+async def submit(submitter: Submitter, number: int) -> list[job_pb2.Job]:
+    jobs = [make_job(str(index)) for index in range(number)]
+    for job in jobs:
+        await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    return jobs
+
+
+async def claim_all(claimer: Claimer) -> list[str]:
+    job_ids = []
+    while claims := await claimer.claim(max_jobs=2, max_tokens=1000):
+        job_ids += [claimed.job_id for claimed in claims]
+    return job_ids
+
+
+def test_a_queue_has_at_least_one_shard(redis_client: redis.asyncio.Redis) -> None:
+    with pytest.raises(ValueError, match="at least one shard"):
+        QueueClient(redis_client, num_shards=0)
+
+
+async def test_jobs_are_spread_and_claimed_from_all_shards_in_turn(
+    client: QueueClient, submitter: Submitter, claimer: Claimer
+) -> None:
+    jobs = await submit(submitter, 60)
+    loads = await client.on_each_shard(lambda shard: shard.load())
+    assert all(load.waiting_jobs > 10 for load in loads)
+    assert (await submitter.load()).waiting_jobs == 60
+
+    first_turn = [await claimer.claim(max_jobs=1, max_tokens=1000) for _ in range(NUM_SHARDS)]
+    assert len({client.shard_of(claimed.job_id) for [claimed] in first_turn}) == NUM_SHARDS
+    claimed_ids = [claimed.job_id for claimed in chain.from_iterable(first_turn)] + await claim_all(claimer)
+    assert sorted(claimed_ids) == sorted(job.job_id for job in jobs)
+
+
+async def test_statuses_of_a_push_keep_the_order_of_its_items(submitter: Submitter, claimer: Claimer) -> None:
+    await submit(submitter, 30)
+    claims = []
+    while claimed := await claimer.claim(max_jobs=30, max_tokens=1000):
+        claims += claimed
+    for claimed in claims[::4]:
+        await submitter.cancel(claimed.job_id)
+    items = [PushItem(claimed.job_id, claimed.fence, 0, make_entry(0, 1), finished(1)) for claimed in claims]
+    assert await claimer.push(items) == [PushStatus.OK if n % 4 else PushStatus.CANCELLED for n in range(30)]
+
+
+async def test_places_and_limits_are_those_of_the_whole_queue(client: QueueClient) -> None:
+    submitter = Submitter(client, gateway_id="gateway", limits=QueueLimits())
+    policy = TenantPolicy(max_waiting_jobs=60)
+    positions, num_refused = [], 0
+    for number in range(90):
+        try:
+            submitted = await submitter.submit(make_job(str(number)), digest=b"", timeout_ms=None, policy=policy)
+            positions.append(submitted.queue_position)
+        except TenantFullError:
+            num_refused += 1
+    assert (await submitter.load()).waiting_jobs == 90 - num_refused <= 60
+    assert len(positions) > 45
+    assert positions[-1] > 40
+
+
+async def test_a_worker_is_counted_once(client: QueueClient, claimer: Claimer) -> None:
+    await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, tokens_per_second=5.0))
+    assert (await client.load()).tokens_per_s == 5.0
+
+
+async def test_while_a_shard_is_away_jobs_of_the_others_are_claimed(
+    client: QueueClient, lame_client: QueueClient, submitter: Submitter
+) -> None:
+    jobs = await submit(submitter, 30)
+    reachable = [job.job_id for job in jobs if client.shard_of(job.job_id) is not client.shards[0]]
+    claimer = Claimer(lame_client, worker_id="worker-1", model=MODEL)
+    claimed_ids: list[str] = []
+    for _ in range(40):
+        try:
+            claimed_ids += [claimed.job_id for claimed in await claimer.claim(max_jobs=3, max_tokens=1000)]
+        except QueueUnavailableError:
+            continue
+    assert sorted(claimed_ids) == sorted(reachable)
+
+
+async def test_while_a_shard_is_away_the_others_wake_workers_and_are_swept(
+    client: QueueClient, lame_client: QueueClient, submitter: Submitter, redis_client: redis.asyncio.Redis
+) -> None:
+    await submit(submitter, 10)
+    await Claimer(lame_client, worker_id="worker-1", model=MODEL).wait_for_work(1.0)
+    with pytest.raises(QueueUnavailableError):
+        await Sweeper(lame_client).sweep()
+    swept = [await redis_client.hexists(f"{shard.keys.root}:counters", "swept_ms") for shard in client.shards]
+    assert swept == [False, True, True]
+
+
+async def test_when_all_shards_are_away_whoever_waits_is_told(valkey, claimer: Claimer) -> None:
+    valkey.kill()
+    with pytest.raises(QueueUnavailableError):
+        await claimer.wait_for_work(1.0)

@@ -69,7 +69,7 @@ class QueueClient:
         limits: QueueLimits,
         policy: TenantPolicy,
         max_tokens_ahead: int | None,
-        grace_ms: int | None,
+        grace_ms: int | None = None,
         durability: Durability,
     ) -> Submitted:
         """Puts a job into its shard, which takes its part of what is allowed. Raises as Submitter.submit does."""

@@ -130,7 +130,7 @@ class Shard:
         limits: QueueLimits,
         policy: TenantPolicy,
         max_tokens_ahead: int | None,
-        grace_ms: int | None,
+        grace_ms: int | None = None,
         durability: Durability,
     ) -> Submitted:
         """Puts a job into the queue, or adds the gateway to the watchers of the one that is there.

@@ -24,18 +24,18 @@ class Mutation:
 
 
 MUTATIONS = (
-    Mutation("fence", workers.zombie_returns, "job.fence ~= item.fence", "false"),
+    Mutation("the fence", workers.zombie_returns, "job.fence ~= fence", "false"),
     Mutation(
-        "position, and that a repeated push is recognised by it",
+        "the position of a push",
         network.connections_to_the_queue_break,
-        "  if logged == item.start then\n    return nil\n  end\n  return logged == item.stop and 'ok' or 'position'",
-        "  return nil",
+        "if job.state == 'running' and job.end_position == start then",
+        "if job.state == 'running' then",
     ),
     Mutation(
-        "amnesty after a stall",
+        "the amnesty after a stall",
         queue.hangs_for_longer_than_a_lease,
-        "  for _, id in ipairs(ids) do\n    set_lease(",
-        "  for _, id in ipairs({}) do\n    set_lease(",
+        "for _, id in ipairs(ids) do\n    set_lease(",
+        "for _, id in ipairs({}) do\n    set_lease(",
     ),
 )
 

@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +85,11 @@ class World:
         self.history: list[tuple[float, str]] = []
         self.load: Load
         self.queue: QueueClient
-        # Whether accepted requests may be gone.
+        # Whether accepted requests may be gone, and whether indexes may need repairs.
         self.has_lost_data = False
+        self.has_broken_indexes = False
+        # Keys that stay although the queue is at rest.
+        self.expected_keys: set[str] = set()
         # One for each process, by its name; those of gateways to their callers are named `to` and the gateway.
         self.links: dict[str, Link] = {}
         self._exits = AsyncExitStack()
@@ -186,6 +189,32 @@ class World:
         self._exits.push_async_callback(process.end)
         return process
 
+    @asynccontextmanager
+    async def supervised(self) -> AsyncIterator[list[str]]:
+        """Workers that die are replaced as long as the context is open; gives the names of those that died."""
+        deaths: list[str] = []
+
+        async def replace_dead() -> None:
+            while True:
+                for name in [name for name, worker in self.workers.items() if not worker.is_running]:
+                    self.note(f"{name} died")
+                    deaths.append(name)
+                    del self.workers[name]
+                    await self.start_worker(f"worker-{len(deaths)}-after-{name}"[:60])
+                await asyncio.sleep(0.05)
+
+        supervisor = asyncio.create_task(replace_dead())
+        try:
+            yield deaths
+        finally:
+            supervisor.cancel()
+            await asyncio.wait([supervisor])
+
+    @property
+    def root(self) -> str:
+        """What every key of the queue begins with."""
+        return self.queue.shards[0].keys.root
+
     @property
     def address(self) -> str:
         """Of all gateways, through their links."""
@@ -223,6 +252,12 @@ class World:
         """The running worker with most sequences in its last step."""
         last = {step.worker: len(step.chunks) for step in self.steps() if self.workers[step.worker].is_running}
         return self.workers[max(last, key=lambda name: last[name])]
+
+    async def busiest_gateway(self) -> ServiceProcess:
+        """The running gateway with most streams."""
+        running = [gateway for gateway in self.gateways.values() if gateway.is_running]
+        streams = {each.name: await each.metric("oasst_gateway_requests_in_flight") for each in running}
+        return self.gateways[max(streams, key=lambda name: streams[name])]
 
     def job_id(self, transcript: Transcript) -> str:
         return job_id_for(_TENANT, transcript.request_id)
@@ -264,6 +299,14 @@ class World:
             for index in itertools.count():
                 await self._redis.set(f"ballast:{index}", bytes(_BALLAST_BYTES), px=60_000)
 
+    async def drop_from_waiting(self, transcripts: Sequence[Transcript]) -> None:
+        """These requests wait, but are not in line; and something that is no request is."""
+        self.has_broken_indexes = True
+        waiting = f"{self.root}:waiting:{MODEL}"
+        await self._redis.zrem(waiting, *(self.job_id(transcript) for transcript in transcripts))
+        for index in (waiting, f"{self.root}:leases", f"{self.root}:deadlines"):
+            await self._redis.zadd(index, {"nobody": 2**50})
+
     @asynccontextmanager
     async def hoarded_connections(self, num_connections: int = 64) -> AsyncIterator[None]:
         """Connections to the queue's server are held by nobody in particular, as many as it gives."""
@@ -299,13 +342,17 @@ class World:
         left: set[str] = set()
         busy = 1.0
         for _ in range(100):
-            left = await self._lasting_keys() - self._floor
+            left = await self._lasting_keys() - self._floor - self.expected_keys
             busy = await self.metric("oasst_worker_running_sequences")
             busy += await self.metric("oasst_worker_waiting_sequences")
             if not left and not busy:
-                return
+                break
             await asyncio.sleep(0.1)
-        raise DefectError(f"at rest, {len(left)} keys stay for ever ({sorted(left)[:3]}), {busy:g} sequences run")
+        else:
+            raise DefectError(f"at rest, {len(left)} keys stay for ever ({sorted(left)[:3]}), {busy:g} sequences run")
+        repairs = await self.metric("oasst_worker_reconcile_repairs_total")
+        if repairs and not self.has_broken_indexes:
+            raise DefectError(f"the queue disagreed with itself: {repairs:g} repairs")
 
     async def _lasting_keys(self) -> set[str]:
         """Keys that do not go by themselves."""

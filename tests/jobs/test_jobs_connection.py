@@ -19,6 +19,7 @@ from oasst_jobs import (
     QueueLimits,
     QueueUnavailableError,
     Submitter,
+    Sweeper,
     TenantPolicy,
     UnavailableReason,
     UnsupportedServerError,
@@ -26,6 +27,7 @@ from oasst_jobs import (
 )
 from oasst_jobs.errors import translate
 from oasst_jobs.functions import Shard
+from oasst_jobs.library import LIBRARY
 
 
 async def submit(submitter: Submitter, request_id: str = "job") -> str:
@@ -59,12 +61,26 @@ async def test_a_flushed_server_serves_again(submitter: Submitter, redis_client:
     assert await submitter.cancel(job_id) is JobState.CANCELLED
 
 
-async def test_other_versions_of_the_library_stay(client: QueueClient, redis_client: redis.asyncio.Redis) -> None:
-    older = "#!lua name=oasst_jobs_0123\nredis.register_function('oasst_push_0123', function() return 1 end)"
-    await redis_client.function_load(older)
+async def test_libraries_in_use_stay_and_others_go_when_the_next_is_loaded(
+    client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    for version in ("used", "unused"):
+        code = f"redis.register_function('oasst_push_{version}', function() return 1 end)"
+        await redis_client.function_load(f"#!lua name=oasst_jobs_{version}\n{code}")
+    await redis_client.function_load("#!lua name=another\nredis.register_function('theirs', function() return 1 end)")
+    await redis_client.zadd(client.shards[0].keys.versions, {"used": 1})
     await client.check_server()
-    assert len(await redis_client.function_list()) == 2
-    assert await redis_client.fcall("oasst_push_0123", 0) == 1
+
+    names = {library[1] for library in await redis_client.function_list()}
+    assert names == {b"oasst_jobs_used", b"another", LIBRARY.name.encode()}
+    assert await redis_client.fcall("oasst_push_used", 0) == 1
+
+
+async def test_whoever_sweeps_keeps_its_library_in_use(
+    client: QueueClient, sweeper: Sweeper, redis_client: redis.asyncio.Redis
+) -> None:
+    await sweeper.sweep()
+    assert await redis_client.zrange(client.shards[0].keys.versions, 0, -1) == [LIBRARY.version.encode()]
 
 
 async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio.Redis, claimer: Claimer) -> None:

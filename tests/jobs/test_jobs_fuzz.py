@@ -95,9 +95,10 @@ class SimulatedWorker:
             self.events["deaths"] += 1
 
     async def step(self, claimer: Claimer) -> None:
-        if len(self.held) < 8:
+        if len(self.held) < 8 and not any(claimed.is_solo for claimed, _ in self.held.values()):
+            room = 8 - len(self.held)
             with contextlib.suppress(QueueUnavailableError):
-                for claimed in await claimer.claim(max_jobs=8 - len(self.held), max_tokens=100_000):
+                for claimed in await claimer.claim(max_jobs=room, max_tokens=100_000, is_idle=not self.held):
                     self.check_log(claimed)
                     self.held[claimed.job_id] = (claimed, claimed.end_position)
         if self.dice.random() < 0.04:

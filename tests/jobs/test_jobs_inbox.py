@@ -215,7 +215,7 @@ async def _push_within(client: QueueClient, pipeline: redis.asyncio.client.Pipel
             pipeline.execute_command(*command)
             return [b"ok"]
 
-    await QueueClient(Queueing()).push([item], lease_ms=10_000)
+    await QueueClient(Queueing()).push("worker-1", [item], lease_ms=10_000)
 
 
 async def test_a_lost_outcome_is_found_after_a_silence(
@@ -263,7 +263,7 @@ async def test_a_job_that_killed_its_workers_reaches_the_reader(
         await submit(submitter)
         reading = asyncio.create_task(collect(subscription))
         for _ in range(3):
-            await claim_one(claimer)
+            assert len(await claimer.claim(max_jobs=1, max_tokens=10_000, is_idle=True)) == 1
             await redis_client.zadd(f"{client.shards[0].keys.root}:leases", {JOB_ID: 1})
             await sweeper.sweep()
         [outcome] = await reading
@@ -418,10 +418,10 @@ async def test_a_gateway_started_anew_does_not_read_its_predecessors_news(
     await submit(submitter)
     claimed = await claim_one(claimer)
     await push(claimer, claimed, 0, 1)
-    last_id = await client.last_update_id("gateway-1")
+    last_id = await client.shards[0].last_update_id("gateway-1")
     assert last_id != "0-0"
     await push(claimer, claimed, 1, 2)
-    [(_, batch)] = await client.read_updates("gateway-1", last_id)
+    [(_, batch)] = await client.shards[0].read_updates("gateway-1", last_id)
     assert [update.entry for update in batch.updates] == [make_entry(1, 2)]
 
 

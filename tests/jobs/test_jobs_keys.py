@@ -29,6 +29,7 @@ KINDS = {
     "updates": ("stream", 60_000),
     "workers": ("hash", 15_000),
     "heartbeats": ("zset", 15_000),
+    "versions": ("zset", 3_600_000),
     "counters": ("hash", None),
 }
 
@@ -44,6 +45,7 @@ async def live(
     items = [
         PushItem(claimed.job_id, claimed.fence, 0, make_entry(0, 2), finished(2) if name == "finished" else None)
         for name, claimed in claims.items()
+        if name != "running"
     ]
     await claimer.push(items)
     await submitter.cancel(claims["cancelled"].job_id)
@@ -52,6 +54,9 @@ async def live(
     await redis_client.zadd(f"{client.shards[0].keys.root}:leases", {poisoned: 1})
     await redis_client.zadd(f"{client.shards[0].keys.root}:deadlines", {claims["expired"].job_id: 1})
     await sweeper.sweep()
+    for _ in range(2):
+        await claimer.claim(max_jobs=1, max_tokens=1)
+        await redis_client.hset(f"{client.shards[0].keys.root}:job:{make_job('waiting').job_id}", "passed_over_ms", 1)
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL))
 
 
@@ -105,7 +110,8 @@ async def test_what_has_ended_goes_after_its_retention(
     assert snapshot is not None
     assert snapshot.state is JobState(request_id)
     for kind in ("job", "log"):
-        assert 0 < await redis_client.pttl(f"{client.shards[0].keys.root}:{kind}:{job_id}") <= 300_000
+        longest_ms = 86_400_000 if request_id == "failed" else 300_000  # That one is dead.
+        assert 0 < await redis_client.pttl(f"{client.shards[0].keys.root}:{kind}:{job_id}") <= longest_ms
 
 
 async def test_after_a_drain_only_the_counters_have_no_expiry(
@@ -115,6 +121,11 @@ async def test_after_a_drain_only_the_counters_have_no_expiry(
     await live(submitter, claimer, sweeper, client, redis_client)
     for request_id in ("running", "waiting"):
         await submitter.cancel(make_job(request_id).job_id)
+    dead = make_job("failed").job_id
+    for kind in ("job", "log"):
+        await redis_client.delete(f"{client.shards[0].keys.root}:{kind}:{dead}")
+    await redis_client.zadd(f"{client.shards[0].keys.root}:dead", {dead: 1})
+    await sweeper.sweep()
 
     root = client.shards[0].keys.root.encode()
 

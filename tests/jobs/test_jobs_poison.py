@@ -63,9 +63,10 @@ async def push(claimer: Claimer, claimed: ClaimedJob, start: int, stop: int, *, 
 
 
 async def kill_with(workers: Workers, submitter: Submitter, request_id: str) -> str:
-    """The job kills three workers before its first token; its id."""
-    await submit(submitter, request_id)
-    job_id = make_job(request_id).job_id
+    """The job kills three workers before its first token; its id. Each id has a prompt of its own."""
+    job = make_job(request_id, prompt_tokens=len(request_id))
+    await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    job_id = job.job_id
     for loss in (1, 2, 3):
         [claimed] = await workers.start().claim(max_jobs=1, max_tokens=1000, is_idle=True)
         assert (claimed.job_id, claimed.attempt, claimed.is_solo) == (job_id, loss, loss == 3)
@@ -184,12 +185,12 @@ async def test_a_job_that_loses_worker_after_worker_in_the_middle_ends_up_alone(
 
 async def test_the_dead_are_counted_listed_and_revived(submitter: Submitter, client: QueueClient, workers) -> None:
     first = await kill_with(workers, submitter, "first")
-    second = await kill_with(workers, submitter, "second")
+    second = await kill_with(workers, submitter, "another")
     assert (await submitter.load()).dead_jobs == 2
     letters = await client.dead(10)
     assert {letter.job_id for letter in letters} == {first, second}
     assert all(0 <= letter.age_ms < 10_000 for letter in letters)
-    assert letters[0].job.request_id in ("first", "second")
+    assert letters[0].job.request_id in ("first", "another")
     assert len(await client.dead(1)) == 1
 
     assert await client.revive(first) is True
@@ -222,9 +223,15 @@ async def test_a_poisoned_prompt_is_refused_to_its_tenant_for_a_while(
     submitter: Submitter, client: QueueClient, workers
 ) -> None:
     job_id = await kill_with(workers, submitter, "poison")
+    again = make_job("the same prompt again", prompt_tokens=len("poison"))
     with pytest.raises(PoisonedPromptError):
-        await submit(submitter, "the same prompt again")
-    for other in (make_job("a", tenant="other"), make_job("b", prompt_tokens=5), make_job("c", model="other")):
+        await submitter.submit(again, digest=b"digest", timeout_ms=None)
+    others = [
+        make_job("a", prompt_tokens=6, tenant="other"),
+        make_job("b", prompt_tokens=5),
+        make_job("c", prompt_tokens=6, model="other"),
+    ]
+    for other in others:
         assert (await submitter.submit(other, digest=b"digest", timeout_ms=None)).is_new
     assert await client.revive(job_id)
-    await submit(submitter, "the same prompt again")
+    assert (await submitter.submit(again, digest=b"digest", timeout_ms=None)).is_new

@@ -127,8 +127,8 @@ async def test_what_a_lost_job_counted_for_is_given_back(
     await submit(submitter, "other", tenant="other")
     await redis_client.delete(f"{root}:job:{lost}")
     if finder == "claimer":
-        claimed = await claimer.claim(max_jobs=1, max_tokens=1000)
-        assert [claim.job_id for claim in claimed] == [kept]
+        claimed = await claimer.claim(max_jobs=2, max_tokens=1000)
+        assert kept in [claim.job_id for claim in claimed]
         await claimer.release(claimed)
     await reconciler.walk()
     load = await submitter.load()

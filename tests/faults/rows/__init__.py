@@ -24,7 +24,7 @@ ROWS: tuple[Row, ...] = (
     gateways.connections_to_callers_break,
     gateways.unreachable_for_callers,
     callers.read_slowly,
-    machines.clock_of_services_jumps,
+    machines.clock_of_workers_jumps,
     machines.clock_of_the_queue_jumps_on,
     machines.clock_of_the_queue_jumps_back,
     machines.disk_is_full,
@@ -33,6 +33,7 @@ ROWS: tuple[Row, ...] = (
     workers.device_is_lost,
     workers.logits_are_not_finite,
     workers.step_hangs,
+    workers.prompt_kills,
     callers.ask_twice_at_once,
     workers.zombie_returns,
     gateways.caller_comes_back_elsewhere,
@@ -48,4 +49,5 @@ ROWS: tuple[Row, ...] = (
     queue.emptied,
     queue.is_slow,
     service.few_files,
+    queue.disagrees_with_itself,
 )

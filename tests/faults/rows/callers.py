@@ -1,6 +1,6 @@
 """Callers that leave, come twice, come in crowds, read slowly or run out of time."""
 
-from oasst_client import AsyncClient, new_request_id
+from oasst_client import AsyncClient, RetryPolicy, new_request_id
 
 from faults.checker import FINISHED, Transcript
 from faults.proofs import require_ends
@@ -87,8 +87,9 @@ async def flood(world: World) -> Evidence:
     before = load.ask_many(10, num_tokens=200)
     await load.flows(before)
     world.strike("400 requests at once", min_flowing=8)
-    crowd = [load.ask(num_tokens=30) for _ in range(400)]
-    await load.ended()
+    async with AsyncClient(world.address, retry=RetryPolicy(max_attempts=1)) as impatient:
+        crowd = [load.ask(num_tokens=30, client=impatient) for _ in range(400)]
+        await load.ended()
     require_ends(before)
     require_ends(crowd, FINISHED, "QUEUE_FULL")
     refused = [transcript for transcript in crowd if transcript.end != FINISHED]

@@ -23,7 +23,11 @@ __all__ = [
 ]
 
 # A client that notices a silent connection within seconds; by default it asks every half minute.
-_ATTENTIVE = (("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_timeout_ms", 1000))
+_ATTENTIVE = (
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
+)
 
 
 def resumes(transcripts: list[Transcript]) -> dict[str, float]:
@@ -107,7 +111,7 @@ async def unreachable_for_callers(world: World) -> Evidence:
     async with AsyncClient(world.address, options=_ATTENTIVE) as client:
         load.ask_many(12, client=client, num_tokens=200)
         await load.flows(num_tokens=world.dice.randint(1, 60))
-        name = world.dice.choice(list(world.gateways))
+        name = (await world.busiest_gateway()).name
         world.strike(f"{name} cut off from its callers", min_flowing=8)
         world.links[f"to {name}"].cut()
         await load.ended()
@@ -148,18 +152,18 @@ async def caller_comes_back_elsewhere(world: World) -> Evidence:
     "23b",
     "callers vanish without a word and do not come back",
     "after their grace the engine is rid of them",
-    shape=Shape(gateway_options=("--detach-grace-s", "1")),
 )
 async def abandoned(world: World) -> Evidence:
     load = world.load
     staying = load.ask_many(6, num_tokens=400)
     async with AsyncClient(world.links["to gateway-0"].address) as client:
-        gone = [load.ask(client=client, num_tokens=1500) for _ in range(6)]
+        gone = [load.ask(client=client, num_tokens=1500, detach_grace_s=1.0) for _ in range(6)]
         await load.flows()
         left_s = world.strike("6 callers vanish", min_flowing=10)
         world.links["to gateway-0"].cut()
         for transcript in gone:
             load.leave(transcript)
+        await load.ended(gone)
         world.links["to gateway-0"].reset()
     world.links["to gateway-0"].heal()
     await load.ended()

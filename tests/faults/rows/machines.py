@@ -7,7 +7,7 @@ from faults.proofs import recovery, require_ends, require_none_taken_away
 from faults.table import Evidence, row
 from faults.world import Shape, World
 
-__all__ = ["clock_of_services_jumps", "clock_of_the_queue_jumps_back", "clock_of_the_queue_jumps_on", "disk_is_full"]
+__all__ = ["clock_of_the_queue_jumps_back", "clock_of_the_queue_jumps_on", "clock_of_workers_jumps", "disk_is_full"]
 
 _HOUR_S = 3600
 
@@ -27,12 +27,12 @@ async def _jump(world: World, *offsets_s: int) -> None:
 
 @row(
     "10",
-    "the clocks of workers and gateways jump an hour on, then two back",
+    "the clocks of workers jump an hour on, then two back",
     "nothing is seen of it",
-    shape=Shape(clocks=frozenset({"worker", "gateway"})),
+    shape=Shape(clocks=frozenset({"worker"})),
     needs=Clock.is_possible,
 )
-async def clock_of_services_jumps(world: World) -> Evidence:
+async def clock_of_workers_jumps(world: World) -> Evidence:
     await _jump(world, _HOUR_S, -_HOUR_S)
     return {**await require_none_taken_away(world), **recovery(world)}
 

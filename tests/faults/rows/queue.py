@@ -2,11 +2,13 @@
 
 import asyncio
 
+from faults.load import until
 from faults.proofs import recovery, require_ends, require_none_taken_away, tokens_computed_again
 from faults.table import Evidence, row
-from faults.world import World
+from faults.world import Shape, World
 
 __all__ = [
+    "disagrees_with_itself",
     "emptied",
     "hangs_for_longer_than_a_lease",
     "is_killed",
@@ -100,6 +102,34 @@ async def emptied(world: World) -> Evidence:
     require_ends(after)
     told = sum(transcript.end != "FINISHED" for transcript in before)
     return {"went on": len(before) - told, "were told": told, "over after s": told_s}
+
+
+@row(
+    "40",
+    "the queue disagrees with itself: requests that wait are not in line, and what is in line does not exist",
+    "it is put right within a minute and counted; in all other rows the count stays 0",
+    shape=Shape(workers=1, worker_options=("--max-sequences", "4")),
+)
+async def disagrees_with_itself(world: World) -> Evidence:
+    load = world.load
+    running = [load.ask(num_tokens=300) for _ in range(4)]
+    await load.flows(running)
+    waiting = [load.ask(num_tokens=20) for _ in range(6)]
+    await until(lambda: all(transcript.accepted for transcript in waiting), "requests to wait")
+    struck_s = world.strike("3 requests that wait are not in line, 3 that do not exist are", min_flowing=4)
+    await world.drop_from_waiting(world.dice.sample(waiting, 3))
+    await load.ended(timeout_s=90)
+    require_ends(load.transcripts)
+
+    async def repairs() -> float:
+        return await world.metric("oasst_worker_reconcile_repairs_total")
+
+    async def are_all_repaired() -> bool:
+        return await repairs() >= 4
+
+    await until(are_all_repaired, "the index entries of nobody to go", timeout_s=60)
+    over_s = max(transcript.ended_s for transcript in waiting) - struck_s
+    return {"repairs": await repairs(), "all answered after s": over_s}
 
 
 @row("37", "every way to the queue takes 50 ms longer", "tokens come as fast as before")

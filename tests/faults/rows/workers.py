@@ -19,6 +19,7 @@ __all__ = [
     "killed_in_prefill",
     "logits_are_not_finite",
     "out_of_memory",
+    "prompt_kills",
     "step_hangs",
     "zombie_returns",
 ]
@@ -162,6 +163,31 @@ async def logits_are_not_finite(world: World) -> Evidence:
     if sick.end != "NUMERIC" or sick.num_seen != sick.prompt.at:
         raise AssertionError(f"the sick request ended as {sick.end} after {sick.num_seen} tokens")
     return {"failed": 1, "mates unharmed": len(mates)}
+
+
+@row(
+    "17",
+    "a prompt that kills whoever computes it",
+    "three workers die of it at most, then it is dead and refused; everybody else's requests finish",
+)
+async def prompt_kills(world: World) -> Evidence:
+    load = world.load
+    async with world.supervised() as deaths, load.kept_up(8, num_tokens=60):
+        await until(lambda: len(load.flowing) >= 6, "6 streams to flow")
+        world.strike("a prompt that kills", min_flowing=6)
+        sick = load.ask(script=Script.POISON)
+        await load.ended([sick])
+        await until(lambda: len(load.flowing) >= 6, "6 streams to flow")
+        num_deaths = len(deaths)
+        again = load.ask(prompt=sick.prompt)
+        await load.ended([again])
+    require_ends([sick], "POISON")
+    require_ends([again], "POISON")
+    require_ends([each for each in load.transcripts if each not in (sick, again)])
+    if not 1 <= len(deaths) <= 3 or again.accepted or len(deaths) != num_deaths:
+        raise AssertionError(f"{len(deaths)} workers died, {len(deaths) - num_deaths} after the prompt was known")
+    world.expected_keys.add(f"{world.root}:dead")
+    return {"workers lost": len(deaths), "requests of others": len(load.transcripts) - 2}
 
 
 @row(

@@ -1,6 +1,8 @@
 # Each target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer) the environment is made with.
 PYTHON ?= python3
 BIN := .venv/bin
+SEEDS ?= 20
+MINUTES ?= 10
 
 run: .venv/all            ## Start the whole stack on this machine and chat with it
 	@$(BIN)/oasst up --chat
@@ -10,6 +12,12 @@ test: .venv/dev           ## Run the tests
 
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs
+
+faults: .venv/dev         ## Break everything there is to break, with many seeds; SEEDS=20 ROWS="2 6a"
+	PYTHONPATH=tests $(BIN)/python -m faults --seeds $(SEEDS) --markdown build/faults.md $(if $(ROWS),--rows $(ROWS))
+
+soak: .venv/dev           ## Stream from 256 callers at once; memory must stay flat; MINUTES=10
+	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES)
 
 lint: .venv/dev           ## Check style, types and the protobuf files
 	$(BIN)/ruff check

@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from faults.mutations import Mutation
 from faults.table import Result, Row
 
-__all__ = ["Summary", "table_of"]
+__all__ = ["MutationSummary", "Summary", "mutation_table", "table_of"]
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Summary:
     @property
     def verdict(self) -> str:
         runs = len(self.results) + len(self.failures)
+        if not runs:
+            return "not run on this machine"
         if not self.failures:
             return f"held {runs}/{runs}"
         return (
@@ -35,6 +38,30 @@ class Summary:
             for name, value in result.evidence.items():
                 figures[name].append(value)
         return "; ".join(_figure(name, sorted(values)) for name, values in figures.items())
+
+
+@dataclass
+class MutationSummary:
+    """What a row said without its guard."""
+
+    mutation: Mutation
+    num_runs: int = 0
+    # Of the run that broke.
+    defect: str = ""
+
+    @property
+    def survived(self) -> bool:
+        """Nothing has noticed so far that the guard is gone."""
+        return not self.defect
+
+
+def mutation_table(mutants: Sequence[MutationSummary]) -> str:
+    """The table in Markdown."""
+    lines = ["| taken out | row | runs until it broke | what it said |", "|---|---|---:|---|"]
+    for mutant in mutants:
+        said = mutant.defect or "**nothing**"
+        lines.append(f"| {mutant.mutation.guard} | {mutant.mutation.row.number} | {mutant.num_runs} | {said} |")
+    return "\n".join(lines)
 
 
 def _figure(name: str, values: Sequence[float]) -> str:

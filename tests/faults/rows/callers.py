@@ -105,7 +105,6 @@ async def flood(world: World) -> Evidence:
     "the deadline passes while the request waits",
     "DEADLINE_EXCEEDED in time, and no step is spent on it",
     shape=Shape(workers=1, worker_options=("--max-sequences", "4")),
-    is_quick=True,
 )
 async def run_out_of_time_in_the_queue(world: World) -> Evidence:
     load = world.load
@@ -132,7 +131,6 @@ async def run_out_of_time_in_the_queue(world: World) -> Evidence:
     "23",
     "callers leave in the middle and do not come back",
     "the engine is rid of them within two steps and a push; the others do not notice",
-    is_quick=True,
 )
 async def leave(world: World) -> Evidence:
     return await _cancel(world, num_streams=12, num_leaving=6)

@@ -55,7 +55,6 @@ async def worker_is_cut_off_for_short(world: World) -> Evidence:
     "6c",
     "a worker is cut off from the queue for longer than its lease",
     "its jobs go on elsewhere; back again, it is refused and drops them",
-    is_quick=True,
 )
 async def worker_is_cut_off_for_long(world: World) -> Evidence:
     load = world.load
@@ -77,7 +76,12 @@ async def worker_is_cut_off_for_long(world: World) -> Evidence:
     return {"pushes refused": await fenced(), **recovery(world)}
 
 
-@row("6d", "every connection to the queue breaks (RST), three times, with answers under way", "nothing is seen of it")
+@row(
+    "6d",
+    "every connection to the queue breaks (RST), three times, with answers under way",
+    "nothing is seen of it",
+    is_quick=True,
+)
 async def connections_to_the_queue_break(world: World) -> Evidence:
     load = world.load
     load.ask_many(12, num_tokens=150)

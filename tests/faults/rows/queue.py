@@ -44,7 +44,6 @@ async def is_killed(world: World) -> Evidence:
     "5",
     "the queue's server stands still for longer than every lease",
     "streams pause, then go on; no live worker loses a job",
-    is_quick=True,
 )
 async def hangs_for_longer_than_a_lease(world: World) -> Evidence:
     load = world.load

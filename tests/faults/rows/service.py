@@ -15,7 +15,6 @@ __all__ = ["few_files", "killed_in_drain", "rolling_restart_of_workers", "scrape
     "both workers are replaced, one after the other, under load",
     "no request fails, nothing is computed twice, nobody waits for a lease",
     shape=Shape(worker_options=("--drain-s", "0.3")),
-    is_quick=True,
 )
 async def rolling_restart_of_workers(world: World) -> Evidence:
     load = world.load

@@ -29,7 +29,6 @@ __all__ = [
     "1",
     "kill -9 of a worker in a prefill",
     "another worker finishes; the first token comes within lease, sweep and prefill",
-    is_quick=True,
 )
 async def killed_in_prefill(world: World) -> Evidence:
     load = world.load
@@ -124,7 +123,6 @@ async def _exits_by_itself(world: World, script: Script, *, within_s: float) -> 
     "15",
     "the device is lost: a CUDA error that stays",
     "the process ends with an error within 5 s; its jobs go on elsewhere",
-    is_quick=True,
 )
 async def device_is_lost(world: World) -> Evidence:
     return await _exits_by_itself(world, Script.DEVICE_LOST, within_s=5.0)

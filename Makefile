@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
 	--python-version 3.12 --python-platform x86_64-manylinux_2_28
+SEEDS ?= 20
+MINUTES ?= 10
 
 run: .venv/all            ## Start the whole stack on this machine and chat with it
 	@$(BIN)/oasst up --chat
@@ -12,6 +14,12 @@ test: .venv/dev .venv/helm ## Run the tests
 
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs
+
+faults: .venv/dev         ## Break everything there is to break, with many seeds; SEEDS=20 ROWS="2 6a"
+	PYTHONPATH=tests $(BIN)/python -m faults --seeds $(SEEDS) --markdown build/faults.md $(if $(ROWS),--rows $(ROWS))
+
+soak: .venv/dev           ## Stream from 256 callers at once; memory must stay flat; MINUTES=10
+	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES)
 
 lint: .venv/dev           ## Check style, types and the protobuf files
 	$(BIN)/ruff check
@@ -77,4 +85,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz lint format proto docs train-demo bench chart generated observe images lock clean help
+.PHONY: run test fuzz faults soak lint format proto docs train-demo bench chart generated observe images lock clean help

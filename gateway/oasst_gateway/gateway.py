@@ -62,7 +62,11 @@ async def running_gateway(
         redis = connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         client = QueueClient(redis, num_shards=settings.queue_shards)
-        limits = QueueLimits(max_waiting_jobs=settings.max_waiting_jobs, max_waiting_tokens=settings.max_waiting_tokens)
+        limits = QueueLimits(
+            max_waiting_jobs=settings.max_waiting_jobs,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            retention_s=settings.retention_s,
+        )
         submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits, durability=settings.durability)
         inbox = Inbox(client, gateway_id=settings.gateway_id)
         await health.start()

@@ -138,6 +138,7 @@ class _TimedExecutor:
     num_blocks: int
     block_size: int = _BLOCK_SIZE
     prefill_tile: int = _PREFILL_TILE
+    is_position_exact: bool = True
     last_step_s: float = 0.0
 
     def execute(self, batch: Batch) -> list[Sample]:
@@ -172,9 +173,9 @@ class _Worker:
             arrival = waiting.popleft()
             self._num_claimed += 1
             sequence_id = str(self._num_claimed)
-            sequence = engine.Sequence(
-                sequence_id, [_ANY_TOKEN] * arrival.prompt_tokens, GenerationParams(arrival.output_tokens)
-            )
+            # No two prompts begin alike: nothing of one is used again for another.
+            prompt = [self._num_claimed] * arrival.prompt_tokens
+            sequence = engine.Sequence(sequence_id, prompt, GenerationParams(arrival.output_tokens))
             self._chats[sequence_id] = Chat(arrival, claimed_s=now_s)
             self._sequences[sequence_id] = sequence
             self._engine.add(sequence)

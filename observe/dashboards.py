@@ -300,6 +300,18 @@ WORKERS = Dashboard(
             "Resumed ones follow a worker's death, or its leaving.",
         ),
         Panel(
+            "Prompt tokens used again",
+            "percentunit",
+            (
+                Query(
+                    "share",
+                    'sum (rate(oasst_worker_prefix_hit_tokens_total{release="$release"}[$__rate_interval]))'
+                    ' / sum (rate(oasst_worker_prefix_lookup_tokens_total{release="$release"}[$__rate_interval]))',
+                ),
+            ),
+            "Of those that were in the KV cache already: turns of a conversation, texts that prompts begin with.",
+        ),
+        Panel(
             "Memory",
             "bytes",
             (

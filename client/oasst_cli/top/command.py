@@ -21,7 +21,7 @@ _NUM_SPARKS = 30
 # Histogram of the gateways -> its title.
 _LATENCIES = {
     "oasst_gateway_queue_wait_seconds": "queue wait",
-    "oasst_gateway_time_to_first_token_seconds": "time to first token",
+    "gen_ai_server_time_to_first_token_seconds": "time to first token",
     "oasst_gateway_inter_token_latency_seconds": "inter-token latency",
 }
 _GENERATED = "oasst_gateway_generated_tokens_total"

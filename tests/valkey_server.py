@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["ValkeyServer"]
@@ -27,10 +28,12 @@ class ValkeyServer:
     earlier fsync is slow, the answer does not, and a kill just then loses it.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, prefix: Sequence[str] = ()) -> None:
+        """`options` win over those given here; `prefix` is a command that becomes the server, such as `env A=B`."""
         self.url = f"unix://{folder}/valkey.sock"
         self._folder = folder
         self._options = options
+        self._prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
@@ -41,6 +44,7 @@ class ValkeyServer:
     def start(self) -> None:
         """The server answers."""
         command = [
+            *self._prefix,
             self.binary(),
             *("--port", "0", "--unixsocket", str(self._folder / "valkey.sock"), "--unixsocketperm", "700"),
             *("--dir", str(self._folder), "--appendonly", "yes", "--appendfsync", "no", "--save", ""),
@@ -67,6 +71,10 @@ class ValkeyServer:
         self.kill()
         self.start()
 
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
     def pause(self) -> None:
         """The server hangs: connections stay open, nothing is answered."""
         self._signal(signal.SIGSTOP)
@@ -76,15 +84,19 @@ class ValkeyServer:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
+        self._running().send_signal(number)
+
+    def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None:
             raise RuntimeError("Valkey is not running")
-        self._process.send_signal(number)
+        return self._process
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as connection:
             try:
                 connection.connect(str(self._folder / "valkey.sock"))
                 connection.sendall(b"PING\r\n")
-                return connection.recv(7) == b"+PONG\r\n"
+                # Where users have passwords it answers that it wants one.
+                return connection.recv(7) in (b"+PONG\r\n", b"-NOAUTH")
             except OSError:
                 return False

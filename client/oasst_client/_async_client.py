@@ -333,7 +333,7 @@ class AsyncClient:
 
     async def _cancel_quietly(self, request_id: str) -> None:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""
-        with suppress(grpc.aio.AioRpcError):
+        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # The second: the client was closed before.
             await self._chat.CancelChat(
                 wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=self._metadata
             )

@@ -366,5 +366,5 @@ class Client:
 
     def _cancel_quietly(self, request_id: str) -> None:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""
-        with suppress(grpc.RpcError):
+        with suppress(grpc.RpcError, ValueError):  # The second: the client was closed before.
             self._chat.CancelChat(wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=self._metadata)

@@ -7,13 +7,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from oasst_jobs import QueueError
+from oasst_jobs import QueueError, failpoints
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from oasst_gateway.errors import StartError
 from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel, load_model
-from oasst_gateway.settings import GatewaySettings, read_settings
+from oasst_gateway.settings import FAILPOINTS, GatewaySettings, read_settings
 
 __all__ = ["main"]
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
         format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
     )
+    failpoints.arm(failpoints.parse_failpoints(settings.failpoints, known=FAILPOINTS))
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(settings, model))

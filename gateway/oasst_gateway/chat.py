@@ -8,6 +8,7 @@ from typing import Protocol
 from google.rpc import code_pb2  # type: ignore[import-untyped]  # without stubs
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
+from oasst_jobs import failpoints
 
 from oasst_gateway.errors import ChatFailedError
 from oasst_gateway.events import IndivisibleDeltaError, StreamMessage, build_response, delta_events, entries_after
@@ -79,6 +80,7 @@ class Chat:
                 yield chat_pb2.ChatEvent(next_position=self._position, waiting=news)
                 continue
             for event in delta_events(news.entries, position=news.start_position):
+                failpoints.reach("gateway.sending")
                 yield event
             if news.outcome is not None:
                 yield _last_event(news.outcome, news.end_position)

@@ -19,6 +19,7 @@ from oasst_jobs import (
     Submitted,
     Submitter,
     Subscription,
+    failpoints,
     job_id_for,
 )
 
@@ -304,10 +305,14 @@ class Chats:
                     self._monitor.saw_finished(job, chat.outcome.finished)
 
     async def _submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool = True) -> chat_pb2.Accepted:
+        failpoints.reach("gateway.submitting")
         submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
+        failpoints.reach("gateway.submitted")
         job = submitted.job
         if submitted.is_new:
             self._metrics.prompt_tokens.inc(len(job.prompt_token_ids))
+            self._metrics.tenant_requests.labels(tenant.name).inc()
+            self._metrics.tenant_prompt_tokens.labels(tenant.name).inc(len(job.prompt_token_ids))
         logger.info(
             "accepted job_id=%s request_id=%s is_new=%s ahead=%d prompt_tokens=%d max_new_tokens=%d n=%d",
             job.job_id,

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from oasst_jobs import Durability, ServerAddress
+from oasst_jobs.failpoints import parse_failpoints
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from oasst_gateway.errors import StartError
 
-__all__ = ["GatewaySettings", "read_settings"]
+__all__ = ["FAILPOINTS", "GatewaySettings", "read_settings"]
+
+# Places in the gateway where a test can break it: before a request is queued, after that and before its caller hears of
+# it, and before each event that a caller is sent.
+FAILPOINTS = ("gateway.submitting", "gateway.submitted", "gateway.sending")
 
 
 def _draw_gateway_id() -> str:
@@ -30,6 +35,11 @@ def _check_address(address: str) -> str:
 def _check_redis_url(url: str) -> str:
     ServerAddress.parse(url)
     return url
+
+
+def _check_failpoints(text: str) -> str:
+    parse_failpoints(text, known=FAILPOINTS)
+    return text
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
@@ -58,8 +68,8 @@ class GatewaySettings(BaseSettings):
         Durability.LOCAL, description="Whether a request is accepted once Redis has it, or once a replica has it too."
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
-    metrics: bool = Field(True, description="Whether metrics are served.")
-    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of Prometheus metrics.")
+    metrics: bool = Field(True, description="Whether metrics and probes are served.")
+    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of /metrics, /healthz and /readyz.")
     tls_cert: Path | None = Field(None, description="PEM file of the server's certificate and its chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
     tls_client_ca: Path | None = Field(None, description="PEM file; callers must show a certificate signed by it.")
@@ -91,6 +101,7 @@ class GatewaySettings(BaseSettings):
     detach_grace_s: float = Field(
         10.0, ge=0, le=3600, description="How long a request whose caller is gone runs on, unless it says so itself."
     )
+    retention_s: float = Field(300.0, gt=0, description="How long a request and its answer stay after its end.")
     max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on this gateway.")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
     resume_secret: SecretStr | None = Field(
@@ -105,6 +116,9 @@ class GatewaySettings(BaseSettings):
         0.0, ge=0, description="How long new callers are still served once asked to stop, until balancers have noticed."
     )
     drain_grace_s: float = Field(30.0, ge=0, description="How long open chats may go on after that.")
+    failpoints: Annotated[str, AfterValidator(_check_failpoints)] = Field(
+        "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")

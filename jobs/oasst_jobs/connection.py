@@ -27,7 +27,7 @@ from redis.asyncio.sentinel import (
 )
 from redis.backoff import ExponentialWithJitterBackoff
 
-from oasst_jobs.errors import UnsupportedServerError, translate
+from oasst_jobs.errors import QueueUnavailableError, UnavailableReason, UnsupportedServerError, translate
 
 __all__ = [
     "MAX_BLOCK_S",
@@ -52,6 +52,9 @@ MAX_BLOCK_S = 1.0
 _CONNECT_TIMEOUT_S = 2.0
 _MAX_CONNECTIONS = 64
 _MAX_CONNECTIONS_PER_CLUSTER_NODE = 1024  # A cluster's pools do not wait for a free one.
+
+# What uvloop says, as a RuntimeError, of a connection that broke since its last use; the client library passes it on.
+_BROKEN_ON_UVLOOP = "the handler is closed"
 
 # The first versions with everything that is used here.
 _MIN_REDIS = (7, 0)
@@ -201,7 +204,11 @@ def connect(url: str) -> RedisClient:
     settings["retry"] = Retry(
         ExponentialWithJitterBackoff(base=0.02, cap=0.2),
         retries=1,
-        supported_errors=(redis.exceptions.ConnectionError, redis.exceptions.ReadOnlyError),
+        supported_errors=(
+            redis.exceptions.ConnectionError,
+            redis.exceptions.ReadOnlyError,
+            RuntimeError,  # type: ignore[arg-type]  # any exception will do; see _BROKEN_ON_UVLOOP
+        ),
     )
     settings = {"max_connections": _MAX_CONNECTIONS, "timeout": _SOCKET_TIMEOUT_S, **settings}
     if address.kind is ServerKind.SENTINEL:
@@ -324,5 +331,9 @@ async def translated(reply: Awaitable[T]) -> T:
     """The reply, or our own error for the client library's."""
     try:
         return await reply
+    except RuntimeError as error:
+        if _BROKEN_ON_UVLOOP not in str(error):
+            raise
+        raise QueueUnavailableError(UnavailableReason.UNREACHABLE, "Redis: the connection broke") from error
     except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
         raise translate(error) from error

@@ -882,7 +882,8 @@ local function sweep(keys, args)
 
   local swept_ms = tonumber(redis.call('HGET', counters, 'swept_ms'))
   redis.call('HSET', counters, 'swept_ms', shard.now_ms)
-  if is_another_run(shard) or swept_ms and shard.now_ms - swept_ms > stall_ms then
+  -- A clock that was set back looks like a sweep in the future; leases would last until that time comes again.
+  if is_another_run(shard) or swept_ms and math.abs(shard.now_ms - swept_ms) > stall_ms then
     amnestied = grant_amnesty(shard)
   end
   cap_leases(shard, limit)

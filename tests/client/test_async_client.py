@@ -170,3 +170,13 @@ async def test_a_conversation_remembers(server, async_client):
     asked = [message.content for message in server.requests[1].conversation.messages]
     assert asked == ["Be brief.", "What is a meme?", TEXT, "And who coined the word?"]
     assert len(conversation.messages) == 5
+
+
+async def test_a_stream_may_be_closed_after_its_client(server):
+    server.script = waits_for_its_caller(server)
+    client = AsyncClient(server.address)
+    stream = client.stream("Hi")
+    await anext(aiter(stream.events()))
+    await client.close()
+    await stream.close()
+    assert await server_saw_the_end(server)

@@ -271,3 +271,11 @@ def test_threads_share_one_client(client):
     for thread in threads:
         thread.join()
     assert texts == [TEXT] * 8
+
+
+def test_a_stream_may_be_closed_after_its_client(server):
+    client = Client(server.address)
+    stream = client.stream("Hi")
+    next(iter(stream.events()))
+    client.close()
+    stream.close()

@@ -113,7 +113,7 @@ GUARDS: list[tuple[Callable[[Queue], Awaitable[None]], FunctionLibrary]] = [
             replacement="redis.pcall('XADD', shard.root .. ':log:' .. job.id, '*',",
         ),
     ),
-    (stall_costs_nobody_its_job, without("or swept_ms and shard.now_ms - swept_ms > stall_ms")),
+    (stall_costs_nobody_its_job, without("or swept_ms and math.abs(shard.now_ms - swept_ms) > stall_ms")),
     (restart_costs_nobody_its_job, without("is_another_run(shard) or", replacement="false or")),
     (end_is_final, without("job.state == 'cancelled' or job.state == 'expired'", replacement="false")),
 ]

@@ -135,6 +135,21 @@ async def test_a_lease_from_a_clock_that_was_set_back_ends_in_time(
     assert await redis_client.zscore(leases, job_id) <= (seconds + 1) * 1000 + 120_000
 
 
+async def test_after_the_clock_was_set_back_a_lease_lasts_no_longer_than_it_should(
+    submitter: Submitter, claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    """To the queue, an hour back looks like leases and a last sweep of an hour from now."""
+    job_id = await submit(submitter, "held")
+    await claimer.claim(max_jobs=1, max_tokens=1000)
+    await sweeper.sweep()
+    root = client.shards[0].keys.root
+    usual_ms = await redis_client.zscore(f"{root}:leases", job_id)
+    await redis_client.zincrby(f"{root}:leases", 3_600_000, job_id)
+    await redis_client.hincrby(f"{root}:counters", "swept_ms", 3_600_000)
+    assert (await sweeper.sweep()).amnestied == 1
+    assert 0 <= await redis_client.zscore(f"{root}:leases", job_id) - usual_ms < 2_000
+
+
 async def test_index_entries_without_a_job_are_cleared_away(
     sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:

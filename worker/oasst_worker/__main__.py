@@ -5,21 +5,24 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from oasst_jobs import QueueError
+from oasst_jobs import QueueError, failpoints
 from prometheus_client import CollectorRegistry
 
 from oasst_worker.health import HealthServer, WorkerHealth
 from oasst_worker.loop import EngineStalledError
-from oasst_worker.settings import StartError, WorkerSettings, read_settings
+from oasst_worker.settings import FAILPOINTS, StartError, WorkerSettings, read_settings
 
 if TYPE_CHECKING:
+    from oasst_worker.served_model import ServedModel
     from oasst_worker.worker import Worker
 
-__all__ = ["main", "serve"]
+__all__ = ["ModelLoader", "main", "serve"]
+
+ModelLoader = Callable[[WorkerSettings], "ServedModel"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +33,18 @@ _EXIT_BAD_OPTION = 2
 _LAST_STEP_S = 5.0
 
 
-def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
-    """Serves until SIGTERM or SIGINT; the process's exit code."""
+def main(arguments: Sequence[str] = sys.argv[1:], *, load: ModelLoader | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; the process's exit code. `load` makes the model, if not from a checkpoint."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave_early)
     try:
         settings = read_settings(arguments)
         _log_to_stderr(settings)
+        failpoints.arm(failpoints.parse_failpoints(settings.failpoints, known=FAILPOINTS))
         registry = CollectorRegistry()
         health = WorkerHealth(silence_limit_s=settings.step_limit_s)
         server = _start_health_server(settings, health, registry)
-        worker = _load_worker(settings, registry, health)
+        worker = _make_worker(settings, registry, health, load)
     except StartError as error:
         return _tell(str(error), _EXIT_BAD_OPTION)
     exit_code = serve(worker, server)
@@ -67,12 +71,17 @@ def serve(worker: "Worker", server: HealthServer) -> int:
     return 0
 
 
-def _load_worker(settings: WorkerSettings, registry: CollectorRegistry, health: WorkerHealth) -> "Worker":
+def _make_worker(
+    settings: WorkerSettings, registry: CollectorRegistry, health: WorkerHealth, load: ModelLoader | None
+) -> "Worker":
     # PyTorch takes seconds to import. A mistyped option is told, and a signal obeyed, without waiting for it.
-    from oasst_worker.served_model import load_model
     from oasst_worker.worker import Worker
 
-    return Worker(settings, load_model(settings), registry, health)
+    if load is None:
+        from oasst_worker.served_model import load_model
+
+        load = load_model
+    return Worker(settings, load(settings), registry, health)
 
 
 def _start_health_server(settings: WorkerSettings, health: WorkerHealth, registry: CollectorRegistry) -> HealthServer:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from oasst.jobs.v1.job_pb2 import Outcome
-from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError
+from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError, failpoints
 
 from oasst_worker.choice import Choice
 from oasst_worker.intake import Intake, JobRefusedError
@@ -171,6 +171,7 @@ class Consumer:
         )
         if not claimed_jobs:
             return False
+        failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
         for claimed in claimed_jobs:
             await self._take_in(claimed)
@@ -258,7 +259,9 @@ class Consumer:
         """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
         started_s = self._clock()
         items = [job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs]
+        failpoints.reach("worker.pushing")
         statuses = await self._reach("push", lambda: self._claimer.push(items), give_up=self._closing)
+        failpoints.reach("worker.pushed")
         if statuses is None:
             return
         self._metrics.push_seconds.observe(self._clock() - started_s)
@@ -307,6 +310,7 @@ class Consumer:
         jobs = list(self._jobs.values())
         if not jobs:
             return
+        failpoints.reach("worker.releasing")
         try:
             await self._claimer.release([job.claimed for job in jobs])
         except QueueUnavailableError as error:

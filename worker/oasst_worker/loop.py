@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from oasst_jobs import failpoints
+
 from oasst_worker.choice import Choice, ChoiceError, ChoiceOutput
 from oasst_worker.engine import Batch, Engine, TokenOutput
 
@@ -176,6 +178,7 @@ class EngineLoop:
         self._num_steps += 1
         self._step_in_progress = self._num_steps
         started_s = self._clock()
+        failpoints.reach("worker.stepping")
         outputs = self._engine.step()
         ended_s = self._clock()
         self._step_in_progress = None

@@ -1,6 +1,8 @@
 """Every metric of the worker, declared once. Base units; no label holds anything a caller chose."""
 
-from oasst_jobs import ClaimedJob, PushStatus
+from dataclasses import asdict, fields
+
+from oasst_jobs import ClaimedJob, PushStatus, SweepReport
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from oasst_worker.loop import EngineLoad, StepReport
@@ -45,7 +47,7 @@ class WorkerMetrics:
         self.waiting_sequences = gauge("waiting_sequences", "Sequences that wait inside the engine.")
         self.max_sequences = gauge("max_sequences", "Sequences that may run at once.")
         self.kv_tokens_used = gauge("kv_tokens_used", "Positions of KV cache in use.")
-        self.kv_tokens_total = gauge("kv_tokens_total", "Positions of KV cache in all.")
+        self.kv_tokens_total = gauge("kv_tokens_capacity", "Positions of KV cache in all.")
 
         self.jobs = counter(
             "jobs_total",
@@ -55,6 +57,12 @@ class WorkerMetrics:
         self.claimed_jobs = counter("claimed_jobs_total", "Jobs claimed.")
         self.resumed_jobs = counter("resumed_jobs_total", "Jobs claimed that had tokens of another claim.")
         self.fenced_pushes = counter("fenced_pushes_total", "Jobs whose push was refused: another worker has them.")
+        # The same name wherever it is counted: any process may have swept.
+        self.swept = Counter(
+            "oasst_queue_swept_total", "Jobs that sweeps set right, by what was done.", ["kind"], registry=registry
+        )
+        for kind in fields(SweepReport):
+            self.swept.labels(kind.name)  # Shown as 0 from the start, so that the first one is an increase.
         self.queue_wait_seconds = histogram(
             "queue_wait_seconds", "From a job's arrival in the queue to its first claim.", _WAIT_SECONDS
         )
@@ -88,6 +96,11 @@ class WorkerMetrics:
         self.prefill_tokens.inc(report.num_prefill_tokens)
         self.decode_tokens.inc(report.num_decode_tokens)
         self.generated_tokens.inc(sum(output.token_id is not None for output in report.outputs))
+
+    def record_sweep(self, report: SweepReport) -> None:
+        """Adds what a sweep of this process set right in the queue."""
+        for kind, number in asdict(report).items():
+            self.swept.labels(kind).inc(number)
 
     def record_load(self, load: EngineLoad, *, max_sequences: int, kv_tokens_total: int) -> None:
         """The gauges show `load`."""

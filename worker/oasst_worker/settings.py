@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
+from oasst_jobs.failpoints import parse_failpoints
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-__all__ = ["StartError", "WorkerSettings", "read_settings"]
+__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "read_settings"]
+
+# Places in the worker where a test can break it: between a claim and the jobs being taken in, before and after the
+# call that logs tokens, before what is left goes back at the end, and at the start of each of the engine's steps.
+FAILPOINTS = ("worker.claimed", "worker.pushing", "worker.pushed", "worker.releasing", "worker.stepping")
 
 
 class StartError(Exception):
@@ -31,6 +36,11 @@ def _check_address(address: str) -> str:
 def _check_redis_url(url: str) -> str:
     ServerAddress.parse(url)
     return url
+
+
+def _check_failpoints(text: str) -> str:
+    parse_failpoints(text, known=FAILPOINTS)
+    return text
 
 
 class WorkerSettings(BaseSettings):
@@ -74,6 +84,9 @@ class WorkerSettings(BaseSettings):
     step_limit_s: float = Field(20.0, gt=0, description="A step that takes longer, and 10x the usual, ends the worker.")
     redis_wait_s: float = Field(60.0, ge=0, description="How long the start waits for Redis before it fails.")
     drain_s: float = Field(30.0, ge=0, description="How long running jobs may go on once asked to stop.")
+    failpoints: Annotated[str, AfterValidator(_check_failpoints)] = Field(
+        "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 from oasst_jobs import Claimer, QueueClient, QueueUnavailableError, Reconciler, Sweeper, connect
 from prometheus_client import CollectorRegistry
@@ -16,8 +17,10 @@ from oasst_worker.health import WorkerHealth
 from oasst_worker.heartbeat import beat
 from oasst_worker.loop import EngineLoop, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
-from oasst_worker.served_model import ServedModel
 from oasst_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:  # A type alone: it brings PyTorch with it.
+    from oasst_worker.served_model import ServedModel
 
 __all__ = ["Worker"]
 
@@ -31,7 +34,7 @@ class Worker:
     """A loaded model that serves the queue's jobs."""
 
     def __init__(
-        self, settings: WorkerSettings, model: ServedModel, registry: CollectorRegistry, health: WorkerHealth
+        self, settings: WorkerSettings, model: "ServedModel", registry: CollectorRegistry, health: WorkerHealth
     ) -> None:
         self._settings = settings
         self._model = model
@@ -66,7 +69,7 @@ class Worker:
             await self._wait_for_queue(client, consumer)
             async with asyncio.TaskGroup() as tasks:
                 companions = [
-                    tasks.create_task(Sweeper(client).run(), name="sweep"),
+                    tasks.create_task(Sweeper(client, on_sweep=self._metrics.record_sweep).run(), name="sweep"),
                     tasks.create_task(reconciler.run(), name="reconcile"),
                     tasks.create_task(self._watch(consumer, reconciler), name="watch"),
                     tasks.create_task(self._await_engine(), name="engine"),

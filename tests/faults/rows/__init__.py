@@ -1,0 +1,53 @@
+"""The rows of the fault table, in its order."""
+
+from faults.rows import callers, gateways, machines, network, queue, service, workers
+from faults.table import Row
+
+__all__ = ["ROWS"]
+
+ROWS: tuple[Row, ...] = (
+    workers.killed_in_prefill,
+    workers.killed_in_decoding,
+    workers.killed_after_a_claim,
+    workers.killed_before_a_push,
+    workers.killed_after_a_push,
+    gateways.killed_in_a_stream,
+    gateways.killed_before_queueing,
+    gateways.killed_before_the_answer,
+    gateways.killed_while_sending,
+    queue.is_killed,
+    queue.hangs_for_longer_than_a_lease,
+    network.gateway_is_cut_off_from_the_queue,
+    network.worker_is_cut_off_for_short,
+    network.worker_is_cut_off_for_long,
+    network.connections_to_the_queue_break,
+    gateways.connections_to_callers_break,
+    gateways.unreachable_for_callers,
+    callers.read_slowly,
+    machines.clock_of_workers_jumps,
+    machines.clock_of_the_queue_jumps_on,
+    machines.clock_of_the_queue_jumps_back,
+    machines.disk_is_full,
+    queue.memory_is_full,
+    workers.out_of_memory,
+    workers.device_is_lost,
+    workers.logits_are_not_finite,
+    workers.step_hangs,
+    workers.prompt_kills,
+    callers.ask_twice_at_once,
+    workers.zombie_returns,
+    gateways.caller_comes_back_elsewhere,
+    callers.leave,
+    gateways.abandoned,
+    callers.flood,
+    callers.run_out_of_time_in_the_queue,
+    callers.cancel_all_at_once,
+    service.rolling_restart_of_workers,
+    gateways.is_replaced,
+    service.killed_in_drain,
+    service.scraped,
+    queue.emptied,
+    queue.is_slow,
+    service.few_files,
+    queue.disagrees_with_itself,
+)

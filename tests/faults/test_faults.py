@@ -1,0 +1,20 @@
+"""The quick rows of the fault table, once each. `make faults` runs all of them, with many seeds."""
+
+from pathlib import Path
+
+import pytest
+
+from faults.rows import ROWS
+from faults.table import Row, run_row
+
+QUICK = [row for row in ROWS if row.is_quick]
+
+
+@pytest.mark.parametrize("row", QUICK, ids=[f"row-{row.number}" for row in QUICK])
+async def test_the_promise_holds_when_it_happens_under_load(row: Row, tmp_path: Path) -> None:
+    result = await run_row(row, seed=1, keep_failed_in=tmp_path)
+    assert result.num_tokens > 0
+
+
+def test_every_row_has_a_number_of_its_own() -> None:
+    assert len({row.number for row in ROWS}) == len(ROWS)

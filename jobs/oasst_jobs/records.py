@@ -161,7 +161,7 @@ class ClaimedJob:
     # Until the deadline, as of the claim.
     remaining_ms: int | None
     # Whether it lost workers in a way that makes it run alone: its worker claims nothing beside it.
-    is_solo: bool
+    is_solo: bool = False
 
 
 @dataclass(frozen=True, slots=True)

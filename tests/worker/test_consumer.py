@@ -252,12 +252,14 @@ async def test_a_cancelled_job_leaves_the_engine(queue, start_worker):
 @pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.EXPIRED])
 async def test_what_ended_frees_its_blocks_within_two_steps_of_the_push_that_tells_it(queue, start_worker, state):
     worker = start_worker()
-    worker.executor.allow(3)
+    worker.executor.allow(0)
     ended, other = make_job("ended", n=3, max_new_tokens=900), make_job("other", max_new_tokens=900)
     await queue.submit(ended)
     await queue.submit(other)
-    await until(lambda: worker.executor.num_steps == 3)
+    await until(lambda: worker.consumer.num_sequences == 4)
+    worker.executor.allow(3)
     await until(lambda: worker.loop.load.num_running == 4)
+    await until(lambda: worker.executor.num_steps == 3)
     if state is JobState.CANCELLED:
         await queue.client.cancel(ended.job_id)
     else:

@@ -1,13 +1,15 @@
 # Each target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer) the environment is made with.
 PYTHON ?= python3
 BIN := .venv/bin
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	--python-version 3.12 --python-platform x86_64-manylinux_2_28
 SEEDS ?= 20
 MINUTES ?= 10
 
 run: .venv/all            ## Start the whole stack on this machine and chat with it
 	@$(BIN)/oasst up --chat
 
-test: .venv/dev           ## Run the tests
+test: .venv/dev .venv/helm ## Run the tests
 	$(BIN)/pytest
 
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
@@ -32,17 +34,43 @@ format: .venv/dev         ## Bring the code into the project's style
 proto: .venv/dev          ## Generate the Python code of the protobuf files
 	$(BIN)/python protos/generate.py
 
-demo: .venv/dev           ## Train the demo checkpoint anew
-	$(BIN)/python -m oasst_training.train_demo
+docs: .venv/dev           ## Write the command's reference anew
+	$(BIN)/typer oasst_cli.__main__ utils docs --name oasst --output docs/client/command-reference.md
+
+train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, ask it
+	rm -rf build/demo
+	$(BIN)/python -m oasst_training.train_demo --work-dir build/demo
+	printf 'What is a meme?\nAnd who coined the word?\n' | $(BIN)/oasst up --chat --model training/oasst_training/demo
 
 bench: .venv/dev          ## Measure engine, whole path and start; prints ratios
 	$(BIN)/python -m bench
+
+chart: .venv/dev .venv/helm ## Check the chart, its rules and the images; prints a table of profiles and checks
+	@command -v promtool >/dev/null || { echo "make chart needs promtool: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/pytest tests/ops --matrix
+
+generated: .venv/dev      ## Write the dashboards, the table of metrics and the queue's users
+	$(BIN)/python -m observe write
+
+observe: .venv/dev        ## Watch a real run with a real Prometheus: rules, dashboards, pictures, cost
+	@command -v prometheus >/dev/null && command -v prometheus-redis-exporter >/dev/null || \
+		{ echo "make observe needs Prometheus: apt-get install prometheus prometheus-redis-exporter" >&2; exit 1; }
+	$(BIN)/python -m observe run
+
+images:                   ## Build the gateway's and the worker's image; needs Docker
+	docker build -f docker/Dockerfile --target gateway -t oasst-gateway:0.1.0 .
+	docker build -f docker/Dockerfile --target worker -t oasst-worker:0.1.0 .
+
+lock: .venv/dev           ## Pin what the images install, by hash
+	echo hatchling | $(LOCK) -o docker/build.txt -
+	$(LOCK) --extra gateway -o docker/gateway.txt pyproject.toml
+	$(LOCK) --extra worker -o docker/worker.txt pyproject.toml
 
 clean:                    ## Remove the environment and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
 
 help:                     ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 .venv/all .venv/dev: .venv/%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oasst-serve needs Python 3.11 or newer")'
@@ -51,5 +79,10 @@ help:                     ## Show this list
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -e '.[$*]' >&2
 	@touch $@
 
+# Helm as a library. Its metadata asks for Python 3.12; it runs on 3.11 as well.
+.venv/helm: .venv/dev
+	$(BIN)/pip install --disable-pip-version-check -q --ignore-requires-python --no-deps helm-sdkpy==0.1.32 >&2
+	@touch $@
+
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz lint format proto demo bench clean help
+.PHONY: run test fuzz faults soak lint format proto docs train-demo bench chart generated observe images lock clean help

@@ -20,8 +20,11 @@ from bench.gateway import FloodRow, GatewayRow, measure_flood, measure_gateway
 from bench.path import PathRow, measure_path
 from bench.queue import QueueFigures, measure_queue
 from bench.start import StartRow, measure_start
+from bench.training import OURS as OUR_TRAINER
+from bench.training import THEIRS as THEIR_TRAINER
+from bench.training import TRAINED_SHAPES, TrainingRow, measure_training
 
-PARTS = ("engine", "path", "gateway", "queue", "start")
+PARTS = ("engine", "path", "gateway", "queue", "start", "training")
 # Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
 GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
 
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 100_000], help="jobs that wait, for queue")
+    parser.add_argument("--training-steps", type=int, default=12)
     parser.add_argument("--json", type=Path, help="also writes the figures to this file")
     options = parser.parse_args()
 
@@ -68,6 +72,12 @@ def main() -> None:
                 waiting = tuple(options.waiting)
                 rows = [measure_queue(streams=(1, 8, 32, 128), waiting_jobs=waiting, rounds=options.rounds)]
                 console.print(_queue_table(rows[0]))
+            elif part == "training":
+                rows = [
+                    measure_training(shape, steps=options.training_steps, rounds=options.rounds)
+                    for shape in TRAINED_SHAPES
+                ]
+                console.print(_training_table(rows))
             else:
                 rows = [measure_start(options.rounds)]
                 console.print(_start_table(rows[0]))
@@ -177,6 +187,22 @@ def _queue_table(figures: QueueFigures) -> Table:
     table.add_row("memory of a logged token", f"{figures.memory.bytes_per_logged_token:.0f} bytes")
     for name, value_ms in figures.claimed_after_ms.items():
         table.add_row(f"submit to claim by an idle worker, {name}", f"{value_ms:.1f} ms")
+    return table
+
+
+def _training_table(rows: list[TrainingRow]) -> Table:
+    table = Table(title="Training: tokens per second without padding, fp32; most memory of the process")
+    for heading in ("shape", OUR_TRAINER, THEIR_TRAINER, "ratio", "memory", "their memory"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.shape,
+            f"{row.tokens_per_s[OUR_TRAINER]:.0f}",
+            f"{row.tokens_per_s[THEIR_TRAINER]:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.peak_mib[OUR_TRAINER]:.0f} MiB",
+            f"{row.peak_mib[THEIR_TRAINER]:.0f} MiB",
+        )
     return table
 
 

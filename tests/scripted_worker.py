@@ -49,6 +49,7 @@ class ScriptedExecutor:
 
     block_size = 16
     prefill_tile = 16
+    is_position_exact = True
 
     def __init__(self, num_blocks: int = 256) -> None:
         self.num_blocks = num_blocks

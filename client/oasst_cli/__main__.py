@@ -9,29 +9,31 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 from oasst_client import OasstError
 
+from oasst_cli.bench.command import bench
+from oasst_cli.cancel import cancel
 from oasst_cli.chat import chat
 from oasst_cli.complete import complete
+from oasst_cli.doctor import doctor
+from oasst_cli.exits import EXIT_CODES, exit_of
 from oasst_cli.models import models
+from oasst_cli.plan.command import plan
+from oasst_cli.report.command import report
+from oasst_cli.tokenize import tokenize
+from oasst_cli.top.command import top
 from oasst_cli.up import up
 
 __all__ = ["app", "main"]
 
-_EXIT_CODES = (
-    "Exit codes: 0, done or stopped as asked; 1, a question or a process failed; "
-    "2, an option, or the model, can never work."
-)
-
 app = typer.Typer(
     name="oasst",
     help="Run and use a self-hosted OpenAssistant chat service.",
-    epilog=_EXIT_CODES,
-    add_completion=False,
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, chat, complete, models):
-    app.command(epilog=_EXIT_CODES)(command)
+for command in (up, chat, complete, cancel, models, top, tokenize, doctor, bench, report, plan):
+    app.command(epilog=EXIT_CODES)(command)
 
 
 def main() -> None:
@@ -39,7 +41,8 @@ def main() -> None:
     try:
         app()
     except OasstError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_of(error))
 
 
 if __name__ == "__main__":

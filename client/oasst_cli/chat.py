@@ -3,23 +3,29 @@
 import signal
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn, TextIO
 
 import typer
-from oasst_client import Client, Conversation, OasstError, Truncation
+from oasst_client import ChatOptions, Client, Conversation, OasstError, Truncation
+from rich.console import Console
 
+from oasst_cli.chat_session import COMMANDS, ChatSession
 from oasst_cli.options import (
-    DEFAULT_ADDRESS,
     Address,
+    AsJson,
     MaxNewTokens,
     ModelName,
     Preset,
+    ProfileName,
     Seed,
     Temperature,
     TopK,
     TopP,
+    connected,
     given_options,
+    json_line,
 )
 
 __all__ = ["answer_lines", "chat"]
@@ -28,20 +34,29 @@ _PROMPT = "> "
 
 
 def chat(
-    address: Address = DEFAULT_ADDRESS,
-    model: ModelName = None,
     system: Annotated[str, typer.Option(help="Instructions that stand before the first question.")] = "",
+    load: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Goes on with a conversation that /save wrote.")
+    ] = None,
     preset: Preset = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Shows answers as they are, not as Markdown.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Whether questions are remembered for the arrow keys.")
+    ] = True,
+    model: ModelName = None,
+    address: Address = None,
+    profile: ProfileName = None,
+    as_json: AsJson = False,
 ) -> None:
     """Chat with the service. What was said before is remembered.
 
-    On a terminal, Ctrl-C stops the current answer and Ctrl-D leaves. With input piped in, each line is a question,
-    and only the answers go to standard output.
+    On a terminal, Ctrl-C stops the current answer, Ctrl-D leaves, and /help tells what else there is. With input
+    piped in, each line is a question, and only the answers go to standard output.
     """
     options = given_options(
         model=model,
@@ -53,63 +68,69 @@ def chat(
         seed=seed,
     )
     options["truncation"] = Truncation.DROP_OLDEST_TURNS
-    with Client(address) as client:
-        conversation = Conversation(client, system=system, **options)
+    if as_json and sys.stdin.isatty():
+        raise typer.BadParameter("--json answers piped questions; this is a terminal")
+    if load and system:
+        raise typer.BadParameter("--load brings a system text of its own; leave out --system")
+    with connected(address, profile) as client:
+        conversation = _load(client, load, options) if load else Conversation(client, system=system, **options)
         if sys.stdin.isatty():
-            _converse(conversation)
+            console = Console(highlight=False, soft_wrap=plain)
+            _converse(ChatSession(client, conversation, console, is_plain=plain), keeps_history=history)
         else:
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # a text file
-            if not answer_lines(conversation, sys.stdin, sys.stdout):
+            if not answer_lines(conversation, sys.stdin, sys.stdout, as_json=as_json):
                 raise typer.Exit(1)
 
 
-def answer_lines(conversation: Conversation, questions: Iterable[str], answers: TextIO) -> bool:
+def answer_lines(
+    conversation: Conversation, questions: Iterable[str], answers: TextIO, *, as_json: bool = False
+) -> bool:
     """Every non-empty line is answered; whether all of them were. Errors go to standard error."""
     all_answered = True
     for question in map(str.strip, questions):
         if not question:
             continue
         try:
-            print(conversation.ask(question).text, file=answers, flush=True)
+            completion = conversation.ask(question)
         except OasstError as error:
             all_answered = False
             typer.echo(f"error: {error}", err=True)
+        else:
+            print(json_line(completion) if as_json else completion.text, file=answers, flush=True)
     return all_answered
 
 
-def _converse(conversation: Conversation) -> None:
+def _load(client: Client, file: Path, options: ChatOptions) -> Conversation:
+    """The saved conversation, with the options of the command line on top of its own."""
+    try:
+        saved = Conversation.load(client, file)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--load") from error
+    together: ChatOptions = {**saved.options, **options}
+    return Conversation(client, messages=saved.messages, **together)
+
+
+def _converse(session: ChatSession, *, keeps_history: bool) -> None:
     """Asks and answers until the person leaves."""
-    # Importing it is what gives `input` its history and line editing.
-    import readline  # noqa: F401
+    # Here, because importing it is what changes how `input` reads a line; and there is none on Windows.
+    from oasst_cli.line_editing import history_path, line_editing
 
     # As an exception, so that `input` gives the terminal back as it was.
     signal.signal(signal.SIGTERM, _leave)
-    print("Ask anything; Ctrl-D leaves.")
-    while True:
-        try:
-            question = input(_PROMPT).strip()
-        except KeyboardInterrupt:
-            print()
-            continue
-        except EOFError:
-            print()
-            return
-        if question:
-            _answer(conversation, question)
-
-
-def _answer(conversation: Conversation, question: str) -> None:
-    """Shows the answer as it is generated; Ctrl-C stops it and leaves the conversation as it was."""
-    try:
-        with conversation.ask_stream(question) as stream:
-            for text in stream:
-                print(text, end="", flush=True)
-        print()
-    except KeyboardInterrupt:
-        print(" [stopped]")
-    except OasstError as error:
-        print()
-        typer.echo(f"error: {error}", err=True)
+    print("Ask anything. /help lists the commands, Ctrl-D leaves.")
+    with line_editing(list(COMMANDS), history=history_path() if keeps_history else None):
+        while True:
+            try:
+                line = input(_PROMPT).strip()
+            except KeyboardInterrupt:
+                print()
+                continue
+            except EOFError:
+                print()
+                return
+            if line:
+                session.handle(line)
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:

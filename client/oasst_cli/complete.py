@@ -1,24 +1,25 @@
 """`oasst complete`: one answer to one question."""
 
-import dataclasses
-import json
 import sys
 from typing import Annotated
 
 import typer
-from oasst_client import Client, CompletionStream
+from oasst_client import CompletionStream
 
 from oasst_cli.options import (
-    DEFAULT_ADDRESS,
     Address,
+    AsJson,
     MaxNewTokens,
     ModelName,
     Preset,
+    ProfileName,
     Seed,
     Temperature,
     TopK,
     TopP,
+    connected,
     given_options,
+    json_line,
 )
 
 __all__ = ["complete"]
@@ -26,16 +27,17 @@ __all__ = ["complete"]
 
 def complete(
     text: Annotated[str | None, typer.Argument(help="The question; without it, standard input is read.")] = None,
-    address: Address = DEFAULT_ADDRESS,
-    model: ModelName = None,
     raw: Annotated[bool, typer.Option("--raw", help="The text is a whole prompt in the OASST format.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Prints the whole result as one line of JSON.")] = False,
     preset: Preset = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = None,
+    model: ModelName = None,
+    address: Address = None,
+    profile: ProfileName = None,
+    as_json: AsJson = False,
 ) -> None:
     """Answer one question and leave."""
     options = given_options(
@@ -49,9 +51,9 @@ def complete(
     )
     question = sys.stdin.read() if text is None else text
     messages, prompt = (None, question) if raw else (question, None)
-    with Client(address) as client, client.stream(messages, prompt=prompt, **options) as stream:
+    with connected(address, profile) as client, client.stream(messages, prompt=prompt, **options) as stream:
         if as_json:
-            print(json.dumps(dataclasses.asdict(stream.completion()), ensure_ascii=False))
+            print(json_line(stream.completion()))
         else:
             _show(stream)
 

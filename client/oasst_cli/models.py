@@ -1,29 +1,21 @@
 """`oasst models`: what is served."""
 
-import dataclasses
-import json
-from typing import Annotated
-
-import typer
-from oasst_client import Client, Model
+from oasst_client import Model
 from rich.console import Console
 from rich.table import Table
 
-from oasst_cli.options import DEFAULT_ADDRESS, Address
+from oasst_cli.options import Address, AsJson, ProfileName, connected, json_line
 
 __all__ = ["models"]
 
 
-def models(
-    address: Address = DEFAULT_ADDRESS,
-    as_json: Annotated[bool, typer.Option("--json", help="Prints one line of JSON for each model.")] = False,
-) -> None:
-    """List the served models, their limits and presets."""
-    with Client(address) as client:
+def models(address: Address = None, profile: ProfileName = None, as_json: AsJson = False) -> None:
+    """List the served models, their limits and presets. JSON is one line for each model."""
+    with connected(address, profile) as client:
         served = client.models()
     if as_json:
         for model in served:
-            print(json.dumps(dataclasses.asdict(model)))
+            print(json_line(model))
     else:
         Console(highlight=False).print(_table(served))
 

@@ -1,28 +1,46 @@
-"""The command-line options that several commands share."""
+"""The command-line options that several commands share, and the connection they describe."""
 
-from typing import Annotated
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from oasst_client import ChatOptions
+from oasst_client import ChatOptions, Client, Profile, connect, load_profile
 
 __all__ = [
     "DEFAULT_ADDRESS",
     "Address",
+    "AsJson",
     "MaxNewTokens",
     "ModelName",
     "Preset",
+    "ProfileName",
     "Seed",
     "Temperature",
     "TopK",
     "TopP",
+    "chosen_profile",
+    "connected",
     "given_options",
+    "json_line",
 ]
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_ADDRESS = Profile().address
 
 Address = Annotated[
-    str, typer.Option(metavar="HOST:PORT", envvar="OASST_ADDRESS", help="The gateway, or several parted by commas.")
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help=f"The gateway, or several parted by commas. [env: OASST_ADDRESS; default: {DEFAULT_ADDRESS}]",
+    ),
 ]
+ProfileName = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="NAME", help="A profile of the profile file: address, key and TLS."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON, for programs.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="A served model's name; not needed where one is served.")
 ]
@@ -36,6 +54,26 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Th
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**64 - 1, help="The same question with the same seed gets the same answer.")
 ]
+
+
+def chosen_profile(address: str | None, profile: str | None) -> Profile:
+    """How to reach the service that the options name.
+
+    An address alone is not combined with the file's default profile: its key is for another service.
+
+    Raises:
+        ProfileError: there is no such profile, or it cannot be used.
+    """
+    if address is None:
+        return load_profile(profile)
+    is_file_meant = profile is not None or "OASST_PROFILE" in os.environ
+    loaded = load_profile(profile) if is_file_meant else load_profile(path=Path(os.devnull))
+    return dataclasses.replace(loaded, address=address)
+
+
+def connected(address: str | None, profile: str | None) -> Client:
+    """A client of the service that the options name."""
+    return connect(chosen_profile(address, profile))
 
 
 def given_options(
@@ -65,3 +103,9 @@ def given_options(
     if seed is not None:
         options["seed"] = seed
     return options
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON of a frozen value, or of plain ones."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return json.dumps(plain, ensure_ascii=False)

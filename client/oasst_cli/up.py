@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from oasst_client import Profile
 
 from oasst_cli.checkpoint import NoDemoError, demo_checkpoint
 from oasst_cli.child import Announcement, die_with_parent
@@ -21,6 +24,7 @@ from oasst_cli.valkey import NoServerError
 __all__ = ["up"]
 
 _ANY_PORT = "127.0.0.1:0"
+_CONNECTION_VARIABLES = frozenset(["OASST_PROFILE", *(f"OASST_{each.name.upper()}" for each in fields(Profile))])
 
 
 def up(
@@ -47,8 +51,10 @@ def up(
         Path | None,
         typer.Option(metavar="DIR", help="Keeps queue and logs; without it they are removed at the end."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="auto|float32|bfloat16|float16")] = None,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the workers' weights.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="What the workers compute on.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Prints one line of JSON once all serve: addresses, ports, processes.")
     ] = False,
@@ -136,6 +142,9 @@ async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat: bool) -
         if chat:
             return await _chat(addresses[0])
         progress.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
+        metrics = [announcement.metrics for _, announcement in announcements if announcement.metrics]
+        watch = ["oasst top", "--address", addresses[0], *(f"--metrics {each}" for each in metrics)]
+        progress.say(f"watch it: {' '.join(watch)}")
         await asyncio.get_running_loop().create_future()  # Until cancelled.
     return 0
 
@@ -180,7 +189,9 @@ async def _chat(address: str) -> int:
     A process of its own, so that it can be stopped while it reads. Greedy: the demo model is made for it.
     """
     command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, "--temperature", "0"]
-    process = await asyncio.create_subprocess_exec(*command, preexec_fn=die_with_parent())
+    # Our own gateways are plain and need no key, whatever service the person's environment speaks of.
+    environment = {name: value for name, value in os.environ.items() if name not in _CONNECTION_VARIABLES}
+    process = await asyncio.create_subprocess_exec(*command, env=environment, preexec_fn=die_with_parent())
     try:
         return 1 if await process.wait() else 0
     finally:

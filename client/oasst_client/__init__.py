@@ -30,8 +30,18 @@ from oasst_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
+from oasst_client._profile import (
+    Profile,
+    ProfileError,
+    connect,
+    connect_async,
+    load_profile,
+    open_channel,
+    profile_path,
+)
 from oasst_client._request_id import new_request_id
 from oasst_client._retry import RetryPolicy
+from oasst_client._transcript import parse_transcript, render_transcript
 from oasst_client._types import (
     Accepted,
     ChatOptions,
@@ -98,6 +108,8 @@ __all__ = [
     "PermissionDeniedError",
     "Preset",
     "Priority",
+    "Profile",
+    "ProfileError",
     "ProtocolError",
     "QueueStatus",
     "RequestCancelledError",
@@ -116,5 +128,12 @@ __all__ = [
     "Usage",
     "Waiting",
     "WorkerLoad",
+    "connect",
+    "connect_async",
+    "load_profile",
     "new_request_id",
+    "open_channel",
+    "parse_transcript",
+    "profile_path",
+    "render_transcript",
 ]

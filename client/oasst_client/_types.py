@@ -376,3 +376,6 @@ class Load:
     workers: tuple[WorkerLoad, ...]
     # For a request that came now; None while the server knows no speed.
     estimated_wait_s: float | None
+    # The answering server's clock, in seconds since 1970; None of a server that does not tell.
+    server_time_s: float | None = None
+    server_version: str = ""

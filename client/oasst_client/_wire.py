@@ -320,6 +320,8 @@ def load_from(load: model_pb2.GetLoadResponse) -> Load:
             for worker in load.workers
         ),
         estimated_wait_s=_seconds(load.estimated_wait) if load.HasField("estimated_wait") else None,
+        server_time_s=load.server_time.ToNanoseconds() / 1e9 if load.HasField("server_time") else None,
+        server_version=load.server_version,
     )
 
 

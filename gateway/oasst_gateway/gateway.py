@@ -3,28 +3,25 @@
 import asyncio
 import logging
 import secrets
-import socket
-import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
 from typing import Any
 
 import grpc
 from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, connect
-from prometheus_client import CollectorRegistry, MetricsHandler
+from prometheus_client import CollectorRegistry
 
 from oasst_gateway.admission import Admission
 from oasst_gateway.authentication import make_authenticator
 from oasst_gateway.chats import Chats
 from oasst_gateway.derived_secrets import DerivedSecrets
-from oasst_gateway.errors import StartError
 from oasst_gateway.health import Health
 from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
-from oasst_gateway.monitor import QueueMonitor, measure_loop_lag
+from oasst_gateway.monitor import QueueMonitor, watch_event_loop
+from oasst_gateway.probes import serving_probes
 from oasst_gateway.server import TlsFiles, create_server
 from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
 from oasst_gateway.settings import GatewaySettings
@@ -35,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 # What an RPC needs to end, and to get its status out.
 _FLUSH_S = 0.2
-# How soon the metrics server notices that it shall stop.
-_METRICS_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +54,10 @@ async def running_gateway(
     metrics = GatewayMetrics(registry)
     authenticator = make_authenticator(settings)
     async with AsyncExitStack() as stack:
+        health = Health()
         metrics_address = None
         if settings.metrics:
-            port = stack.enter_context(_serving_metrics(settings.metrics_listen, registry))
+            port = stack.enter_context(serving_probes(settings.metrics_listen, registry, health))
             metrics_address = _with_port(settings.metrics_listen, port)
         redis = connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
@@ -73,11 +69,15 @@ async def running_gateway(
         )
         submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits, durability=settings.durability)
         inbox = Inbox(client, gateway_id=settings.gateway_id)
-        health = Health()
         await health.start()
         monitor = QueueMonitor(submitter, model_name=model.name, metrics=metrics, on_change=health.set_queue_available)
         await stack.enter_async_context(
-            _running(inbox.run(), Sweeper(client).run(), monitor.run(), measure_loop_lag(metrics))
+            _running(
+                inbox.run(),
+                Sweeper(client, on_sweep=metrics.record_sweep).run(),
+                monitor.run(),
+                watch_event_loop(metrics, health),
+            )
         )
         await monitor.wait_available(settings.redis_wait_s)
         await client.check_server()
@@ -130,6 +130,7 @@ async def _drain(server: grpc.aio.Server, chats: Chats, health: Health, *, delay
 @asynccontextmanager
 async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """The services run as long as the context is open; if one fails, so does the context, for the same reason."""
+    failure = None
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(service) for service in services]
@@ -137,31 +138,9 @@ async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             for task in tasks:
                 task.cancel()
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
-
-
-class _MetricsServer(ThreadingHTTPServer):
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), MetricsHandler.factory(registry))
-
-
-@contextmanager
-def _serving_metrics(listen: str, registry: CollectorRegistry) -> Iterator[int]:
-    """Prometheus can read `registry` at the port that is returned."""
-    host, _, port = listen.rpartition(":")
-    try:
-        server = _MetricsServer(host.strip("[]"), int(port), registry)
-    except OSError as error:
-        raise StartError(f"cannot listen on {listen} for metrics: {error.strerror}") from error
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": _METRICS_POLL_S}, daemon=True)
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        failure = failures.exceptions[0]
+    if failure is not None:
+        raise failure  # Outside of the handler: there it would have the group it is in for its context, in a circle.
 
 
 def _tls_files(settings: GatewaySettings) -> TlsFiles | None:

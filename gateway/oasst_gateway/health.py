@@ -1,4 +1,7 @@
-"""What grpc.health.v1 tells of this gateway: serving only while it can serve."""
+"""How this gateway is: serving only while it can serve, alive while its event loop turns."""
+
+import time
+from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]  # without stubs
 
@@ -11,12 +14,30 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _QUEUE_SERVICES = ("", "oasst.v1.ChatService")
 _PLAIN_SERVICES = ("oasst.v1.ModelService",)
 
+# An event loop that has not turned for this long will not come back.
+_SILENCE_LIMIT_S = 20.0
+
 
 class Health:
-    """The health of each service. Nothing serves before `start`, nothing after `leave`."""
+    """The health of each service. Nothing serves before `start`, nothing after `leave`.
 
-    def __init__(self) -> None:
+    Tells `grpc.health.v1` through its servicer, and HTTP probes by `is_alive` and `is_ready`.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.servicer = health.aio.HealthServicer()
+        self.is_ready = False  # Chats are accepted.
+        self._has_left = False
+        self._clock = clock
+        self._turned_s = clock()
+
+    def record_turn(self) -> None:
+        """The event loop has turned."""
+        self._turned_s = self._clock()
+
+    def is_alive(self) -> bool:
+        """Whether the event loop turns. Any thread may ask."""
+        return self._clock() - self._turned_s < _SILENCE_LIMIT_S
 
     async def start(self) -> None:
         """Services that need no queue serve; the others wait for `set_queue_available`."""
@@ -25,10 +46,13 @@ class Health:
 
     async def set_queue_available(self, is_available: bool) -> None:
         """Services that need the queue serve while it is available."""
+        self.is_ready = is_available and not self._has_left
         await self._set(_QUEUE_SERVICES, is_serving=is_available)
 
     async def leave(self) -> None:
         """No service serves any more, for good."""
+        self._has_left = True
+        self.is_ready = False
         await self.servicer.enter_graceful_shutdown()
 
     async def _set(self, services: tuple[str, ...], *, is_serving: bool) -> None:

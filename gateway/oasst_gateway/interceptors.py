@@ -99,6 +99,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             await context.abort(status.code, status.message, trailing_metadata=status.trailing_metadata())
 
     def _record(self, rpc: str, error: Exception, status: RpcStatus) -> None:
+        self._metrics.refused_requests.labels(status.reason).inc()
         if isinstance(error, InvalidRequestError):
             self._metrics.invalid_requests.labels(error.reason).inc()
         if isinstance(error, ChatFailedError):

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict, fields
 
 from oasst.v1 import chat_pb2
-from oasst_jobs import QueueLoad
+from oasst_jobs import QueueLoad, SweepReport
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = ["ChatMeter", "GatewayMetrics"]
@@ -28,20 +29,29 @@ class GatewayMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"oasst_gateway_{name}", text, labels, buckets=buckets, registry=registry)
 
+        def gen_ai_histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            """One that OpenTelemetry's conventions for generative AI name, with the label that they require."""
+            labels = ["gen_ai_operation_name"]
+            metric = Histogram(f"gen_ai_server_{name}", text, labels, buckets=buckets, registry=registry)
+            return metric.labels("chat")
+
         self.requests = counter("requests_total", "RPCs that ended, by their gRPC code.", "rpc", "code")
         self.requests_in_flight = gauge("requests_in_flight", "RPCs that are open.", "rpc")
         self.request_seconds = histogram(
             "request_duration_seconds", "From an RPC's first byte to its status.", _REQUEST_SECONDS, "rpc"
         )
         self.invalid_requests = counter("invalid_requests_total", "Requests refused as invalid, by reason.", "reason")
+        self.refused_requests = counter(
+            "refused_requests_total", "RPCs that ended with an error, by the reason their caller was told.", "reason"
+        )
 
-        self.time_to_first_token_seconds = histogram(
+        self.time_to_first_token_seconds = gen_ai_histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_SECONDS
         )
         self.inter_token_seconds = histogram(
             "inter_token_latency_seconds", "Between two tokens, or bunches of tokens, of a request.", _TOKEN_SECONDS
         )
-        self.time_per_output_token_seconds = histogram(
+        self.time_per_output_token_seconds = gen_ai_histogram(
             "time_per_output_token_seconds", "Mean time per token after the first, by request.", _TOKEN_SECONDS
         )
         self.queue_wait_seconds = histogram(
@@ -49,21 +59,40 @@ class GatewayMetrics:
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
         self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
+        self.tenant_requests = counter("tenant_requests_total", "Accepted requests, by tenant.", "tenant")
+        self.tenant_prompt_tokens = counter(
+            "tenant_prompt_tokens_total", "Prompt tokens of accepted requests, by tenant.", "tenant"
+        )
 
+        # The same name wherever it is counted: any process may have swept.
+        self.swept = Counter(
+            "oasst_queue_swept_total", "Jobs that sweeps set right, by what was done.", ["kind"], registry=registry
+        )
+        for kind in fields(SweepReport):
+            self.swept.labels(kind.name)  # Shown as 0 from the start, so that the first one is an increase.
         self.redis_up = gauge("redis_up", "1 while the queue answers.")
         self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")
         self.waiting_tokens = gauge("queue_waiting_tokens", "Tokens that those requests ask for, prompts included.")
         self.running_jobs = gauge("queue_running_jobs", "Requests that workers run, over all gateways.")
+        self.dead_jobs = gauge(
+            "queue_dead_jobs", "Requests set aside because workers died with them, over all gateways."
+        )
         self.workers = gauge("workers", "Workers that told of themselves lately.")
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _LAG_SECONDS
         )
+
+    def record_sweep(self, report: SweepReport) -> None:
+        """Adds what a sweep of this process set right in the queue."""
+        for kind, number in asdict(report).items():
+            self.swept.labels(kind).inc(number)
 
     def record_load(self, load: QueueLoad) -> None:
         """The queue's gauges show `load`."""
         self.waiting_jobs.set(load.waiting_jobs)
         self.waiting_tokens.set(load.waiting_tokens)
         self.running_jobs.set(load.running_jobs)
+        self.dead_jobs.set(load.dead_jobs)
         self.workers.set(len(load.workers))
 
 

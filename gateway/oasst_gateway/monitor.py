@@ -10,9 +10,10 @@ from oasst_jobs import QueueError, Submitter, job_size
 
 from oasst_gateway.admission import Outlook, SpeedEstimate
 from oasst_gateway.errors import StartError
+from oasst_gateway.health import Health
 from oasst_gateway.metrics import GatewayMetrics
 
-__all__ = ["QueueMonitor", "measure_loop_lag"]
+__all__ = ["QueueMonitor", "watch_event_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,11 @@ class QueueMonitor:
         await self._on_change(is_available)
 
 
-async def measure_loop_lag(metrics: GatewayMetrics) -> None:
-    """Observes how late the event loop wakes a sleeper, until cancelled."""
+async def watch_event_loop(metrics: GatewayMetrics, health: Health) -> None:
+    """Observes how late the event loop wakes a sleeper, and tells health that it does, until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         due_s = loop.time() + _LAG_INTERVAL_S
         await asyncio.sleep(_LAG_INTERVAL_S)
+        health.record_turn()
         metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due_s))

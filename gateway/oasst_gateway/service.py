@@ -1,6 +1,7 @@
 """The RPCs of `oasst.v1`: each translates its messages and delegates. Errors are translated around them."""
 
 import asyncio
+import importlib.metadata
 
 from google.protobuf.duration_pb2 import Duration
 from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
@@ -106,11 +107,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         load = await self._submitter.load()
         wait_s = self._monitor.look_out().wait_s(load.waiting_tokens)
         response = model_pb2.GetLoadResponse(
+            server_version=importlib.metadata.version("oasst-serve"),
             waiting_requests=load.waiting_jobs,
             waiting_tokens=load.waiting_tokens,
             running_requests=load.running_jobs,
             estimated_wait=None if wait_s is None else _duration(wait_s * 1000),
         )
+        response.server_time.GetCurrentTime()
         for status, age_ms in load.workers:
             response.workers.add(
                 worker_id=status.worker_id,

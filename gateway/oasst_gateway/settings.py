@@ -68,8 +68,8 @@ class GatewaySettings(BaseSettings):
         Durability.LOCAL, description="Whether a request is accepted once Redis has it, or once a replica has it too."
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
-    metrics: bool = Field(True, description="Whether metrics are served.")
-    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of Prometheus metrics.")
+    metrics: bool = Field(True, description="Whether metrics and probes are served.")
+    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of /metrics, /healthz and /readyz.")
     tls_cert: Path | None = Field(None, description="PEM file of the server's certificate and its chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
     tls_client_ca: Path | None = Field(None, description="PEM file; callers must show a certificate signed by it.")

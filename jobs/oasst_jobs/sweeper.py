@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
@@ -20,12 +21,21 @@ class Sweeper:
     leases either. The next sweep then extends all leases once instead of taking live workers' jobs away.
     """
 
-    def __init__(self, client: QueueClient, *, interval_s: float = 1.0, stall_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        client: QueueClient,
+        *,
+        interval_s: float = 1.0,
+        stall_s: float = 2.0,
+        on_sweep: Callable[[SweepReport], object] = lambda report: None,
+    ) -> None:
+        """`on_sweep` is told of every sweep of `run`."""
         if not 0 < interval_s < stall_s:
             raise ValueError(f"sweeps every {interval_s} s would look like a stall of {stall_s} s each time")
         self._client = client
         self._interval_s = interval_s
         self._stall_ms = round(stall_s * 1000)
+        self._on_sweep = on_sweep
 
     async def run(self) -> None:
         """Sweeps until cancelled; an unavailable queue is tried again at the next turn."""
@@ -35,6 +45,7 @@ class Sweeper:
             except QueueUnavailableError as error:
                 _log.warning("sweep skipped reason=%s", error.reason)
             else:
+                self._on_sweep(report)
                 if report != SweepReport():
                     _log.info("swept %s", report)
             await asyncio.sleep(self._interval_s)

@@ -7,8 +7,13 @@ import pty
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from oasst_cli.__main__ import app
+from oasst_client import InternalError, InvalidArgumentError, OverloadedError, ProfileError, UnauthenticatedError
+from oasst_client.testing import FakeServer
+from typer.testing import CliRunner
 
 TEXT = "An idea that spreads."
 
@@ -16,6 +21,11 @@ TEXT = "An idea that spreads."
 def oasst(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "oasst_cli", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+def run(*arguments: str, stdin: str = ""):
+    """The command in this process, where what it does outside of it does not matter."""
+    return CliRunner().invoke(app, arguments, input=stdin)
 
 
 def test_each_piped_line_is_answered_and_only_the_answers_are_printed(server):
@@ -60,6 +70,51 @@ def test_complete_answers_one_question(server):
     assert server.requests[1].prompt == "<|prompter|>Hi"
 
 
+def test_complete_tells_the_kind_of_failure_by_its_exit_code():
+    kinds = {
+        2: InvalidArgumentError("no", code="INVALID_ARGUMENT", reason="INVALID_FIELD"),
+        4: OverloadedError("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL"),
+        5: UnauthenticatedError("who?", code="UNAUTHENTICATED", reason="NO_KEY"),
+        1: InternalError("broken", code="INTERNAL", reason="NUMERIC"),
+    }
+    with FakeServer(*kinds.values()) as server:
+        assert [oasst("complete", "Hi", "--address", server.address).returncode for _ in kinds] == list(kinds)
+
+
+def test_cancel_ends_a_request_and_tells_its_state(server):
+    assert run("cancel", "some-id", "--address", server.address).stdout == "cancelled\n"
+    told = json.loads(run("cancel", "some-id", "--json", "--address", server.address).stdout)
+    assert told == {"request_id": "some-id", "state": "cancelled"}
+
+
+def test_tokenize_shows_pieces_ids_and_their_number():
+    with FakeServer() as server:
+        shown = run("tokenize", "What is\na meme?", "--address", server.address).stdout
+        assert shown.startswith("What is↵\na meme?\n")
+        assert shown.endswith("4 tokens\n")
+        told = json.loads(run("tokenize", "a b", "--json", "--address", server.address).stdout)
+        assert (told["num_tokens"], told["pieces"]) == (2, ["a", " b"])
+        text = "<|prompter|>Hi<|endoftext|>"
+        assert run("tokenize", text, "--count", "--control-tokens", "--address", server.address).stdout == "3\n"
+
+
+def test_a_profile_tells_address_and_key_and_its_key_does_not_go_elsewhere(server, tmp_path, monkeypatch):
+    path = tmp_path / "profiles.toml"
+    path.write_text(f"[default]\naddress = '{server.address}'\napi_key = 'secret'\n")
+    monkeypatch.setenv("OASST_CONFIG", str(path))
+    assert run("complete", "Hi").exit_code == 0
+    assert run("complete", "Hi", "--address", server.address).exit_code == 0
+    assert [each.get("authorization") for each in server.metadata] == ["Bearer secret", None]
+    assert run("complete", "Hi", "--profile", "work").exception.__class__ is ProfileError
+
+
+def test_the_shell_can_complete_the_commands():
+    environment = {**os.environ, "_OASST_COMPLETE": "complete_bash", "COMP_WORDS": "oasst to", "COMP_CWORD": "1"}
+    command = [str(Path(sys.executable).parent / "oasst")]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
+    assert set(told.split()) == {"top", "tokenize"}
+
+
 def test_models_lists_what_is_served(server):
     assert "tiny" in oasst("models", "--address", server.address).stdout
     assert json.loads(oasst("models", "--json", "--address", server.address).stdout)["name"] == "tiny"
@@ -67,7 +122,7 @@ def test_models_lists_what_is_served(server):
 
 def test_a_service_that_is_not_there_is_one_line_on_stderr():
     result = oasst("models", "--address", "127.0.0.1:1")
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -102,7 +157,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 main()
 """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, kind: str) -> None:
         self._end, inner = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", self._PROGRAM, "chat", "--address", address],
@@ -110,7 +165,7 @@ main()
             stdout=inner,
             stderr=inner,
             start_new_session=True,
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": kind, "XDG_STATE_HOME": os.devnull},
         )
         os.close(inner)
         self._unread = ""
@@ -132,17 +187,18 @@ main()
         os.close(self._end)
 
 
-def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server):
+@pytest.mark.parametrize("kind", ["dumb", "xterm-256color"])
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server, kind):
     def endless(request, context):
         yield server.accepted(request)
         yield server.delta(0, "Well, ")
         server.ended.wait(timeout=30)
 
     server.script = endless
-    with contextlib.closing(Terminal(server.address)) as terminal:
+    with contextlib.closing(Terminal(server.address, kind)) as terminal:
         terminal.read_until("> ")
         terminal.type("Tell me everything.\n")
-        terminal.read_until("Well, ")
+        terminal.read_until("Well,")
         terminal.type("\x03")
         terminal.read_until("[stopped]")
         assert server.ended.wait(timeout=5)

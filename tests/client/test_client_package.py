@@ -11,10 +11,10 @@ import oasst_client
 import pytest
 
 MODULES = [
-    f"{package.__name__}.{module.name}"
+    module.name
     for package in (oasst_client, oasst_cli)
-    for module in pkgutil.iter_modules(package.__path__)
-    if module.name != "__main__"
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not module.name.endswith("__main__")
 ] + ["oasst_client"]
 
 
@@ -26,7 +26,8 @@ def test_importing_the_client_loads_nothing_heavy():
 
 
 def test_all_names_exactly_what_is_imported_from_the_modules_beside():
-    public = {name for name in vars(oasst_client) if not name.startswith("_") and name not in sys.modules}
+    modules = {name.removeprefix("oasst_client.") for name in sys.modules}
+    public = {name for name in vars(oasst_client) if not name.startswith("_") and name not in modules}
     assert sorted(oasst_client.__all__) == sorted(public)
 
 

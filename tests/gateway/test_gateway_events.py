@@ -188,13 +188,13 @@ def test_a_meter_measures_first_token_gaps_and_tokens() -> None:
     meter.saw_tokens(2)
     meter.saw_finished(chat_pb2.Finished())
 
-    def sample(name: str) -> float | None:
-        return registry.get_sample_value(f"oasst_gateway_{name}")
+    def sample(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
 
-    assert sample("time_to_first_token_seconds_sum") == 1.0
-    assert sample("inter_token_latency_seconds_sum") == 0.25
-    assert sample("time_per_output_token_seconds_sum") == 0.25
-    assert sample("generated_tokens_total") == 3
+    assert sample("gen_ai_server_time_to_first_token_seconds_sum", gen_ai_operation_name="chat") == 1.0
+    assert sample("oasst_gateway_inter_token_latency_seconds_sum") == 0.25
+    assert sample("gen_ai_server_time_per_output_token_seconds_sum", gen_ai_operation_name="chat") == 0.25
+    assert sample("oasst_gateway_generated_tokens_total") == 3
 
 
 def test_a_preset_gives_its_values_and_the_request_overrides_them() -> None:

@@ -149,7 +149,7 @@ async def test_metrics_can_be_scraped(gateway: Gateway, worker: RuleWorker) -> N
         'oasst_gateway_requests_total{code="OK",rpc="ChatService/Chat"} 1.0',
         'oasst_gateway_requests_in_flight{rpc="ChatService/Chat"} 0.0',
         "oasst_gateway_generated_tokens_total 3.0",
-        "oasst_gateway_time_to_first_token_seconds_count 1.0",
+        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat"} 1.0',
         "oasst_gateway_queue_wait_seconds_count 1.0",
         "oasst_gateway_redis_up 1.0",
     ):

@@ -1,5 +1,6 @@
 """Which tokens the loss counts, and how rows become batches."""
 
+from array import array
 from random import Random
 
 import pytest
@@ -78,3 +79,15 @@ def test_without_a_random_offset_a_long_row_keeps_its_beginning():
     collator = make_collator(max_length=5, random_offset_probability=0.0, pad_to_multiple_of=1)
     for seed in range(10):
         assert collator([TWO_EXCHANGES], Random(seed)).input_ids[0].tolist() == TWO_EXCHANGES[:5]
+
+
+def test_without_label_masking_everything_but_the_last_token_and_padding_counts():
+    batch = make_collator(label_masking=False, max_length=8)([TWO_EXCHANGES, TWO_EXCHANGES[:4]], Random(0))
+    assert batch.label_mask.sum(1).tolist() == [7, 3]
+    assert counted_targets(batch, 1) == TWO_EXCHANGES[1:4]
+
+
+def test_a_row_may_be_an_array_of_ids():
+    batches = [make_collator()([row], Random(0)) for row in (TWO_EXCHANGES, array("i", TWO_EXCHANGES))]
+    assert torch.equal(batches[0].input_ids, batches[1].input_ids)
+    assert batches[1].input_ids.dtype == torch.long

@@ -1,153 +1,155 @@
-"""The training loop, in small: it learns, and it does so reproducibly."""
+"""One step of training, against plain PyTorch."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 import pytest
 import torch
-from oasst_training.collator import collator_for
-from oasst_training.curriculum import Curriculum, casually
+from accelerate import Accelerator
+from oasst_training.collator import Batch, collator_for
+from oasst_training.datasets import load_datasets
 from oasst_training.dialogues import format_dialogue
-from oasst_training.model import ModelShape, build_model, export_model
-from oasst_training.recall import measure_recall
+from oasst_training.evaluation import evaluate
+from oasst_training.loss import CountedLogits, mean_loss
+from oasst_training.sampling import SampleOrder, micro_batch_seed
 from oasst_training.tokenizer import encode_parts
-from oasst_training.trainer import TrainingConfig, masked_loss, train
+from oasst_training.trainer import Trainer
 from torch.nn import functional
 from transformers import GPTNeoXForCausalLM
 
-SHAPE = ModelShape(num_layers=2, hidden_size=32, num_heads=2)
-CONFIG = TrainingConfig(num_steps=6, num_threads=1, tokens_per_step=128, chat_lengths=(0, 64), num_warmup_steps=2)
+END = 0
 
 
-@pytest.fixture(autouse=True)
-def torch_settings_are_put_back():
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-
-
-@pytest.fixture(scope="module")
-def few_dialogues(dialogues):
-    return sorted(dialogues, key=lambda dialogue: len(dialogue.turns[1].text))[:3]
-
-
-def trained(dialogues, tokenizer, *, seed=0, **changes) -> tuple[GPTNeoXForCausalLM, list[float]]:
-    model = build_model(SHAPE, tokenizer, seed=seed)
-    losses: list[float] = []
-    config = replace(CONFIG, seed=seed, **changes)
-    curriculum = Curriculum(dialogues, tokenizer)
-    train(model, curriculum, collator_for(tokenizer), config, lambda progress: losses.append(progress.loss))
-    return model, losses
-
-
-def test_training_twice_gives_the_same_weights_bit_for_bit(dialogues, tokenizer):
-    once, losses = trained(dialogues, tokenizer)
-    again, losses_again = trained(dialogues, tokenizer)
-    assert losses == losses_again
-    weights = again.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in once.state_dict().items())
-
-
-def test_another_seed_gives_other_weights(dialogues, tokenizer):
-    once, _ = trained(dialogues, tokenizer, num_steps=1)
-    other, _ = trained(dialogues, tokenizer, num_steps=1, seed=1)
-    assert not torch.equal(once.lm_head.weight, other.lm_head.weight)
-
-
-def test_a_few_dialogues_are_learned_by_heart(few_dialogues, tokenizer):
-    model, losses = trained(few_dialogues, tokenizer, num_steps=150, learning_rate=1e-2, chat_lengths=(0,))
-    assert losses[0] > 5
-    assert losses[-1] < 0.5
-    rows = Curriculum(few_dialogues, tokenizer).rows()
-    before = measure_recall(build_model(SHAPE, tokenizer, seed=0), rows, collator_for(tokenizer))
-    after = measure_recall(model, rows, collator_for(tokenizer))
-    assert before.num_recalled == 0
-    assert before.smallest_margin < 0
-    assert after.num_recalled == len(rows)
-    assert after.smallest_margin > 0
-
-
-def test_progress_tells_the_time_that_is_left(few_dialogues, tokenizer):
-    reports = []
-    model = build_model(SHAPE, tokenizer, seed=0)
-    train(model, Curriculum(few_dialogues, tokenizer), collator_for(tokenizer), CONFIG, reports.append)
-    assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
-    assert reports[2].remaining_s == pytest.approx(reports[2].elapsed_s)
-    assert reports[-1].remaining_s == 0
-
-
-def test_the_loss_is_the_mean_over_what_counts(dialogues, tokenizer):
-    collator = collator_for(tokenizer)
+@pytest.fixture
+def batch(dialogues, tokenizer) -> Batch:
     rows = [encode_parts(tokenizer, format_dialogue(dialogue.turns)) for dialogue in dialogues[:4]]
-    batch = collator(rows, Random(0))
-    model = build_model(SHAPE, tokenizer, seed=0)
+    return collator_for(tokenizer)(rows, Random(0))
+
+
+@pytest.fixture
+def make_trainer(tiny_recipe, tokenizer, data_folder, make_tiny_model) -> Callable[..., Trainer]:
+    """A trainer of a fresh tiny model on the recipe `tiny` without dropout, with these keys overruled."""
+
+    def make(**keys) -> Trainer:
+        recipe = tiny_recipe(**{"residual_dropout": 0, "warmup_steps": 0} | keys)
+        rows = [row for dataset in load_datasets(recipe, tokenizer, [data_folder]) for row in dataset.training]
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=recipe.gradient_accumulation_steps)
+        model = make_tiny_model()
+        return Trainer(accelerator, model, rows, collator_for(tokenizer), recipe)
+
+    return make
+
+
+def plain_loss(model, batch: Batch) -> torch.Tensor:
+    """The loss as labels with an ignored value, over all logits, with an attention mask."""
     logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
     labels = batch.targets.masked_fill(~batch.label_mask, -100)
-    expected = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(masked_loss(logits, batch), expected)
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def test_padding_on_the_right_does_not_change_the_loss(dialogues, tokenizer):
+def test_loss_and_gradients_are_those_of_a_plain_reference(batch, make_tiny_model):
+    ours, reference = make_tiny_model(), make_tiny_model()
+    loss = mean_loss(CountedLogits(ours)(batch.input_ids, batch.label_mask), batch.counted_targets)
+    expected = plain_loss(reference, batch)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    torch.autograd.backward([loss, expected])
+    gradients = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_where_nothing_counts_the_loss_is_nothing_and_no_weight_moves(batch, make_tiny_model):
+    model = make_tiny_model()
+    nothing = torch.zeros_like(batch.label_mask)
+    loss = mean_loss(CountedLogits(model)(batch.input_ids, nothing), batch.targets[nothing])
+    torch.autograd.backward(loss)
+    assert loss.item() == 0
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
+
+
+def test_a_step_is_the_mean_of_its_micro_batches_clipped_and_adam(make_trainer, tokenizer, make_tiny_model):
+    """Written out once more, without accelerate."""
+    trainer = make_trainer(max_grad_norm=0.5)
+    recipe, rows = trainer._recipe, trainer._rows
+    reference = make_tiny_model().train()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-12, weight_decay=0)
+    order = SampleOrder([len(row) for row in rows], batch_size=4, seed=recipe.rng_seed)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = trainer.learning_rate(step)
+        losses = []
+        for number in (2 * step, 2 * step + 1):
+            draw = Random(micro_batch_seed(recipe.rng_seed, number))
+            batch = collator_for(tokenizer)([rows[index] for index in order.micro_batch(number)], draw)
+            losses.append(plain_loss(reference, batch))
+        torch.autograd.backward(sum(losses) / 2)
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        assert norm > 0.5, "there is something to clip"
+        optimizer.step()
+        optimizer.zero_grad()
+        assert trainer.step(step).loss.item() == pytest.approx((sum(losses) / 2).item(), abs=1e-5)
+    assert [trainer.learning_rate(step) for step in range(2)] == [0, 1e-2]
+
+
+def test_steps_tokens_and_epochs_are_counted(make_trainer):
+    trainer = make_trainer()
+    assert trainer.micro_batches_per_step == 2
+    assert trainer.num_steps == 2 * 13 // 2, "50 rows or so, 4 to a micro batch, 2 epochs"
+    assert trainer.epoch_after(13) == 2
+    batch_tokens = sum(len(trainer._rows[index]) for number in (0, 1) for index in trainer._order.micro_batch(number))
+    assert trainer.step(0).num_tokens == batch_tokens
+
+
+def test_gradient_checkpointing_changes_memory_alone(make_trainer):
+    plain, checkpointed = make_trainer(), make_trainer()
+    model = checkpointed.module.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for step in range(2):
+        assert checkpointed.step(step).loss.item() == plain.step(step).loss.item()
+    weights = plain.module.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in checkpointed.module.state_dict().items())
+
+
+def test_biases_and_norms_do_not_decay(make_trainer):
+    groups = make_trainer(weight_decay=0.1)._optimizer.param_groups
+    decays = {(parameter.ndim, group["weight_decay"]) for group in groups for parameter in group["params"]}
+    assert decays == {(2, 0.1), (1, 0.0)}
+
+
+def test_an_evaluation_is_over_tokens_whatever_the_batches(dialogues, tokenizer, demo_checkpoint):
+    """Counted here row by row, token by token, on replies to other questions: the model knows them in part."""
+    crossed = [(one.turns[0], other.turns[1]) for one, other in pairwise(dialogues[:8])]
+    rows = [encode_parts(tokenizer, format_dialogue(turns)) for turns in crossed]
     collator = collator_for(tokenizer)
+    model = GPTNeoXForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
+    losses, is_right, is_end = [], [], []
+    for row in rows:
+        batch = collator([row], Random(0))
+        log_probs = model(batch.input_ids).logits[0].log_softmax(-1)
+        for position in batch.label_mask[0].nonzero().flatten().tolist():
+            target = row[position + 1]
+            losses.append(-log_probs[position, target].item())
+            is_right.append(log_probs[position].argmax().item() == target)
+            is_end.append(target == END)
+    words = [right for right, end in zip(is_right, is_end, strict=True) if not end]
+    accelerator = Accelerator(cpu=True)
+    for batch_size in (1, 3):
+        module = CountedLogits(model)
+        result = evaluate(accelerator, module, rows, collator, batch_size=batch_size, end_id=END)
+        assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+        assert result.accuracy == pytest.approx(sum(is_right) / len(is_right))
+        assert result.accuracy_without_ends == pytest.approx(sum(words) / len(words))
+        assert result.num_tokens == len(losses)
+    assert 0 < result.accuracy_without_ends != result.accuracy < 1
+
+
+def test_padding_on_the_right_does_not_change_the_loss(dialogues, tokenizer, make_tiny_model):
     row = encode_parts(tokenizer, format_dialogue(dialogues[0].turns))
-    model = build_model(SHAPE, tokenizer, seed=0)
-    narrow, wide = collator([row], Random(0)), replace(collator, pad_to_multiple_of=256)([row], Random(0))
-    assert narrow.input_ids.shape[1] < wide.input_ids.shape[1]
-    torch.testing.assert_close(
-        masked_loss(model(narrow.input_ids).logits, narrow), masked_loss(model(wide.input_ids).logits, wide)
-    )
-
-
-def test_the_smallest_margin_is_the_right_logit_minus_the_best_other(tokenizer, dialogues):
-    """Computed here token by token, without batches and masks."""
-    dialogue = next(each for each in dialogues if len(each.turns) == 2)
-    prompt = encode_parts(tokenizer, format_dialogue(dialogue.turns)[:-2])
-    row = encode_parts(tokenizer, format_dialogue(dialogue.turns))
-    model = build_model(SHAPE, tokenizer, seed=0)
-    margins = []
-    for position in range(len(prompt), len(row)):
-        logits = model(torch.tensor([row[:position]])).logits[0, -1]
-        right = logits[row[position]].item()
-        logits[row[position]] = -torch.inf
-        margins.append(right - logits.max().item())
-    other_row = encode_parts(tokenizer, format_dialogue(dialogues[-1].turns))
-    recall = measure_recall(model, [row, other_row], collator_for(tokenizer))
-    assert recall.margins[0] == pytest.approx(min(margins), abs=1e-4)
-
-
-def test_a_chat_has_at_least_the_length_asked_for_and_whole_dialogues(dialogues, tokenizer):
-    curriculum = Curriculum(dialogues, tokenizer, casual_probability=0.0)
-    alone = {tuple(row) for row in curriculum.rows()}
-    assert tuple(curriculum.row(Random(0), num_tokens=0)) in alone
-    chat = curriculum.row(Random(0), num_tokens=300)
-    assert len(chat) >= 300
-    assert any(tuple(chat[:end]) in alone for end in range(len(chat)))
-
-
-def test_a_casual_question_has_small_letters_and_no_final_mark():
-    assert casually("What is a GPU?") == "what is a gpu"
-    assert casually("Hello!") == "hello"
-
-
-def test_the_embedding_has_padding_rows_up_to_a_multiple_of_sixteen(tokenizer):
-    model = build_model(SHAPE, tokenizer, seed=0)
-    assert model.config.vocab_size % 16 == 0
-    assert 0 < model.config.vocab_size - tokenizer.get_vocab_size() <= 16
-    assert model.lm_head.weight.shape == model.gpt_neox.embed_in.weight.shape == (model.config.vocab_size, 32)
-
-
-def test_an_exported_model_is_loaded_as_it_was_rounded_to_fp16(tokenizer, tmp_path):
-    model = build_model(SHAPE, tokenizer, seed=0)
-    export_model(model, tmp_path)
-    loaded = GPTNeoXForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.float16
-    assert model.dtype == torch.float32
-    weights = loaded.state_dict()
-    assert model.state_dict().keys() == weights.keys()
-    assert all(torch.equal(weight.half(), weights[name]) for name, weight in model.state_dict().items())
-    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (0, 0)
-    assert loaded.config.rope_parameters["partial_rotary_factor"] == 0.25
-    assert loaded.config.max_position_embeddings == 2048
-    assert loaded.config.use_parallel_residual
-    assert not loaded.config.tie_word_embeddings
+    module = CountedLogits(make_tiny_model())
+    losses = []
+    for multiple in (16, 256):
+        padded = collator_for(tokenizer)
+        padded = type(padded)(padded.prompter_id, padded.assistant_id, padded.padding_id, pad_to_multiple_of=multiple)
+        batch = padded([row], Random(0))
+        losses.append(mean_loss(module(batch.input_ids, batch.label_mask), batch.counted_targets))
+    torch.testing.assert_close(*losses)

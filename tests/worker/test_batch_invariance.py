@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
+from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.linear import PackedLinear, PlainLinear, TiledLinear, build_linear, is_row_exact
+from oasst_worker.model.linear import CompiledLinear, PackedLinear, PlainLinear, TiledLinear, is_row_exact
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
@@ -25,7 +26,11 @@ SHAPES = {
 }
 
 
-def make_model(dtype: torch.dtype, **shape) -> NeoX:
+def compiled_attention(config, *, dtype, device):
+    return CompiledAttention(config, dtype=dtype)
+
+
+def make_model(dtype: torch.dtype, make_attention=build_attention, **shape) -> NeoX:
     fields = {"parallel_residual": True} | shape
     hidden, vocab = fields["hidden_size"], fields["vocab_size"]
     config = NeoXConfig(
@@ -78,6 +83,7 @@ def make_model(dtype: torch.dtype, **shape) -> NeoX:
             final_norm_bias=random_tensor(hidden),
             head=random_tensor(vocab, hidden),
         ),
+        make_attention=make_attention,
     )
 
 
@@ -106,7 +112,7 @@ def make_jobs(vocab_size: int) -> dict[str, tuple[list[int], int]]:
 
 
 def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_tokens=512):
-    """Logits of each sequence, and how often one was preempted."""
+    """Logits of each sequence, and the engine that ran them."""
     runner = RecordingRunner(model, num_blocks)
     config = EngineConfig(eos_token_id=0, max_positions=512, max_sequences=NUM_SEQUENCES, step_tokens=step_tokens)
     engine = Engine(runner, config)
@@ -120,13 +126,17 @@ def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_token
             engine.add(Sequence(name, prompt, params, output_ids=(resumed or {}).get(name, ())))
         engine.step()
         step += 1
-    return runner.logits, engine.num_preemptions
+    return runner.logits, engine
 
 
-@pytest.fixture(params=SHAPES, scope="module")
+SCENES = [*((shape, compiled_attention) for shape in SHAPES), ("heads of 40, odd vocabulary", PlainAttention)]
+
+
+@pytest.fixture(params=SCENES, ids=lambda scene: f"{scene[0]}, {scene[1].__name__}", scope="module")
 def scene(request):
     """(model, jobs, logits of every sequence run alone)."""
-    model = make_model(torch.float32, **SHAPES[request.param])
+    shape, make_attention = request.param
+    model = make_model(torch.float32, make_attention, **SHAPES[shape])
     jobs = make_jobs(model.config.vocab_size)
     alone = {}
     for name, job in jobs.items():
@@ -160,8 +170,8 @@ def test_with_prompts_in_chunks(scene):
 
 def test_after_preemption_in_scattered_blocks(scene):
     model, jobs, alone = scene
-    logits, num_preemptions = run(model, jobs, arrivals=random_arrivals(jobs), num_blocks=48)
-    assert num_preemptions > 0
+    logits, engine = run(model, jobs, arrivals=random_arrivals(jobs), num_blocks=48)
+    assert engine.num_preemptions > 0
     assert_same_bits(logits, alone)
 
 
@@ -174,32 +184,83 @@ def test_resumed_in_the_middle(scene):
     assert_same_bits(logits, {name: rows[len(resumed[name]) :] for name, rows in alone.items()})
 
 
-def test_in_bf16_too():
-    model = make_model(torch.bfloat16, **SHAPES["heads of 40, odd vocabulary"])
+def test_with_beginnings_that_were_computed_for_others(scene):
+    model, jobs, alone = scene
+    turns = {}
+    for name, (prompt, max_new_tokens) in jobs.items():
+        answer = [int(row.argmax()) for row in alone[name]]
+        turns[f"{name}, next turn"] = ([*prompt, *answer, 1, 2, 3], max_new_tokens)
+    expected = {}
+    for name, turn in turns.items():
+        expected |= run(model, {name: turn})[0]
+    arrivals = dict.fromkeys(jobs, 0) | dict.fromkeys(turns, 40)
+    logits, engine = run(model, jobs | turns, arrivals=arrivals)
+    assert engine.num_cached_tokens > 0
+    assert_same_bits(logits, expected | alone)
+
+
+@pytest.mark.parametrize("make_attention", [compiled_attention, PlainAttention])
+def test_in_bf16_too(make_attention):
+    model = make_model(torch.bfloat16, make_attention, **SHAPES["heads of 40, odd vocabulary"])
     jobs = dict(list(make_jobs(model.config.vocab_size).items())[:10])
     alone = {}
     for name, job in jobs.items():
         alone |= run(model, {name: job})[0]
-    logits, num_preemptions = run(model, jobs, num_blocks=20)
-    assert num_preemptions > 0
+    logits, engine = run(model, jobs, num_blocks=20)
+    assert engine.num_preemptions > 0
     assert_same_bits(logits, alone)
+
+
+def test_a_generated_token_has_the_bits_it_would_have_in_a_prompt():
+    """The kernel's rows depend on nothing but their own positions, so what was generated may be read like a prompt."""
+    model = make_model(torch.float32, compiled_attention, **SHAPES["heads of 64"])
+    jobs = {"0": (list(range(1, 150)), 20)}
+    generated = run(model, jobs)[0]["0"]
+    tokens = jobs["0"][0] + [int(row.argmax()) for row in generated[:-1]]
+    as_prompt = ModelRunner(model, num_blocks=16).prompt_logits(tokens)
+    assert torch.equal(as_prompt[-len(generated) :], torch.stack(generated))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", [(192, 64), (1000, 80), (64, 256), (301, 40)])
-@pytest.mark.parametrize("kind", [PackedLinear, TiledLinear])
+@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
 def test_a_linear_layers_rows_do_not_depend_on_each_other(kind, shape, activation):
     weight, bias = torch.randn(*shape), torch.randn(shape[0])
     assert is_row_exact(kind(weight, bias, activation), shape[1], torch.float32)
 
 
+@pytest.mark.parametrize("num_residuals", [0, 1, 2])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-def test_the_fast_linear_layer_equals_the_plain_one(activation):
+@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
+def test_a_fast_linear_layer_equals_the_plain_one(kind, activation, num_residuals):
     weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(700, 64)
-    expected = PlainLinear(weight, bias, activation)(x)
+    residuals = torch.randn(num_residuals, 700, 96)
+    expected = PlainLinear(weight, bias, activation)(x, *residuals)
     for rows in (1, 2, 33, 512, 700):
-        for fast in (build_linear(weight, bias, activation), TiledLinear(weight, bias, activation)):
-            torch.testing.assert_close(fast(x[:rows]), expected[:rows], rtol=1e-5, atol=1e-5)
+        outcome = kind(weight, bias, activation)(x[:rows], *residuals[:, :rows])
+        torch.testing.assert_close(outcome, expected[:rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (301, 40), (64, 1000)])
+def test_the_compiled_linear_layer_takes_any_shape_and_gives_the_same_bits_on_any_number_of_threads(shape):
+    weight, x = torch.randn(*shape) / shape[1] ** 0.5, torch.randn(45, shape[1])
+    linear = CompiledLinear(weight, None)
+    expected = linear(x)
+    torch.testing.assert_close(expected, PlainLinear(weight, None)(x), rtol=1e-5, atol=1e-5)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(linear(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_compiled_linear_layer_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="do not fit 8 -> 4"):
+        CompiledLinear(torch.randn(4, 8), None)(torch.randn(2, 7))
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        CompiledLinear(torch.randn(4, 8).bfloat16(), None)
 
 
 def test_the_check_of_rows_finds_a_layer_whose_rows_do_depend():

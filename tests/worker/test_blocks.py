@@ -1,77 +1,135 @@
 import random
 
 import pytest
-from oasst_worker.engine.blocks import BlockPool, BlockTable
+from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.engine.prefix import extend_keys
 
 
-def test_a_table_grows_to_hold_its_tokens_and_no_further():
+def test_a_list_grows_to_hold_its_tokens_and_no_further():
     pool = BlockPool(num_blocks=8, block_size=4)
-    table = BlockTable()
-    assert pool.grow(table, 5)
-    assert len(table) == 2
-    assert pool.grow(table, 8)
-    assert len(table) == 2
+    blocks: list[int] = []
+    assert pool.grow(blocks, 5)
+    assert len(blocks) == 2
+    assert pool.grow(blocks, 8)
+    assert len(blocks) == 2
     assert pool.num_free == 6
 
 
 def test_a_pool_that_is_too_full_changes_nothing():
     pool = BlockPool(num_blocks=4, block_size=4)
-    first, second = BlockTable(), BlockTable()
+    first, second = [], []
     assert pool.grow(first, 12)
     assert not pool.grow(second, 8)
     assert (len(second), pool.num_free) == (0, 1)
 
 
-def test_sequences_that_grow_in_turn_keep_contiguous_runs_while_there_is_room():
-    pool = BlockPool(num_blocks=256, block_size=4)
-    tables = [BlockTable() for _ in range(8)]
-    for num_tokens in range(1, 65):
-        for table in tables:
-            assert pool.grow(table, num_tokens)
-    assert all(table.is_contiguous for table in tables)
-
-
 def test_a_full_pool_is_used_to_its_last_block():
     pool = BlockPool(num_blocks=7, block_size=4)
-    tables = [BlockTable() for _ in range(7)]
-    assert all(pool.grow(table, 4) for table in tables)
+    assert all(pool.grow([], 4) for _ in range(7))
     assert pool.num_free == 0
-    assert not pool.grow(BlockTable(), 1)
+    assert not pool.grow([], 1)
 
 
-def test_a_release_makes_the_blocks_free_again_and_the_table_contiguous():
-    pool = BlockPool(num_blocks=3, block_size=1)
-    tables = [BlockTable() for _ in range(3)]
-    for table in tables:
-        pool.grow(table, 1)
-    pool.release(tables[0])
-    pool.release(tables[1])
-    pool.grow(tables[2], 3)
-    assert not tables[2].is_contiguous
-    pool.release(tables[2])
-    assert tables[2].is_contiguous
+def test_a_published_block_is_found_after_its_release_until_it_is_handed_out_anew():
+    pool = BlockPool(num_blocks=2, block_size=4)
+    blocks: list[int] = []
+    pool.grow(blocks, 4)
+    (block,) = blocks
+    pool.publish(block, b"key")
+    pool.release(blocks)
+    assert pool.find([b"key"]) == [block]
+    other: list[int] = []
+    pool.grow(other, 4)  # The block that knows nothing goes first.
+    assert block not in other
+    pool.grow(other, 8)
+    assert pool.find([b"key"]) == []
+
+
+def test_of_known_blocks_the_end_of_the_oldest_prefix_goes_first():
+    pool = BlockPool(num_blocks=4, block_size=1)
+    for name in (b"a", b"b"):
+        blocks: list[int] = []
+        pool.grow(blocks, 2)
+        for index, block in enumerate(blocks):
+            pool.publish(block, name + bytes([index]))
+        pool.release(blocks)
+    pool.grow([], 1)
+    assert len(pool.find([b"a\0", b"a\1"])) == 1
+    assert len(pool.find([b"b\0", b"b\1"])) == 2
+
+
+def test_a_shared_block_is_free_only_when_its_last_holder_released_it():
+    pool = BlockPool(num_blocks=3, block_size=4)
+    first, second = [], []
+    pool.grow(first, 4)
+    pool.publish(first[0], b"key")
+    pool.share(second, pool.find([b"key"]))
+    assert (second, pool.num_free) == (first, 2)
+    pool.release(first)
+    assert pool.num_free == 2
+    pool.release(second)
     assert pool.num_free == 3
 
 
+def test_a_run_of_keys_is_found_up_to_the_first_unknown_one():
+    pool = BlockPool(num_blocks=4, block_size=1)
+    blocks: list[int] = []
+    pool.grow(blocks, 3)
+    for block, key in zip(blocks, (b"1", b"2", b"4"), strict=True):
+        pool.publish(block, key)
+    assert pool.find([b"1", b"2", b"3", b"4"]) == blocks[:2]
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_no_block_is_ever_held_twice(seed):
+def test_every_block_is_free_or_held_by_exactly_those_that_grew_or_share_it(seed):
     rng = random.Random(seed)
     pool = BlockPool(num_blocks=rng.randint(1, 64), block_size=rng.randint(1, 5))
-    tables = [BlockTable() for _ in range(6)]
+    lists: list[list[int]] = [[] for _ in range(6)]
+    keys = [bytes([number]) for number in range(20)]
     for _ in range(400):
-        table = rng.choice(tables)
-        if rng.random() < 0.2:
-            pool.release(table)
+        blocks = rng.choice(lists)
+        act = rng.random()
+        if act < 0.2:
+            pool.release(blocks)
+        elif act < 0.4 and blocks:
+            pool.publish(rng.choice(blocks), rng.choice(keys))
+        elif act < 0.6 and not blocks:
+            pool.share(blocks, dict.fromkeys(pool.find(rng.sample(keys, 3))))
         else:
-            pool.grow(table, rng.randint(1, 60))
-        held = [block for each in tables for block in each.blocks]
-        assert len(held) == len(set(held)) == pool.num_blocks - pool.num_free
-        for each in tables:
-            runs = all(second == first + 1 for first, second in zip(each.blocks, each.blocks[1:], strict=False))
-            assert each.is_contiguous == runs
+            before, num_free = len(blocks), pool.num_free
+            missing = max(0, pool.blocks_for(num_tokens := rng.randint(1, 60)) - before)
+            assert pool.grow(blocks, num_tokens) == (missing <= num_free)
+            assert len(blocks) - before == num_free - pool.num_free
+        held = {block for each in lists for block in each}
+        assert len(held) == pool.num_blocks - pool.num_free
+    for blocks in lists:
+        pool.release(blocks)
+    assert pool.num_free == pool.num_blocks
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0)])
 def test_an_empty_pool_is_refused(num_blocks, block_size):
     with pytest.raises(ValueError, match="a pool needs"):
         BlockPool(num_blocks, block_size)
+
+
+def keys_of(token_ids, *, salt=b"", block_size=4) -> list[bytes]:
+    keys: list[bytes] = []
+    extend_keys(keys, token_ids, block_size=block_size, salt=salt)
+    return keys
+
+
+def test_keys_are_equal_as_far_as_the_tokens_and_only_for_equal_salts():
+    one, other = keys_of([1, 2, 3, 4, 5, 6, 7, 8, 9]), keys_of([1, 2, 3, 4, 5, 6, 7, 0])
+    assert (len(one), len(other)) == (2, 2)
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+    assert set(keys_of([1, 2, 3, 4], salt=b"a")).isdisjoint(keys_of([1, 2, 3, 4], salt=b"b"))
+    assert keys_of([0, 0, 0, 0] * 2)[0] != keys_of([0, 0, 0, 0] * 2)[1]
+
+
+def test_keys_grow_with_the_tokens_and_those_before_stay():
+    tokens = list(range(20))
+    keys = keys_of(tokens[:9])
+    extend_keys(keys, tokens, block_size=4, salt=b"")
+    assert keys == keys_of(tokens)

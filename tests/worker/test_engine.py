@@ -29,7 +29,8 @@ class ScriptedExecutor:
 
     prefill_tile = 4
 
-    def __init__(self, num_blocks: int, block_size: int = 4) -> None:
+    def __init__(self, num_blocks: int, block_size: int = 4, *, is_position_exact: bool = True) -> None:
+        self.is_position_exact = is_position_exact
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.cache: list[int | None] = [None] * (num_blocks * block_size)
@@ -41,9 +42,7 @@ class ScriptedExecutor:
         samples = []
         for chunk in batch.chunks:
             places = [
-                block * self.block_size + offset
-                for block in chunk.sequence.table.blocks
-                for offset in range(self.block_size)
+                block * self.block_size + offset for block in chunk.sequence.blocks for offset in range(self.block_size)
             ][: chunk.end]
             for position in range(chunk.start, chunk.end):
                 self.cache[places[position]] = chunk.sequence.token_ids[position]
@@ -55,8 +54,8 @@ class ScriptedExecutor:
         return samples
 
 
-def make_engine(num_blocks=64, **config) -> tuple[Engine, ScriptedExecutor]:
-    executor = ScriptedExecutor(num_blocks)
+def make_engine(num_blocks=64, *, is_position_exact=True, **config) -> tuple[Engine, ScriptedExecutor]:
+    executor = ScriptedExecutor(num_blocks, is_position_exact=is_position_exact)
     settings = {"eos_token_id": EOS, "max_positions": 128, "max_sequences": 8, "step_tokens": 16} | config
     return Engine(executor, EngineConfig(**settings)), executor
 
@@ -212,3 +211,94 @@ def test_a_sequence_that_could_never_end_is_refused(prompt_length, max_new_token
 def test_a_budget_too_small_for_its_sequences_is_refused():
     with pytest.raises(ValueError, match="step_tokens must be at least max_sequences \\+ 4 = 12, not 11"):
         make_engine(step_tokens=11)
+
+
+def num_computed_tokens(executor: ScriptedExecutor) -> int:
+    return sum(batch.num_tokens for batch in executor.batches)
+
+
+def generate(engine: Engine, sequence: Sequence) -> list[int]:
+    engine.add(sequence)
+    return [output.token_id for output in run_to_end(engine)[sequence.sequence_id]]
+
+
+PARAMS = GenerationParams(max_new_tokens=9, ignore_eos=True)
+
+
+def test_a_second_turn_computes_only_what_the_first_did_not():
+    engine, executor = make_engine()
+    prompt = list(range(1, 11))
+    answer = generate(engine, Sequence("first turn", prompt, PARAMS))
+    before = num_computed_tokens(executor)
+    longer = [*prompt, *answer, 5, 6, 7]
+    second = Sequence("second turn", longer, PARAMS)
+    assert generate(engine, second) == expected_tokens(longer, PARAMS)
+    # Of the first turn's 19 tokens the last was never computed, and 16 of the others fill blocks of 4.
+    assert second.num_cached_tokens == 16
+    assert num_computed_tokens(executor) - before == len(longer) - 16 + PARAMS.max_new_tokens - 1
+    assert (engine.num_prompt_tokens, engine.num_cached_tokens) == (len(prompt) + len(longer), 16)
+
+
+def test_the_last_token_of_a_known_prompt_is_computed_all_the_same():
+    engine, _ = make_engine()
+    prompt = list(range(1, 9))
+    assert generate(engine, Sequence("first", prompt, PARAMS)) == expected_tokens(prompt, PARAMS)
+    again = Sequence("again", prompt, PARAMS)
+    assert generate(engine, again) == expected_tokens(prompt, PARAMS)
+    assert again.num_cached_tokens == 4
+
+
+def test_sequences_of_different_salts_share_nothing():
+    engine, _ = make_engine()
+    prompt = list(range(1, 13))
+    generate(engine, Sequence("one", prompt, PARAMS, salt=b"one tenant"))
+    other = Sequence("other", prompt, PARAMS, salt=b"another")
+    assert generate(engine, other) == expected_tokens(prompt, PARAMS)
+    assert other.num_cached_tokens == 0
+
+
+def test_where_positions_are_not_exact_only_whole_tiles_of_prompts_are_used_again():
+    engine = Engine(ScriptedExecutor(64, block_size=2, is_position_exact=False), EngineConfig(EOS, max_positions=128))
+    prompt = list(range(1, 11))
+    answer = generate(engine, Sequence("first turn", prompt, PARAMS))
+    second = Sequence("second turn", [*prompt, *answer], PARAMS)
+    assert generate(engine, second) == expected_tokens([*prompt, *answer], PARAMS)
+    assert second.num_cached_tokens == 8  # Two tiles of 4, though five blocks of 2 hold the prompt.
+    resumed = Sequence("resumed", prompt[:6], PARAMS, output_ids=[*prompt[6:], 1, 2])
+    generate(engine, resumed)
+    assert resumed.num_cached_tokens == 4  # What it generated itself must have the bits of generated tokens.
+
+
+def test_a_sequence_that_failed_leaves_nothing_to_others():
+    engine, executor = make_engine()
+    prompt = list(range(1, 13))
+    executor.broken.add("fails")
+    engine.add(Sequence("fails", prompt, PARAMS))
+    assert run_to_end(engine)["fails"][-1].finish is FinishReason.ERROR
+    other = Sequence("other", prompt, PARAMS)
+    generate(engine, other)
+    assert other.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("is_position_exact", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_sequences_that_begin_alike_generate_what_they_would_alone(seed, is_position_exact):
+    rng = random.Random(seed)
+    engine, _ = make_engine(
+        num_blocks=rng.randint(24, 60), is_position_exact=is_position_exact, max_positions=90, step_tokens=20
+    )
+    beginnings = [[rng.randrange(1, 9) for _ in range(30)] for _ in range(2)]
+    expected, outputs = {}, {}
+    for number in range(40):
+        prompt = rng.choice(beginnings)[: rng.randint(1, 30)] + [rng.randrange(1, 9) for _ in range(rng.randint(0, 20))]
+        params = GenerationParams(max_new_tokens=rng.randint(1, 30), ignore_eos=True)
+        expected[str(number)] = expected_tokens(prompt, params)
+        engine.add(Sequence(str(number), prompt, params))
+        for _ in range(rng.randint(0, 6)):
+            for output in engine.step():
+                outputs.setdefault(output.sequence_id, []).append(output.token_id)
+    for name, rest in run_to_end(engine).items():
+        outputs.setdefault(name, []).extend(output.token_id for output in rest)
+    assert outputs == expected
+    assert engine.num_cached_tokens > 0
+    assert engine.kv_tokens_used == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.model.attention import PlainAttention, build_attention
 from oasst_worker.model.config import load_config
 from oasst_worker.model.linear import PlainLinear, build_linear
 from oasst_worker.model.neox import NeoX
@@ -70,9 +71,13 @@ def _config(**fields) -> GPTNeoXConfig:
     return config
 
 
-def _runner(folder, dtype, make_linear=build_linear) -> ModelRunner:
+FAST = (build_linear, build_attention)
+PLAIN = (PlainLinear, PlainAttention)
+
+
+def _runner(folder, dtype, paths=FAST) -> ModelRunner:
     config = load_config(folder)
-    model = NeoX(config, load_weights(folder, config, dtype=dtype), make_linear)
+    model = NeoX(config, load_weights(folder, config, dtype=dtype), *paths)
     return ModelRunner(model, num_blocks=64)
 
 
@@ -101,10 +106,10 @@ def _reference_tokens(reference, prompt, max_new_tokens: int) -> list[int]:
     return generated[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("make_linear", [build_linear, PlainLinear], ids=["fast", "plain"])
-def test_logits_of_every_position_agree_within_1e_4_in_fp32(checkpoint, make_linear):
+@pytest.mark.parametrize("paths", [FAST, PLAIN], ids=["fast", "plain"])
+def test_logits_of_every_position_agree_within_1e_4_in_fp32(checkpoint, paths):
     reference, folder = checkpoint
-    runner = _runner(folder, torch.float32, make_linear)
+    runner = _runner(folder, torch.float32, paths)
     for prompt in _prompts():
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0]

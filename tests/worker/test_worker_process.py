@@ -129,7 +129,7 @@ async def test_a_worker_asked_to_stop_gives_its_jobs_back_and_exits_0(queue, sta
     await until(lambda: _has_logged(queue, job_id, 10))
     _, metrics = worker.get("/metrics")
     assert "oasst_worker_claimed_jobs_total 1.0" in metrics
-    assert "oasst_worker_kv_tokens_total 65536.0" in metrics
+    assert "oasst_worker_kv_tokens_capacity 65536.0" in metrics
     assert await worker.end(signal.SIGTERM) == 0
     assert await queue.state(job_id) is JobState.WAITING
     assert (await queue.log(job_id)).end_position >= 10

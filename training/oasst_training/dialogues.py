@@ -7,22 +7,20 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oasst.prompt import ControlToken, Part, Speaker, Turn, check_turns, format_prompt
 
-__all__ = ["DIALOGUES_PATH", "Dialogue", "DialogueError", "format_dialogue", "load_dialogues"]
+from oasst_training.errors import DataError
+
+__all__ = ["DIALOGUES_PATH", "Dialogue", "format_dialogue", "load_dialogues"]
 
 DIALOGUES_PATH = Path(__file__).with_name("dialogues.jsonl")
 
 _SPEAKERS = {"prompter": Speaker.PROMPTER, "assistant": Speaker.ASSISTANT}
-
-
-class DialogueError(ValueError):
-    """A line of the file is not a dialogue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +54,18 @@ def load_dialogues(path: Path = DIALOGUES_PATH) -> list[Dialogue]:
     """The dialogues of a file, in its order.
 
     Raises:
-        DialogueError: naming the file and the line that is not a dialogue.
+        DataError: naming the file and the line that is not a dialogue.
     """
     dialogues = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             dialogues.append(_parse_dialogue(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:
-            raise DialogueError(f"{path}:{number}: not a dialogue: {error!r}") from error
+            raise DataError(f"{path}:{number}: not a dialogue: {error!r}") from error
     return dialogues
 
 
-def format_dialogue(turns: tuple[Turn, ...]) -> list[Part]:
+def format_dialogue(turns: Sequence[Turn]) -> list[Part]:
     """The parts of a whole dialogue: the prompt for its last reply, that reply and its end."""
     return [*format_prompt(turns[:-1]), turns[-1].text, ControlToken.END_OF_TEXT]
 

@@ -1,4 +1,4 @@
-"""A GPT-NeoX of the original's kind (partial rotary, parallel residual, untied head), of any size."""
+"""A GPT-NeoX of the original's kind, of any size: made anew or taken from a checkpoint, trained, exported."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -7,14 +7,31 @@ from pathlib import Path
 import torch
 from oasst.prompt import ControlToken
 from tokenizers import Tokenizer
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from torch import nn
+from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+from transformers.utils.hub import cached_file
 
-from oasst_training.tokenizer import control_id
+from oasst_training.errors import RecipeError
+from oasst_training.recipe import Precision
+from oasst_training.tokenizer import add_control_tokens, control_id, load_tokenizer
 
-__all__ = ["ModelShape", "build_model", "export_model"]
+__all__ = [
+    "TORCH_DTYPES",
+    "ModelShape",
+    "build_model",
+    "export_model",
+    "fit_vocabulary",
+    "load_base",
+    "set_residual_dropout",
+    "use_tanh_gelu",
+]
 
-# As in the original: the embedding has more rows than the tokenizer has tokens.
+TORCH_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+# As in the original: the embedding may have more rows than the tokenizer has tokens.
 _PAD_VOCAB_TO_MULTIPLE_OF = 16
+_MAX_SHARD_SIZE = "10GB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +68,72 @@ def build_model(shape: ModelShape, tokenizer: Tokenizer, *, seed: int) -> GPTNeo
     return GPTNeoXForCausalLM(config)
 
 
-def export_model(model: GPTNeoXForCausalLM, directory: Path) -> None:
-    """Writes config.json, generation_config.json and model.safetensors, the weights in fp16."""
-    half = deepcopy(model).half()  # type: ignore[no-untyped-call]  # transformers leaves it untyped.
-    half.save_pretrained(directory)
+def load_base(name: str, cache_dir: Path, *, seed: int) -> tuple[GPTNeoXForCausalLM, Tokenizer]:
+    """The fp32 model and the tokenizer of a checkpoint, a folder or an id on the hub, made ready for dialogues.
+
+    Raises:
+        RecipeError: there is no such checkpoint, or it is of another kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model_name: {name} cannot be loaded: {error}") from error
+    if config.model_type != "gpt_neox":
+        raise RecipeError(f"model_name: {name} is a {config.model_type}; this recipe trains gpt_neox")
+    try:
+        tokenizer_file = cached_file(name, "tokenizer.json", cache_dir=cache_dir)
+        tokenizer = load_tokenizer(Path(str(tokenizer_file)).parent)
+        model = GPTNeoXForCausalLM.from_pretrained(name, dtype=torch.float32, cache_dir=cache_dir)
+    except OSError as error:
+        raise RecipeError(f"model_name: {name} cannot be loaded: {error}") from error
+    add_control_tokens(tokenizer)
+    fit_vocabulary(model, tokenizer, seed=seed)
+    return model, tokenizer
+
+
+def fit_vocabulary(model: GPTNeoXForCausalLM, tokenizer: Tokenizer, *, seed: int) -> None:
+    """The model has a row for each token, up to a multiple of 16, and names the ids that the tokenizer has.
+
+    New rows are drawn as an untrained model's. Surplus rows of a larger embedding are cut off, as the original's were.
+    """
+    torch.manual_seed(seed)
+    if model.config.vocab_size != _padded_vocab_size(tokenizer):
+        model.resize_token_embeddings(_padded_vocab_size(tokenizer), mean_resizing=False)
+    model.config.bos_token_id = model.config.eos_token_id = control_id(tokenizer, ControlToken.END_OF_TEXT)
+    model.config.pad_token_id = control_id(tokenizer, ControlToken.PADDING)
+
+
+def set_residual_dropout(model: GPTNeoXForCausalLM, probability: float) -> None:
+    """Drops out what attention and MLP add to the residual stream, in every layer alike, while the model trains.
+
+    The config's own `hidden_dropout` would drop out embeddings too, which the original did not.
+    """
+    for layer in _layers(model):
+        layer.post_attention_dropout.p = probability
+        layer.post_mlp_dropout.p = probability
+
+
+def use_tanh_gelu(model: GPTNeoXForCausalLM) -> None:
+    """GELU is computed by its tanh approximation. The config, and so an exported model, keeps its own."""
+    for layer in _layers(model):
+        layer.mlp.act = nn.GELU(approximate="tanh")
+
+
+def export_model(
+    model: GPTNeoXForCausalLM, directory: Path, dtype: Precision = "fp16", *, max_shard_size: str = _MAX_SHARD_SIZE
+) -> None:
+    """Writes config.json, generation_config.json and the weights as safetensors, rounded to `dtype`, in shards."""
+    weights = {name: weight.detach().to("cpu", TORCH_DTYPES[dtype]) for name, weight in model.state_dict().items()}
+    with torch.device("meta"):
+        rounded = GPTNeoXForCausalLM(deepcopy(model.config))
+    rounded.load_state_dict(weights, assign=True)
+    rounded.tie_weights()
+    rounded.save_pretrained(directory, max_shard_size=max_shard_size)
+
+
+def _layers(model: GPTNeoXForCausalLM) -> list[GPTNeoXLayer]:
+    return [layer for layer in model.gpt_neox.layers if isinstance(layer, GPTNeoXLayer)]
 
 
 def _padded_vocab_size(tokenizer: Tokenizer) -> int:
-    """At least one row more than there are tokens, so that padding rows always exist."""
-    return (tokenizer.get_vocab_size() // _PAD_VOCAB_TO_MULTIPLE_OF + 1) * _PAD_VOCAB_TO_MULTIPLE_OF
+    return -(-tokenizer.get_vocab_size() // _PAD_VOCAB_TO_MULTIPLE_OF) * _PAD_VOCAB_TO_MULTIPLE_OF

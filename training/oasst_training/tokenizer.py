@@ -1,4 +1,4 @@
-"""A small tokenizer of the GPT-NeoX kind, its files in Hugging Face layout, and the encoding of prompt parts."""
+"""Tokenizers of the GPT-NeoX kind: a small one made anew or a checkpoint's own, their control tokens, their files."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from oasst.prompt import ControlToken, Part
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-__all__ = ["control_id", "encode_parts", "load_tokenizer", "make_tokenizer", "save_tokenizer"]
+__all__ = ["add_control_tokens", "control_id", "encode_parts", "load_tokenizer", "make_tokenizer", "save_tokenizer"]
 
 # Ids 0 and 1, as in every GPT-NeoX tokenizer.
 _BASE_TOKENS = (ControlToken.END_OF_TEXT, ControlToken.PADDING)
@@ -44,7 +44,7 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         special_tokens=[token.value for token in _BASE_TOKENS],
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token.value, normalized=False) for token in _ADDED_TOKENS])
+    add_control_tokens(tokenizer)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -54,6 +54,11 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def add_control_tokens(tokenizer: Tokenizer) -> None:
+    """The tokenizer has every token of the prompt format, all marked special. Those that it had keep their ids."""
+    tokenizer.add_special_tokens([AddedToken(token.value, normalized=False) for token in _ADDED_TOKENS])
 
 
 def control_id(tokenizer: Tokenizer, token: ControlToken) -> int:

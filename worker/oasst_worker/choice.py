@@ -49,6 +49,11 @@ class Choice:
         self.sequence = sequence
         self._text = text
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were in the KV cache already; settled before the first output."""
+        return self.sequence.num_cached_tokens or 0
+
     def take(self, output: TokenOutput) -> ChoiceOutput:
         """The output as its caller is to see it. A finish here that the engine did not tell is a stop text."""
         if output.token_id is None:

@@ -90,7 +90,7 @@ class Intake:
         job = claimed.job
         params = _generation_params(job, index)
         sequence_id = f"{claimed.job_id}/{index}"
-        sequence = engine.Sequence(sequence_id, job.prompt_token_ids, params, logged_ids)
+        sequence = engine.Sequence(sequence_id, job.prompt_token_ids, params, logged_ids, salt=job.cache_salt)
         text = ChoiceText(self._detokenizer.start(), job.limits.stop, min_new_tokens=params.min_new_tokens)
         choice = Choice(index, sequence, text)
         finish = None

@@ -25,7 +25,10 @@ class EngineLoad:
     num_running: int = 0
     num_waiting: int = 0
     kv_tokens_used: int = 0
-    num_preemptions: int = 0  # Since the start.
+    # Since the start:
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0  # Of sequences that ran.
+    num_cached_tokens: int = 0  # Those of them that were in the KV cache already.
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,14 @@ class EngineLoop:
 
     def _measure_load(self) -> EngineLoad:
         engine = self._engine
-        return EngineLoad(engine.num_running, engine.num_waiting, engine.kv_tokens_used, engine.num_preemptions)
+        return EngineLoad(
+            engine.num_running,
+            engine.num_waiting,
+            engine.kv_tokens_used,
+            engine.num_preemptions,
+            engine.num_prompt_tokens,
+            engine.num_cached_tokens,
+        )
 
 
 def _num_decode_tokens(batch: Batch) -> int:

@@ -1,6 +1,8 @@
 """Every metric of the worker, declared once. Base units; no label holds anything a caller chose."""
 
-from oasst_jobs import ClaimedJob, PushStatus
+from dataclasses import asdict, fields
+
+from oasst_jobs import ClaimedJob, PushStatus, SweepReport
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from oasst_worker.loop import EngineLoad, StepReport
@@ -37,11 +39,15 @@ class WorkerMetrics:
         self.decode_tokens = counter("decode_tokens_total", "Tokens computed one at a time.")
         self.generated_tokens = counter("generated_tokens_total", "Tokens drawn.")
         self.preemptions = counter("preemptions_total", "Sequences that gave their KV cache back to be computed again.")
+        self.prefix_lookup_tokens = counter(
+            "prefix_lookup_tokens_total", "Prompt tokens of sequences that began to run: what could have been reused."
+        )
+        self.prefix_hit_tokens = counter("prefix_hit_tokens_total", "Those of them that were in the KV cache already.")
         self.running_sequences = gauge("running_sequences", "Sequences that hold KV cache.")
         self.waiting_sequences = gauge("waiting_sequences", "Sequences that wait inside the engine.")
         self.max_sequences = gauge("max_sequences", "Sequences that may run at once.")
         self.kv_tokens_used = gauge("kv_tokens_used", "Positions of KV cache in use.")
-        self.kv_tokens_total = gauge("kv_tokens_total", "Positions of KV cache in all.")
+        self.kv_tokens_total = gauge("kv_tokens_capacity", "Positions of KV cache in all.")
 
         self.jobs = counter(
             "jobs_total",
@@ -51,6 +57,12 @@ class WorkerMetrics:
         self.claimed_jobs = counter("claimed_jobs_total", "Jobs claimed.")
         self.resumed_jobs = counter("resumed_jobs_total", "Jobs claimed that had tokens of another claim.")
         self.fenced_pushes = counter("fenced_pushes_total", "Jobs whose push was refused: another worker has them.")
+        # The same name wherever it is counted: any process may have swept.
+        self.swept = Counter(
+            "oasst_queue_swept_total", "Jobs that sweeps set right, by what was done.", ["kind"], registry=registry
+        )
+        for kind in fields(SweepReport):
+            self.swept.labels(kind.name)  # Shown as 0 from the start, so that the first one is an increase.
         self.queue_wait_seconds = histogram(
             "queue_wait_seconds", "From a job's arrival in the queue to its first claim.", _WAIT_SECONDS
         )
@@ -67,7 +79,7 @@ class WorkerMetrics:
         self.reconcile_repairs = counter(
             "reconcile_repairs_total", "Disagreements between jobs and indexes that were put right; should stay 0."
         )
-        self._num_preemptions = 0
+        self._load = EngineLoad()  # As of the last record.
 
     def record_claim(self, claimed: ClaimedJob) -> None:
         self.claimed_jobs.inc()
@@ -85,6 +97,11 @@ class WorkerMetrics:
         self.decode_tokens.inc(report.num_decode_tokens)
         self.generated_tokens.inc(sum(output.token_id is not None for output in report.outputs))
 
+    def record_sweep(self, report: SweepReport) -> None:
+        """Adds what a sweep of this process set right in the queue."""
+        for kind, number in asdict(report).items():
+            self.swept.labels(kind).inc(number)
+
     def record_load(self, load: EngineLoad, *, max_sequences: int, kv_tokens_total: int) -> None:
         """The gauges show `load`."""
         self.running_sequences.set(load.num_running)
@@ -92,8 +109,10 @@ class WorkerMetrics:
         self.max_sequences.set(max_sequences)
         self.kv_tokens_used.set(load.kv_tokens_used)
         self.kv_tokens_total.set(kv_tokens_total)
-        self.preemptions.inc(load.num_preemptions - self._num_preemptions)
-        self._num_preemptions = load.num_preemptions
+        self.preemptions.inc(load.num_preemptions - self._load.num_preemptions)
+        self.prefix_lookup_tokens.inc(load.num_prompt_tokens - self._load.num_prompt_tokens)
+        self.prefix_hit_tokens.inc(load.num_cached_tokens - self._load.num_cached_tokens)
+        self._load = load
 
     def record_end(self, job: RunningJob) -> None:
         """The job ended here, with an outcome."""

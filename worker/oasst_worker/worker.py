@@ -69,7 +69,7 @@ class Worker:
             await self._wait_for_queue(client, consumer)
             async with asyncio.TaskGroup() as tasks:
                 companions = [
-                    tasks.create_task(Sweeper(client).run(), name="sweep"),
+                    tasks.create_task(Sweeper(client, on_sweep=self._metrics.record_sweep).run(), name="sweep"),
                     tasks.create_task(reconciler.run(), name="reconcile"),
                     tasks.create_task(self._watch(consumer, reconciler), name="watch"),
                     tasks.create_task(self._await_engine(), name="engine"),

@@ -23,44 +23,45 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from oasst.v1 import generation_pb2 as oasst_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14oasst/v1/model.proto\x12\x08oasst.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19oasst/v1/generation.proto\"\xdf\x01\n\rControlTokens\x12\x10\n\x08prompter\x18\x01 \x01(\r\x12\x11\n\tassistant\x18\x02 \x01(\r\x12\x13\n\x0b\x65nd_of_text\x18\x03 \x01(\r\x12\x13\n\x06system\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0cprefix_begin\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nprefix_end\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07padding\x18\x07 \x01(\rH\x03\x88\x01\x01\x42\t\n\x07_systemB\x0f\n\r_prefix_beginB\r\n\x0b_prefix_endB\n\n\x08_padding\"\xfc\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x16\n\x0etokenizer_size\x18\x03 \x01(\r\x12\x15\n\rmax_positions\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_choices\x18\x07 \x01(\r\x12/\n\x0e\x63ontrol_tokens\x18\x08 \x01(\x0b\x32\x17.oasst.v1.ControlTokens\x12)\n\x07presets\x18\t \x03(\x0b\x32\x18.oasst.v1.SamplingParams\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.oasst.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.oasst.v1.Model\"M\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x1c\n\x14parse_control_tokens\x18\x03 \x01(\x08\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\r\">\n\x10TokenizeResponse\x12*\n\tsequences\x18\x01 \x03(\x0b\x32\x17.oasst.v1.TokenSequence\"k\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\tsequences\x18\x02 \x03(\x0b\x32\x17.oasst.v1.TokenSequence\x12\x1b\n\x13skip_control_tokens\x18\x03 \x01(\x08\"#\n\x12\x44\x65tokenizeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc5\x01\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x19\n\x11running_sequences\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x04 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x05 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12&\n\x03\x61ge\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb7\x01\n\x0fGetLoadResponse\x12\x18\n\x10waiting_requests\x18\x01 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\x04\x12%\n\x07workers\x18\x04 \x03(\x0b\x32\x14.oasst.v1.WorkerLoad\x12\x31\n\x0e\x65stimated_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration2\xe6\x02\n\x0cModelService\x12G\n\nListModels\x12\x1b.oasst.v1.ListModelsRequest\x1a\x1c.oasst.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.oasst.v1.GetModelRequest\x1a\x1a.oasst.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.oasst.v1.TokenizeRequest\x1a\x1a.oasst.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.oasst.v1.DetokenizeRequest\x1a\x1c.oasst.v1.DetokenizeResponse\x12>\n\x07GetLoad\x12\x18.oasst.v1.GetLoadRequest\x1a\x19.oasst.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14oasst/v1/model.proto\x12\x08oasst.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19oasst/v1/generation.proto\"\xdf\x01\n\rControlTokens\x12\x10\n\x08prompter\x18\x01 \x01(\r\x12\x11\n\tassistant\x18\x02 \x01(\r\x12\x13\n\x0b\x65nd_of_text\x18\x03 \x01(\r\x12\x13\n\x06system\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x0cprefix_begin\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nprefix_end\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x07padding\x18\x07 \x01(\rH\x03\x88\x01\x01\x42\t\n\x07_systemB\x0f\n\r_prefix_beginB\r\n\x0b_prefix_endB\n\n\x08_padding\"\xfc\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x16\n\x0etokenizer_size\x18\x03 \x01(\r\x12\x15\n\rmax_positions\x18\x04 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_choices\x18\x07 \x01(\r\x12/\n\x0e\x63ontrol_tokens\x18\x08 \x01(\x0b\x32\x17.oasst.v1.ControlTokens\x12)\n\x07presets\x18\t \x03(\x0b\x32\x18.oasst.v1.SamplingParams\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.oasst.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.oasst.v1.Model\"M\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x1c\n\x14parse_control_tokens\x18\x03 \x01(\x08\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\r\">\n\x10TokenizeResponse\x12*\n\tsequences\x18\x01 \x03(\x0b\x32\x17.oasst.v1.TokenSequence\"k\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\tsequences\x18\x02 \x03(\x0b\x32\x17.oasst.v1.TokenSequence\x12\x1b\n\x13skip_control_tokens\x18\x03 \x01(\x08\"#\n\x12\x44\x65tokenizeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"\x1f\n\x0eGetLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc5\x01\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x19\n\x11running_sequences\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x04 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x05 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12&\n\x03\x61ge\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x02\n\x0fGetLoadResponse\x12\x18\n\x10waiting_requests\x18\x01 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\x04\x12%\n\x07workers\x18\x04 \x03(\x0b\x32\x14.oasst.v1.WorkerLoad\x12\x31\n\x0e\x65stimated_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0bserver_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eserver_version\x18\x07 \x01(\t2\xe6\x02\n\x0cModelService\x12G\n\nListModels\x12\x1b.oasst.v1.ListModelsRequest\x1a\x1c.oasst.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.oasst.v1.GetModelRequest\x1a\x1a.oasst.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.oasst.v1.TokenizeRequest\x1a\x1a.oasst.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.oasst.v1.DetokenizeRequest\x1a\x1c.oasst.v1.DetokenizeResponse\x12>\n\x07GetLoad\x12\x18.oasst.v1.GetLoadRequest\x1a\x19.oasst.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oasst.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTROLTOKENS']._serialized_start=94
-  _globals['_CONTROLTOKENS']._serialized_end=317
-  _globals['_MODEL']._serialized_start=320
-  _globals['_MODEL']._serialized_end=572
-  _globals['_LISTMODELSREQUEST']._serialized_start=574
-  _globals['_LISTMODELSREQUEST']._serialized_end=593
-  _globals['_LISTMODELSRESPONSE']._serialized_start=595
-  _globals['_LISTMODELSRESPONSE']._serialized_end=648
-  _globals['_GETMODELREQUEST']._serialized_start=650
-  _globals['_GETMODELREQUEST']._serialized_end=681
-  _globals['_GETMODELRESPONSE']._serialized_start=683
-  _globals['_GETMODELRESPONSE']._serialized_end=733
-  _globals['_TOKENIZEREQUEST']._serialized_start=735
-  _globals['_TOKENIZEREQUEST']._serialized_end=812
-  _globals['_TOKENSEQUENCE']._serialized_start=814
-  _globals['_TOKENSEQUENCE']._serialized_end=842
-  _globals['_TOKENIZERESPONSE']._serialized_start=844
-  _globals['_TOKENIZERESPONSE']._serialized_end=906
-  _globals['_DETOKENIZEREQUEST']._serialized_start=908
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1015
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1017
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1052
-  _globals['_GETLOADREQUEST']._serialized_start=1054
-  _globals['_GETLOADREQUEST']._serialized_end=1085
-  _globals['_WORKERLOAD']._serialized_start=1088
-  _globals['_WORKERLOAD']._serialized_end=1285
-  _globals['_GETLOADRESPONSE']._serialized_start=1288
-  _globals['_GETLOADRESPONSE']._serialized_end=1471
-  _globals['_MODELSERVICE']._serialized_start=1474
-  _globals['_MODELSERVICE']._serialized_end=1832
+  _globals['_CONTROLTOKENS']._serialized_start=127
+  _globals['_CONTROLTOKENS']._serialized_end=350
+  _globals['_MODEL']._serialized_start=353
+  _globals['_MODEL']._serialized_end=605
+  _globals['_LISTMODELSREQUEST']._serialized_start=607
+  _globals['_LISTMODELSREQUEST']._serialized_end=626
+  _globals['_LISTMODELSRESPONSE']._serialized_start=628
+  _globals['_LISTMODELSRESPONSE']._serialized_end=681
+  _globals['_GETMODELREQUEST']._serialized_start=683
+  _globals['_GETMODELREQUEST']._serialized_end=714
+  _globals['_GETMODELRESPONSE']._serialized_start=716
+  _globals['_GETMODELRESPONSE']._serialized_end=766
+  _globals['_TOKENIZEREQUEST']._serialized_start=768
+  _globals['_TOKENIZEREQUEST']._serialized_end=845
+  _globals['_TOKENSEQUENCE']._serialized_start=847
+  _globals['_TOKENSEQUENCE']._serialized_end=875
+  _globals['_TOKENIZERESPONSE']._serialized_start=877
+  _globals['_TOKENIZERESPONSE']._serialized_end=939
+  _globals['_DETOKENIZEREQUEST']._serialized_start=941
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1048
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1050
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1085
+  _globals['_GETLOADREQUEST']._serialized_start=1087
+  _globals['_GETLOADREQUEST']._serialized_end=1118
+  _globals['_WORKERLOAD']._serialized_start=1121
+  _globals['_WORKERLOAD']._serialized_end=1318
+  _globals['_GETLOADRESPONSE']._serialized_start=1321
+  _globals['_GETLOADRESPONSE']._serialized_end=1577
+  _globals['_MODELSERVICE']._serialized_start=1580
+  _globals['_MODELSERVICE']._serialized_end=1938
 # @@protoc_insertion_point(module_scope)

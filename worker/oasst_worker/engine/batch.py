@@ -74,6 +74,14 @@ class Executor(Protocol):
         """
         ...
 
+    @property
+    def is_position_exact(self) -> bool:
+        """A position's keys and values have the same bits however they are computed: prompt or generated, in any chunk.
+
+        Otherwise only whole tiles of prompts are used again by others.
+        """
+        ...
+
     def execute(self, batch: Batch) -> list[Sample]:
         """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
         ...

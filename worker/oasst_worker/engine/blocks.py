@@ -1,49 +1,28 @@
-"""The blocks of the KV cache: who holds which.
+"""The blocks of the KV cache: who holds which, and what the free ones still know.
 
-A block is `block_size` positions. A sequence's blocks stand in its table in the order of its positions. Any table is
-valid; a table whose blocks follow each other in memory can be read without copying, so the pool tries to give each
-sequence such a run: a new sequence starts in the middle of the largest free run, which leaves it and its left
-neighbour room to grow, and a growing one takes the block behind its last while that is free.
+A block is `block_size` positions. A sequence's blocks stand in its own list in the order of its positions; sequences
+that begin alike may hold the same blocks. A full block can be published under a key that tells all the tokens up to
+its end. It stays known after its last holder released it, until it is handed out for something else: blocks that know
+nothing go first, then the least recently used.
 """
 
-import re
+from collections import OrderedDict
+from collections.abc import Iterable
 
-__all__ = ["BlockPool", "BlockTable"]
-
-_FREE_RUN = re.compile(rb"\x00+")
-
-
-class BlockTable:
-    """The blocks one sequence holds, in the order of its positions."""
-
-    __slots__ = ("blocks", "is_contiguous")
-
-    def __init__(self) -> None:
-        self.blocks: list[int] = []
-        self.is_contiguous = True
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def append(self, block: int) -> None:
-        if self.blocks and block != self.blocks[-1] + 1:
-            self.is_contiguous = False
-        self.blocks.append(block)
-
-    def clear(self) -> None:
-        self.blocks.clear()
-        self.is_contiguous = True
+__all__ = ["BlockPool"]
 
 
 class BlockPool:
-    """All blocks of one KV cache; each is free or held by one table.
+    """All blocks of one KV cache.
 
     >>> pool = BlockPool(num_blocks=8, block_size=16)
-    >>> table = BlockTable()
-    >>> pool.grow(table, num_tokens=40)
+    >>> blocks: list[int] = []
+    >>> pool.grow(blocks, num_tokens=40)
     True
-    >>> table.blocks, pool.num_free
-    ([4, 5, 6], 5)
+    >>> pool.publish(blocks[0], b"the first 16 tokens")
+    >>> pool.release(blocks)
+    >>> pool.find([b"the first 16 tokens", b"the first 32 tokens"])
+    [0]
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -51,39 +30,75 @@ class BlockPool:
             raise ValueError(f"a pool needs blocks and positions in them, not {num_blocks} blocks of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_free = num_blocks
-        self._held = bytearray(num_blocks)
+        self._num_holders = [0] * num_blocks
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # In the order they are handed out.
+        self._key_of: dict[int, bytes] = {}
+        self._known: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, known ones included."""
+        return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold this many positions."""
         return -(-num_tokens // self.block_size)
 
-    def grow(self, table: BlockTable, num_tokens: int) -> bool:
-        """The table holds room for `num_tokens` positions; or False, and nothing changed, if too few are free."""
-        missing = self.blocks_for(num_tokens) - len(table)
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The known blocks of the longest run of these keys, from the first on."""
+        blocks = []
+        for key in keys:
+            block = self._known.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_free_among(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks nobody holds."""
+        return sum(not self._num_holders[block] for block in blocks)
+
+    def share(self, blocks: list[int], found: Iterable[int]) -> None:
+        """The list holds these blocks too, behind its own."""
+        for block in found:
+            self._free.pop(block, None)
+            self._num_holders[block] += 1
+            blocks.append(block)
+
+    def grow(self, blocks: list[int], num_tokens: int) -> bool:
+        """The list holds room for `num_tokens` positions; or False, and nothing changed, if too few are free."""
+        missing = self.blocks_for(num_tokens) - len(blocks)
         if missing > self.num_free:
             return False
         for _ in range(missing):
-            block = self._next_block(table)
-            self._held[block] = 1
-            self.num_free -= 1
-            table.append(block)
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._num_holders[block] = 1
+            blocks.append(block)
         return True
 
-    def release(self, table: BlockTable) -> None:
-        """The table is empty and its blocks are free."""
-        for block in table.blocks:
-            self._held[block] = 0
-        self.num_free += len(table)
-        table.clear()
+    def publish(self, block: int, key: bytes) -> None:
+        """Whoever looks for the key finds the block. Its positions are computed and will not change."""
+        if key not in self._known and block not in self._key_of:
+            self._known[key] = block
+            self._key_of[block] = key
 
-    def _next_block(self, table: BlockTable) -> int:
-        if table.blocks:
-            following = table.blocks[-1] + 1
-            if following < self.num_blocks and not self._held[following]:
-                return following
-        start, end = max(
-            (run.span() for run in _FREE_RUN.finditer(self._held)),
-            key=lambda span: span[1] - span[0],
-        )
-        return (start + end) // 2
+    def release(self, blocks: list[int]) -> None:
+        """The list is empty; blocks that nobody else holds are free."""
+        for block in reversed(blocks):  # The end of a prefix is worth less than its beginning: it goes first.
+            self._num_holders[block] -= 1
+            if not self._num_holders[block]:
+                self._free[block] = None
+                if block not in self._key_of:
+                    self._free.move_to_end(block, last=False)
+        blocks.clear()
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody finds these blocks any more; who holds them keeps them."""
+        for block in blocks:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._known[key]

@@ -61,6 +61,7 @@ class Engine:
             max_sequences=config.max_sequences,
             step_tokens=config.step_tokens,
             prefill_tile=executor.prefill_tile,
+            is_position_exact=executor.is_position_exact,
         )
         self._sequences: dict[str, Sequence] = {}
         self.last_batch = Batch(())
@@ -88,6 +89,16 @@ class Engine:
     @property
     def num_preemptions(self) -> int:
         return self._scheduler.num_preemptions
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens of all sequences that ever ran."""
+        return self._scheduler.num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Those among them whose keys and values were in the cache already."""
+        return self._scheduler.num_cached_tokens
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -128,13 +139,13 @@ class Engine:
 
     def _update(self, batch: Batch, samples: list[Sample]) -> list[TokenOutput]:
         drawing = [chunk for chunk in batch.chunks if chunk.draws]
-        for chunk in batch.chunks:
-            chunk.sequence.num_computed = chunk.end
+        self._scheduler.record_computed(batch)
         return [self._append(chunk, sample) for chunk, sample in zip(drawing, samples, strict=True)]
 
     def _append(self, chunk: Chunk, sample: Sample) -> TokenOutput:
         sequence = chunk.sequence
         if sample.token_id is None:
+            self._scheduler.forget(sequence)
             self.remove(sequence.sequence_id)
             return TokenOutput(
                 sequence.sequence_id, None, finish=FinishReason.ERROR, error="the logits are not finite numbers"

@@ -19,12 +19,21 @@ class Scheduler:
 
     - Sequences that decode come first: a long prompt never delays them by more than the step's budget.
     - What is left of the budget goes to prompts, oldest first, in chunks.
-    - A sequence is admitted when a slot is free and all its tokens fit into free blocks.
+    - A sequence is admitted when a slot is free and all its tokens fit into free blocks. What the blocks of others know
+      of its beginning it does not compute again.
     - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
       front; it is computed again later. The oldest is never preempted for a younger one, so it always ends.
     """
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, step_tokens: int, prefill_tile: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        step_tokens: int,
+        prefill_tile: int,
+        is_position_exact: bool,
+    ) -> None:
         """
         Raises:
             ValueError: if a step's budget cannot hold a token of every sequence beside one tile of a prompt.
@@ -38,9 +47,13 @@ class Scheduler:
             )
         self.max_sequences = max_sequences
         self.num_preemptions = 0
+        # Prompt tokens of all sequences that ever ran, and those among them that were there already.
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
         self._pool = pool
         self._step_tokens = step_tokens
         self._prefill_tile = prefill_tile
+        self._is_position_exact = is_position_exact
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # Oldest first.
 
@@ -69,7 +82,11 @@ class Scheduler:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self._pool.release(sequence.table)
+        self._pool.release(sequence.blocks)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing of the sequence is used again by others."""
+        self._pool.forget(sequence.blocks)
 
     def schedule(self) -> Batch:
         """The next step's work; empty if there is none."""
@@ -80,15 +97,51 @@ class Scheduler:
         for sequence in decoding + prefilling:
             if sequence in self._running:  # Not preempted meanwhile.
                 budget -= self._give_chunk(sequence, budget, chunks)
-        while self._waiting and budget >= self._prefill_tile and self._admits(self._waiting[0]):
+        while self._waiting and budget >= self._prefill_tile and self._admit(self._waiting[0]):
             sequence = self._waiting.popleft()
-            self._running.append(sequence)
             budget -= self._give_chunk(sequence, budget, chunks)
         return Batch(tuple(chunks.values()))
 
-    def _admits(self, sequence: Sequence) -> bool:
-        needed = self._pool.blocks_for(sequence.num_tokens)
-        return len(self._running) < self.max_sequences and needed <= self._pool.num_free
+    def record_computed(self, batch: Batch) -> None:
+        """The batch's keys and values are in the cache, for whoever begins alike."""
+        block_size = self._pool.block_size
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            blocks = range(chunk.start // block_size, self._num_reusable(sequence, chunk.end) // block_size)
+            if blocks:
+                keys = sequence.keys(block_size)
+                for index in blocks:
+                    self._pool.publish(sequence.blocks[index], keys[index])
+
+    def _num_reusable(self, sequence: Sequence, num_tokens: int) -> int:
+        """Of its first tokens, those whose keys and values are the same in every sequence that begins alike."""
+        if self._is_position_exact:
+            return num_tokens
+        num_tokens = min(num_tokens, sequence.num_prompt_tokens)
+        return num_tokens - num_tokens % self._prefill_tile
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Whether the sequence runs now, with what is known of its beginning."""
+        if len(self._running) >= self.max_sequences:
+            return False
+        block_size = self._pool.block_size
+        # The last token is always computed: the next one is drawn from it.
+        keys = sequence.keys(block_size)[: self._num_reusable(sequence, sequence.num_tokens - 1) // block_size]
+        known = self._pool.find(keys)
+        num_known = self._num_reusable(sequence, len(known) * block_size)
+        known = known[: num_known // block_size]
+        missing = self._pool.blocks_for(sequence.num_tokens) - len(known)
+        if missing > self._pool.num_free - self._pool.num_free_among(known):
+            return False
+        self._pool.share(sequence.blocks, known)
+        sequence.num_computed = num_known
+        self._running.append(sequence)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(num_known, sequence.num_prompt_tokens)
+            self.num_prompt_tokens += sequence.num_prompt_tokens
+            self.num_cached_tokens += sequence.num_cached_tokens
+        return True
 
     def _give_chunk(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Enters the sequence's chunk, if budget and blocks allow one; returns how many tokens it takes."""
@@ -96,7 +149,7 @@ class Scheduler:
         if end <= sequence.num_computed:
             return 0
         freed = 0
-        while not self._pool.grow(sequence.table, end):
+        while not self._pool.grow(sequence.blocks, end):
             victim = self._running[-1]
             self._preempt(victim)
             withdrawn = chunks.pop(victim, None)
@@ -114,7 +167,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.release(sequence.table)
+        self._pool.release(sequence.blocks)
         sequence.num_computed = 0
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
-from oasst_worker.engine.blocks import BlockTable
 from oasst_worker.engine.params import GenerationParams
+from oasst_worker.engine.prefix import extend_keys
 
 __all__ = ["Sequence"]
 
@@ -23,7 +23,18 @@ class Sequence:
     The owner of a sequence is the engine it was added to: nobody else changes it.
     """
 
-    __slots__ = ("_prompt_length", "_token_ids", "num_computed", "output_counts", "params", "sequence_id", "table")
+    __slots__ = (
+        "_keys",
+        "_prompt_length",
+        "_salt",
+        "_token_ids",
+        "blocks",
+        "num_cached_tokens",
+        "num_computed",
+        "output_counts",
+        "params",
+        "sequence_id",
+    )
 
     def __init__(
         self,
@@ -31,10 +42,13 @@ class Sequence:
         prompt_ids: Iterable[int],
         params: GenerationParams,
         output_ids: Iterable[int] = (),
+        *,
+        salt: bytes = b"",
     ) -> None:
         """A sequence that has computed nothing yet.
 
-        `output_ids` are tokens it generated elsewhere before: it goes on after them.
+        `output_ids` are tokens it generated elsewhere before: it goes on after them. What is computed is shared only
+        between sequences of equal `salt`.
 
         Raises:
             ValueError: if the prompt is empty.
@@ -42,9 +56,14 @@ class Sequence:
         self.sequence_id = sequence_id
         self.params = params
         self.num_computed = 0
-        self.table = BlockTable()
+        # Blocks of the KV cache, in the order of positions.
+        self.blocks: list[int] = []
+        # Prompt tokens whose keys and values were there when the sequence first ran; None before.
+        self.num_cached_tokens: int | None = None
         # Generated token id -> how often; for the presence and frequency penalties.
         self.output_counts: dict[int, int] = {}
+        self._salt = salt
+        self._keys: list[bytes] = []
         self._token_ids = list(prompt_ids)
         self._prompt_length = len(self._token_ids)
         if not self._prompt_length:
@@ -80,6 +99,11 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         return len(self._token_ids) - self.num_computed
+
+    def keys(self, block_size: int) -> Items[bytes]:
+        """A key of each full block of its tokens. Not to be changed by the caller."""
+        extend_keys(self._keys, self._token_ids, block_size=block_size, salt=self._salt)
+        return self._keys
 
     def append(self, token_id: int) -> None:
         """The token stands at the end of the generated ones, its keys and values still to compute."""

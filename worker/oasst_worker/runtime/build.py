@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from oasst_worker.model.config import NeoXConfig, load_config
+from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import load_weights
-from oasst_worker.runtime.runner import BLOCK_SIZE, ModelRunner
+from oasst_worker.runtime.runner import ModelRunner
 
 __all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor"]
 

@@ -2,27 +2,23 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from oasst_worker.engine import Batch, Chunk, GenerationParams, Sample, Sequence, TokenLogprob
 from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.model.attention import PREFILL_TILE
+from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
 from oasst_worker.runtime.tensors import make_inputs
 
 __all__ = ["ModelRunner"]
 
-BLOCK_SIZE = 16
-PREFILL_TILE = 64
-
 
 class ModelRunner:
     """A model, its KV cache and its sampler: an `oasst_worker.engine.Executor`.
 
-    The cache is [layers, 2, heads, positions, head_dim]: a sequence whose blocks follow each other is read as a plain
-    view of every head, without copying. It is not initialised: no position is read before it was written, and on a CPU
-    the system hands out its pages only when they are.
+    The cache is not initialised, and on a CPU the system hands out its pages only when they are written.
     """
 
     block_size = BLOCK_SIZE
@@ -34,11 +30,8 @@ class ModelRunner:
         self.num_blocks = num_blocks
         self._model = model
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
-        self._cache = torch.empty(
-            (config.num_layers, 2, config.num_heads, num_blocks * BLOCK_SIZE, config.head_dim),
-            dtype=model.dtype,
-            device=model.device,
-        )
+        self._cache = model.make_cache(num_blocks)
+        self.is_position_exact = model.is_position_exact
 
     def execute(self, batch: Batch) -> list[Sample]:
         """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
@@ -49,18 +42,12 @@ class ModelRunner:
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
         """The logits after each token of a prompt, [tokens, vocab] fp32. The cache must be idle."""
         sequence = Sequence("prompt", token_ids, GenerationParams(max_new_tokens=1))
-        BlockPool(self.num_blocks, BLOCK_SIZE).grow(sequence.table, len(token_ids))
+        BlockPool(self.num_blocks, BLOCK_SIZE).grow(sequence.blocks, len(token_ids))
         chunk = Chunk(sequence, 0, len(token_ids))
         return self._forward(Batch((chunk,)), every_row=True)
 
     def _forward(self, batch: Batch, *, every_row: bool = False) -> Tensor:
-        inputs = make_inputs(
-            batch,
-            block_size=BLOCK_SIZE,
-            prefill_tile=PREFILL_TILE,
-            device=self._model.device,
-            every_row=every_row,
-        )
+        inputs = make_inputs(batch, device=self._model.device, every_row=every_row)
         return self._model.forward(inputs, self._cache)
 
     def _sampling_row(self, chunk: Chunk) -> SamplingRow:

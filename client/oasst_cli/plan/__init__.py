@@ -1,0 +1,1 @@
+"""`oasst plan`: how many GPUs, gateways and queue servers a load needs."""

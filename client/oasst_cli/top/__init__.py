@@ -1,0 +1,1 @@
+"""`oasst top`: the service on one screen, drawn anew each second."""

@@ -1,0 +1,143 @@
+"""`oasst top`: the service on one screen."""
+
+import dataclasses
+import time
+from collections import deque
+from typing import Annotated
+
+import typer
+from oasst_client import Client, Load, RetryPolicy, UnavailableError, connect
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from oasst_cli.options import Address, AsJson, ModelName, ProfileName, chosen_profile, json_line
+from oasst_cli.top.scrape import Samples, quantile_since, rate_since, scrape
+from oasst_cli.top.screen import Look, draw
+
+__all__ = ["top"]
+
+_NUM_SPARKS = 30
+# Histogram of the gateways -> its title.
+_LATENCIES = {
+    "oasst_gateway_queue_wait_seconds": "queue wait",
+    "oasst_gateway_time_to_first_token_seconds": "time to first token",
+    "oasst_gateway_inter_token_latency_seconds": "inter-token latency",
+}
+_GENERATED = "oasst_gateway_generated_tokens_total"
+_LOOKED_UP = "oasst_worker_prefix_lookup_tokens_total"
+_HIT = "oasst_worker_prefix_hit_tokens_total"
+_REQUESTS_BY_TENANT = "oasst_gateway_tenant_requests_total"
+_PROMPT_BY_TENANT = "oasst_gateway_tenant_prompt_tokens_total"
+
+
+def top(
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A gateway's or worker's metrics address, for latencies, prefix hits and tenants. Repeatable.",
+        ),
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Looks once and leaves.")] = False,
+    model: ModelName = None,
+    address: Address = None,
+    profile: ProfileName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch the service: queue and waits, workers, tokens per second, KV cache. Ctrl-C leaves.
+
+    Queue and workers come from the gateway itself; with --metrics also what only Prometheus is told. Off a terminal,
+    and with --json, each look is printed one after the other.
+    """
+    reached = chosen_profile(address, profile)
+    console = Console(highlight=False)
+    with connect(reached, retry=RetryPolicy(max_attempts=1)) as client:
+        watch = _Watch(client, reached.address, model or "", metrics or [])
+        try:
+            if as_json or once or not console.is_terminal:
+                _print_looks(console, watch, interval, is_once=once, as_json=as_json)
+            else:
+                _show_looks(console, watch, interval)
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+
+
+class _Watch:
+    """Takes looks; owns what must be remembered from one to the next."""
+
+    def __init__(self, client: Client, address: str, model: str, metrics: list[str]) -> None:
+        self._client = client
+        self._address = address
+        self._model = model
+        self._metrics = metrics
+        self._tokens_per_s: deque[float] = deque(maxlen=_NUM_SPARKS)
+        self._samples = scrape(metrics) if metrics else Samples()
+        self._looked_s = time.monotonic()
+
+    def look(self) -> Look:
+        """What is known now; rates and latencies are of the time since the last look."""
+        load = self._client.load(self._model)
+        now = scrape(self._metrics) if self._metrics else Samples()
+        looked_s = time.monotonic()
+        before, elapsed_s = self._samples, max(looked_s - self._looked_s, 1e-6)
+        self._samples, self._looked_s = now, looked_s
+        self._tokens_per_s.append(_tokens_per_s(load, before, now, elapsed_s))
+        return Look(
+            title=f"{self._address}   {time.strftime('%H:%M:%S')}",
+            load=load,
+            tokens_per_s=tuple(self._tokens_per_s),
+            latencies_s={
+                title: (quantile_since(before, now, name, 0.5), quantile_since(before, now, name, 0.95))
+                for name, title in _LATENCIES.items()
+                if name in now.buckets
+            },
+            prefix_hits=_prefix_hits(now),
+            tenants=_tenants(before, now, elapsed_s),
+            missing=now.missing,
+        )
+
+
+def _tokens_per_s(load: Load, before: Samples, now: Samples, elapsed_s: float) -> float:
+    """As the gateways counted them; without their metrics, as the workers tell of the last seconds."""
+    counted = rate_since(before, now, _GENERATED, elapsed_s)
+    return sum(worker.tokens_per_second for worker in load.workers) if counted is None else counted
+
+
+def _prefix_hits(now: Samples) -> float | None:
+    """Of all prompt tokens since the workers started; None where no worker tells, or none had a prompt."""
+    looked_up = now.values.get(_LOOKED_UP)
+    return now.values.get(_HIT, 0.0) / looked_up if looked_up else None
+
+
+def _tenants(before: Samples, now: Samples, elapsed_s: float) -> dict[str, tuple[float, float]]:
+    def rate(name: str, tenant: str) -> float:
+        earlier = before.by_tenant.get(name, {}).get(tenant, 0.0)
+        return max(0.0, now.by_tenant.get(name, {}).get(tenant, 0.0) - earlier) / elapsed_s
+
+    names = now.by_tenant.get(_REQUESTS_BY_TENANT, {})
+    return {each: (rate(_REQUESTS_BY_TENANT, each), rate(_PROMPT_BY_TENANT, each)) for each in names}
+
+
+def _print_looks(console: Console, watch: _Watch, interval_s: float, *, is_once: bool, as_json: bool) -> None:
+    while True:
+        look = watch.look()
+        if as_json:
+            print(json_line(dataclasses.asdict(look)), flush=True)
+        else:
+            console.print(draw(look))
+        if is_once:
+            return
+        time.sleep(interval_s)
+
+
+def _show_looks(console: Console, watch: _Watch, interval_s: float) -> None:
+    """On the whole terminal, until interrupted. A service that is away is told, and looked for again."""
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                live.update(draw(watch.look()), refresh=True)
+            except UnavailableError as error:
+                live.update(Text(f"{error}\nlooking again each {interval_s:g} s", style="red"), refresh=True)
+            time.sleep(interval_s)

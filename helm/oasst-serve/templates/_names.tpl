@@ -1,0 +1,46 @@
+{{/* Names and labels. Most templates get (dict "root" $ "component" "gateway"); what is no component's has none. */}}
+
+{{- define "oasst.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- /* Room for "-headless", "-worker" and a StatefulSet's ordinals in 63 characters. */ -}}
+{{- default $full .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "oasst.name" -}}
+{{- list (include "oasst.fullname" .root) .component | compact | join "-" -}}
+{{- end }}
+
+{{- define "oasst.selector" -}}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | trunc 63 }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "oasst.labels" -}}
+{{ include "oasst.selector" . }}
+app.kubernetes.io/part-of: oasst-serve
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "oasst.metadata" -}}
+name: {{ include "oasst.name" . }}
+namespace: {{ .root.Release.Namespace }}
+labels:
+  {{- include "oasst.labels" . | nindent 2 }}
+{{- end }}
+
+{{/* REGISTRY/REPOSITORY, and the digest where there is one, else the tag. */}}
+{{- define "oasst.image" -}}
+{{- $image := (index .root.Values .component).image -}}
+{{- $repository := list .root.Values.image.registry $image.repository | compact | join "/" -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $repository $image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $repository (default .root.Chart.AppVersion .root.Values.image.tag) -}}
+{{- end -}}
+{{- end }}

@@ -1,0 +1,49 @@
+{{/* Rules that several NetworkPolicies share. */}}
+
+{{- define "oasst.peers" -}}
+{{- if . -}}
+{{- toYaml . -}}
+{{- else -}}
+- podSelector: {}
+{{- end -}}
+{{- end }}
+
+{{- define "oasst.egress.dns" -}}
+- ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- end }}
+
+{{- define "oasst.egress.redis" -}}
+{{- if .Values.redis.builtIn.enabled -}}
+- to:
+    - podSelector:
+        matchLabels:
+          {{- include "oasst.selector" (dict "root" . "component" "valkey") | nindent 10 }}
+  ports:
+    - {port: 6379, protocol: TCP}
+{{- else -}}
+- ports:
+    {{- range .Values.redis.external.ports }}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
+{{- end -}}
+{{- end }}
+
+{{- define "oasst.egress.hub" -}}
+{{- if .Values.model.hub.id -}}
+- ports:
+    - {port: 443, protocol: TCP}
+  {{- with .Values.networkPolicy.hub }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "oasst.ingress.metrics" -}}
+- from:
+    {{- include "oasst.peers" .Values.networkPolicy.prometheus | nindent 4 }}
+  ports:
+    - {port: metrics, protocol: TCP}
+{{- end }}

@@ -1,0 +1,69 @@
+{{/* What every pod has. */}}
+
+{{- define "oasst.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "oasst.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Placement of gateway and worker pods, and what they run as. */}}
+{{- define "oasst.podSettings" -}}
+{{- $values := index .root.Values .component -}}
+serviceAccountName: {{ include "oasst.fullname" .root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- include "oasst.podSecurity" .root | nindent 2 }}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+  {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "oasst.selector" $ | nindent 8 }}
+  {{- end }}
+{{- end }}
+
+{{/* Options as environment variables: `max-open-chats: 9` becomes OASST_GATEWAY_MAX_OPEN_CHATS. */}}
+{{- define "oasst.options" -}}
+{{- $prefix := printf "OASST_%s_" (upper .component) -}}
+{{- range $option, $value := (index .root.Values .component).options }}
+- name: {{ printf "%s%s" $prefix ($option | replace "-" "_" | upper) }}
+  {{- /* Numbers from YAML are floats: 4194304 must not become 4.194304e+06. */}}
+  value: {{ ternary ($value | toJson) ($value | toString) (kindIs "float64" $value) | quote }}
+{{- end }}
+{{- end }}
+
+{{/* A `text` as a block of YAML, so many spaces in; empty lines stay empty. */}}
+{{- define "oasst.block" -}}
+{{- regexReplaceAll "(?m)^ +$" (.text | trim | nindent .indent) "" -}}
+{{- end }}

@@ -1,0 +1,173 @@
+"""A real Prometheus scrapes a real run: do rules evaluate, does every panel show something, what does scraping cost?"""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.checkpoints import DEMO
+from bench.path import running_stack
+from observe.dashboards import DASHBOARDS, Panel
+from observe.load import call_for
+from observe.pictures import Answers, draw
+from observe.prometheus import Prometheus, Target, free_port, running, running_prometheus
+from observe.queries import RULES
+
+__all__ = ["observe_run"]
+
+PICTURES = Path(__file__).parent.parent / "docs" / "operations" / "pictures"
+
+RELEASE = "oasst"
+CALLERS = 12
+LOAD_S = 90.0
+# Into the load a worker is killed: the pictures show that its chats go on elsewhere.
+KILL_AFTER_S = 45.0
+RATE_INTERVAL = "15s"
+STEP_S = 1.0
+SCRAPE_INTERVAL_S = 0.05
+
+# Panels that show nothing while all goes well.
+QUIET_PANELS = {"Calls that failed"}
+
+
+def observe_run() -> None:
+    """Prints what was found, and leaves the dashboards' pictures under docs/.
+
+    Raises:
+        SystemExit: if a rule does not evaluate, a panel stays empty or metrics are malformed.
+    """
+    console = Console(width=120)
+    with ExitStack() as stack:
+        service = stack.enter_context(running_stack(DEMO, "--workers", "2", "--gateways", "2"))
+        targets = [Target(each["metrics"], each["role"]) for each in service["processes"] if each["metrics"]]
+        exporter = Target(stack.enter_context(_running_exporter(service["redis_url"])), "valkey")
+        prometheus = stack.enter_context(running_prometheus([*targets, exporter], rules=RULES, release=RELEASE))
+        start_s = time.time()
+        scrapes_s = asyncio.run(_load(service, scraped=targets))
+        span = (start_s, time.time())
+        faults = [
+            *_faults_of_rules(prometheus, console),
+            *_faults_of_dashboards(prometheus, console, span),
+            *(fault for target in targets for fault in _faults_of_metrics(target)),
+        ]
+        console.print(_scrape_table(prometheus, scrapes_s))
+    for fault in faults:
+        console.print(f"FAULT {fault}", style="red")
+    if faults:
+        sys.exit(1)
+
+
+async def _load(service: dict[str, Any], *, scraped: list[Target]) -> dict[str, list[float]]:
+    """Callers call, a worker dies, and metrics are asked for often; how long that took, by component."""
+    worker = next(each for each in service["processes"] if each["role"] == "worker")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(call_for(service["addresses"], LOAD_S, callers=CALLERS))
+        tasks.create_task(_kill_after(KILL_AFTER_S, worker["pid"]))
+        scraping = tasks.create_task(
+            _scrape_often([target for target in scraped if target.address != worker["metrics"]])
+        )
+    return scraping.result()
+
+
+async def _kill_after(seconds: float, pid: int) -> None:
+    await asyncio.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+
+
+async def _scrape_often(targets: list[Target]) -> dict[str, list[float]]:
+    """Twenty scrapes a second over all targets in the last third of the load; the seconds each took, by component."""
+    await asyncio.sleep(LOAD_S * 2 / 3)
+    taken_s: dict[str, list[float]] = {target.component: [] for target in targets}
+    deadline_s = time.monotonic() + LOAD_S / 3
+    while time.monotonic() < deadline_s:
+        for target in targets:
+            started_s = time.perf_counter()
+            await asyncio.to_thread(_scrape, target)
+            taken_s[target.component].append(time.perf_counter() - started_s)
+            await asyncio.sleep(SCRAPE_INTERVAL_S)
+    return taken_s
+
+
+def _scrape(target: Target) -> bytes:
+    with urllib.request.urlopen(f"http://{target.address}/metrics", timeout=10) as response:
+        return bytes(response.read())
+
+
+def _faults_of_rules(prometheus: Prometheus, console: Console) -> Iterator[str]:
+    rules = prometheus.rules()
+    firing = [rule["name"] for rule in rules if rule.get("state") == "firing"]
+    console.print(f"{len(rules)} rules evaluated; firing: {', '.join(firing) or 'none'}")
+    for rule in rules:
+        if rule["health"] != "ok":
+            yield f"rule {rule['name']}: {rule.get('lastError') or rule['health']}"
+
+
+def _faults_of_dashboards(prometheus: Prometheus, console: Console, span: tuple[float, float]) -> Iterator[str]:
+    for dashboard in DASHBOARDS:
+        answers = {panel.title: _answer(prometheus, panel, span) for panel in dashboard.panels}
+        num_queries = sum(len(panel.queries) for panel in dashboard.panels)
+        console.print(f"{dashboard.title}: {len(dashboard.panels)} panels, {num_queries} queries answered")
+        for title, lines in answers.items():
+            if not lines and title not in QUIET_PANELS:
+                yield f"{dashboard.title}: the panel {title!r} is empty"
+        draw(dashboard, answers, start_s=span[0], path=PICTURES / f"{dashboard.name}.png")
+
+
+def _answer(prometheus: Prometheus, panel: Panel, span: tuple[float, float]) -> Answers:
+    answers = []
+    for query in panel.queries:
+        expr = query.expr.replace("$release", RELEASE).replace("$__rate_interval", RATE_INTERVAL)
+        for series in prometheus.query_range(expr, start_s=span[0], end_s=span[1], step_s=STEP_S):
+            answers.append((_fill(query.legend, series.labels), series))
+    return answers
+
+
+def _fill(legend: str, labels: Mapping[str, str]) -> str:
+    return re.sub(r"{{(\w+)}}", lambda match: labels[match[1]], legend)
+
+
+def _faults_of_metrics(target: Target) -> Iterator[str]:
+    checked = subprocess.run(["promtool", "check", "metrics"], input=_scrape(target), capture_output=True)  # noqa: S607
+    for line in checked.stderr.decode().splitlines() if checked.returncode else ():
+        yield f"metrics of the {target.component}: {line}"
+
+
+def _scrape_table(prometheus: Prometheus, scrapes_s: dict[str, list[float]]) -> Table:
+    table = Table(title=f"Scrapes under load: {1 / SCRAPE_INTERVAL_S:g} a second beside Prometheus's own")
+    for heading in ("component", "samples", "p50", "p99"):
+        table.add_column(heading, justify="right")
+    samples = {
+        labels["component"]: value for labels, value in prometheus.query("max by (component) (scrape_samples_scraped)")
+    }
+    for component, taken_s in scrapes_s.items():
+        p50, p99 = statistics.median(taken_s), statistics.quantiles(taken_s, n=100)[98]
+        table.add_row(component, f"{samples[component]:.0f}", f"{p50 * 1e3:.1f} ms", f"{p99 * 1e3:.1f} ms")
+    return table
+
+
+@contextmanager
+def _running_exporter(redis_url: str) -> Iterator[str]:
+    """redis_exporter watches this server; the address it is scraped at.
+
+    Raises:
+        RuntimeError: if it is not installed.
+    """
+    name = shutil.which("prometheus-redis-exporter") or shutil.which("redis_exporter")
+    if name is None:
+        raise RuntimeError("there is no redis_exporter: apt-get install prometheus-redis-exporter")
+    address = f"127.0.0.1:{free_port()}"
+    with running([name, "-redis.addr", redis_url, "-web.listen-address", address]):
+        yield address

@@ -1,0 +1,79 @@
+"""What an orchestrator sees of a gateway: over HTTP, and by a chat of its own."""
+
+import asyncio
+import os
+import sys
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+
+from gateway_harness import Gateway
+from oasst_gateway.health import Health
+from valkey_server import ValkeyServer
+
+
+def ask(gateway: Gateway, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://{gateway.metrics_listen}{path}", timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+async def wait_until(gateway: Gateway, path: str, status: HTTPStatus) -> None:
+    async with asyncio.timeout(20):
+        while await asyncio.to_thread(ask, gateway, path) != status:  # noqa: ASYNC110 - an event of another thread
+            await asyncio.sleep(0.02)
+
+
+async def test_without_its_queue_a_gateway_is_alive_but_not_ready(gateway: Gateway, valkey: ValkeyServer) -> None:
+    await wait_until(gateway, "/readyz", HTTPStatus.OK)
+    valkey.kill()
+    await wait_until(gateway, "/readyz", HTTPStatus.SERVICE_UNAVAILABLE)
+    assert await asyncio.to_thread(ask, gateway, "/healthz") == HTTPStatus.OK
+    valkey.start()
+    await wait_until(gateway, "/readyz", HTTPStatus.OK)
+
+
+async def test_a_gateway_whose_event_loop_stands_still_is_not_alive() -> None:
+    now_s = 0.0
+    health = Health(clock=lambda: now_s)
+    now_s = 19.0
+    assert health.is_alive()
+    now_s = 21.0
+    assert not health.is_alive()
+    health.record_turn()
+    assert health.is_alive()
+
+
+async def test_a_leaving_gateway_does_not_become_ready_again() -> None:
+    health = Health()
+    await health.start()
+    await health.set_queue_available(True)
+    assert health.is_ready
+    await health.leave()
+    await health.set_queue_available(True)
+    assert not health.is_ready
+
+
+async def test_helm_test_streams_a_chat_and_fails_where_none_comes(gateway: Gateway, worker: object) -> None:
+    program = Path(__file__).parents[2] / "helm" / "oasst-serve" / "files" / "stream_chat.py"
+
+    async def run(**environment: str) -> tuple[int | None, bytes]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(program),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=os.environ | {"OASST_ADDRESS": gateway.listen, "OASST_QUESTION": "Hello!"} | environment,
+        )
+        stdout, _ = await process.communicate()
+        return process.returncode, stdout
+
+    exit_code, text = await run()
+    assert exit_code == 0
+    assert text.strip()
+    exit_code, text = await run(OASST_QUESTION="")
+    assert exit_code == 1
+    assert not text

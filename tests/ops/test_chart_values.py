@@ -1,0 +1,181 @@
+"""What the chart accepts, what it refuses, and with which sentence."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from helm_release import CHART, Release, RenderError
+from oasst_gateway.settings import GatewaySettings
+from oasst_gateway.settings import read_settings as read_gateway_settings
+from oasst_worker.settings import WorkerSettings
+from oasst_worker.settings import read_settings as read_worker_settings
+
+Render = Callable[..., Release]
+
+HUB = {"id": "example/model", "revision": "0" * 40, "sha256": {"config.json": "a" * 64, "tokenizer.json": "b" * 64}}
+NO_BUILT_IN = {"enabled": False}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"gatway": {}}, "additional properties 'gatway' not allowed"),
+    ({"worker": {"gpu": 1}}, "additional properties 'gpu' not allowed"),
+    ({"worker": {"options": {"max-sequence": 8}}}, "additional properties 'max-sequence' not allowed"),
+    ({"worker": {"options": {"device": "cpu"}}}, "additional properties 'device' not allowed"),
+    ({"worker": {"options": {"dtype": "int3"}}}, "value must be one of"),
+    ({"gateway": {"replicas": 0}}, "minimum: got 0, want 1"),
+    ({"gateway": {"image": {"digest": "sha256:1"}}}, "does not match pattern"),
+    ({"image": {"tag": "latest"}}, "at '/image/tag'"),
+    ({"model": {"hub": {"id": "example/model", "revision": "main"}}}, "at '/model/hub/revision'"),
+    ({"redis": {"external": {"url": "redis://r"}}}, "set redis.builtIn.enabled=false"),
+    ({"redis": {"builtIn": NO_BUILT_IN}}, "There is no queue: set redis.external.url"),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "existingSecret": "s"}}},
+        "are both set: keep one",
+    ),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://user:secret@r"}}},
+        "put whole URLs into a Secret",
+    ),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "loadFunctions": True}}},
+        "needs redis.external.existingSecret",
+    ),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "caSecret": "ca"}}},
+        "begin it with rediss://",
+    ),
+    ({"gateway": {"options": {"queue-shards": 4}}}, "different numbers of queue-shards"),
+    ({"model": {"hub": HUB | {"revision": ""}}}, "name the full commit to serve"),
+    ({"model": {"hub": HUB | {"sha256": {}}}}, "lacks config.json or tokenizer.json"),
+    ({"model": {"hub": HUB}}, "names no weights"),
+    ({"model": {"volume": {"existingClaim": "models"}}}, "set model.path to a folder below it"),
+    ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}}, "is above maxReplicas"),
+    ({"gateway": {"route": {"enabled": True}}}, "name the Gateway that the route is attached to"),
+    ({"gateway": {"tls": {"clientCertificates": True}}}, "needs gateway.tls.secret"),
+    ({"gateway": {"options": {"jwt-issuer": "i", "jwt-audience": "a"}}}, "set gateway.tenantsSecret"),
+    ({"gateway": {"ingress": {"enabled": True}}}, "needs gateway.ingress.host"),
+    ({"worker": {"autoscaling": {"type": "keda"}}}, "set monitoring.podMonitors.enabled=true"),
+    (
+        {"worker": {"autoscaling": {"type": "keda"}}, "monitoring": {"podMonitors": {"enabled": True}}},
+        "needs worker.autoscaling.prometheus.address",
+    ),
+    (
+        {"worker": {"autoscaling": {"type": "hpa"}}, "monitoring": {"podMonitors": {"enabled": True}}},
+        "set monitoring.rules.enabled=true",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_bad_values_are_refused_with_what_to_change(render: Render, values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RenderError, match=r"(?s).*") as refusal:
+        render(**values)
+    assert sentence in str(refusal.value)
+
+
+def test_the_schema_knows_every_value_and_no_other() -> None:
+    def check(schema: dict[str, Any], values: dict[str, Any], path: str) -> None:
+        if schema.get("additionalProperties") is not False or path.endswith(".options"):
+            return
+        known = set(schema["properties"]) - {"global"}
+        assert known == set(values), path
+        for key in known:
+            if isinstance(values[key], dict):
+                check(schema["properties"][key], values[key], f"{path}.{key}")
+
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    check(schema, yaml.safe_load((CHART / "values.yaml").read_text()), "")
+
+
+@pytest.mark.parametrize(
+    ("component", "settings", "set_by_chart"),
+    [
+        (
+            "gateway",
+            GatewaySettings,
+            {
+                "drain-delay-s",
+                "drain-grace-s",
+                "gateway-id",
+                "listen",
+                "metrics",
+                "metrics-listen",
+                "model",
+                "model-name",
+            }
+            | {
+                "redis-url",
+                "resume-secret",
+                "reuse-port",
+                "tls-cert",
+                "tls-key",
+                "tls-client-ca",
+                "tenants",
+                "jwt-key",
+            },
+        ),
+        (
+            "worker",
+            WorkerSettings,
+            {"device", "drain-s", "metrics-listen", "model", "model-name", "redis-url", "worker-id"},
+        ),
+    ],
+)
+def test_the_schema_takes_every_option_that_the_chart_leaves_open(
+    component: str, settings: type[GatewaySettings | WorkerSettings], set_by_chart: set[str]
+) -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    options = set(schema["properties"][component]["properties"]["options"]["properties"])
+    assert options == {name.replace("_", "-") for name in settings.model_fields} - set_by_chart
+
+
+@pytest.mark.parametrize(("component", "read"), [("gateway", read_gateway_settings), ("worker", read_worker_settings)])
+def test_gateway_and_worker_understand_the_environment_they_are_given(
+    release: Release,
+    component: str,
+    read: Callable[[list[str]], object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [pod] = [pod for name, pod in release.pods().items() if name.endswith(component)]
+    [container] = pod["spec"]["containers"]
+    for variable in container["env"]:
+        if variable["name"].endswith("REDIS_URL") and "valueFrom" in variable:
+            value = f"rediss://{component}:secret@redis:6379/0"
+        else:
+            value = variable.get("value", "0123456789abcdef")
+        monkeypatch.setenv(variable["name"], value.replace("$(REDIS_PASSWORD)", "secret"))
+    assert read([])
+
+
+def test_options_reach_the_process_as_they_were_written(render: Render) -> None:
+    release = render(gateway={"options": {"max-message-bytes": 8388608, "reflection": False}})
+    [container] = release.one("Deployment", "gateway")["spec"]["template"]["spec"]["containers"]
+    environment = {each["name"]: each.get("value") for each in container["env"]}
+    assert environment["OASST_GATEWAY_MAX_MESSAGE_BYTES"] == "8388608"
+    assert environment["OASST_GATEWAY_REFLECTION"] == "false"
+
+
+def test_a_digest_wins_over_the_tag(render: Render) -> None:
+    release = render(
+        image={"registry": "registry.example.com", "tag": "7"}, gateway={"image": {"digest": "sha256:" + "0" * 64}}
+    )
+    [gateway] = release.one("Deployment", "gateway")["spec"]["template"]["spec"]["containers"]
+    [worker] = release.one("StatefulSet", "worker")["spec"]["template"]["spec"]["containers"]
+    assert gateway["image"] == "registry.example.com/oasst-gateway@sha256:" + "0" * 64
+    assert worker["image"] == "registry.example.com/oasst-worker:7"
+
+
+def test_a_long_release_name_still_gives_names_that_fit(renderer: Any) -> None:
+    release = renderer.render({}, name="a" * 53)
+    names = [each["metadata"]["name"] for each in (*release.objects, *release.tests)]
+    assert max(map(len, names)) <= 63
+
+
+def test_an_ingress_lets_in_the_api_and_nothing_else(render: Render) -> None:
+    release = render(gateway={"ingress": {"enabled": True, "host": "chat.example.com", "tlsSecret": "chat-tls"}})
+    [ingress] = release.of_kind("Ingress")
+    [rule] = ingress["spec"]["rules"]
+    paths = [path["path"] for path in rule["http"]["paths"]]
+    assert paths == ["/oasst.v1.ChatService", "/oasst.v1.ModelService", "/oasst.v1.ScoringService"]
+    assert ingress["spec"]["tls"] == [{"hosts": ["chat.example.com"], "secretName": "chat-tls"}]

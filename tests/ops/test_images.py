@@ -1,0 +1,94 @@
+"""The images: linted, pinned, and with everything that gateway and worker ask for."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from oasst_gateway.settings import GatewaySettings
+from oasst_worker.settings import WorkerSettings
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+PINNED = re.compile(r"^([\w.-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
+
+
+def installed(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a tool of this environment."""
+    tool = Path(sys.executable).parent / command[0]
+    return subprocess.run([str(tool), *command[1:]], capture_output=True, text=True)
+
+
+def pins(image: str) -> dict[str, str]:
+    return {name.lower(): version for name, version, _ in PINNED.findall((DOCKER / f"{image}.txt").read_text())}
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """What the distribution asks for with this extra, the extras inside it followed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = [Requirement(line) for line in project["dependencies"]]
+    extras = [extra]
+    while extras:
+        for requirement in map(Requirement, project["optional-dependencies"][extras.pop()]):
+            if requirement.name == project["name"]:
+                extras += requirement.extras
+            else:
+                found.append(requirement)
+    return found
+
+
+def test_the_dockerfile_is_clean() -> None:
+    linted = installed("hadolint", str(DOCKER / "Dockerfile"))
+    assert linted.returncode == 0, linted.stdout
+
+
+@pytest.mark.parametrize("image", ["gateway", "worker"])
+def test_an_image_installs_what_the_project_asks_for(image: str) -> None:
+    pinned = pins(image)
+    for requirement in requirements(image):
+        version = pinned.get(requirement.name.lower())
+        assert version is not None, f"{requirement} is not in docker/{image}.txt: run `make lock`"
+        assert requirement.specifier.contains(version), f"docker/{image}.txt has {version} of {requirement}"
+
+
+@pytest.mark.parametrize("image", ["build", "gateway", "worker"])
+def test_everything_an_image_installs_is_pinned_by_hash(image: str) -> None:
+    text = (DOCKER / f"{image}.txt").read_text()
+    assert "".join(match[0] for match in PINNED.finditer(text)) == text
+    assert "://" not in text
+
+
+def test_the_gateways_image_has_no_pytorch() -> None:
+    assert "torch" not in pins("gateway")
+
+
+def test_images_run_as_a_user_without_rights_and_say_how_they_are() -> None:
+    stages = (DOCKER / "Dockerfile").read_text().split("\nFROM ")
+    runtime = next(stage for stage in stages if " AS runtime" in stage)
+    assert "USER 10001:10001" in runtime
+    for image in ("gateway", "worker"):
+        stage = next(stage for stage in stages if stage.startswith(f"runtime AS {image}"))
+        assert "USER" not in stage
+        assert "HEALTHCHECK" in stage
+
+
+def test_the_compose_file_is_one_and_its_options_exist() -> None:
+    checked = installed("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml"))
+    assert checked.returncode == 0, checked.stdout
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    for name, settings in (("gateway", GatewaySettings), ("worker", WorkerSettings)):
+        prefix = f"OASST_{name.upper()}_"
+        options = {key.removeprefix(prefix).lower() for key in services[name]["environment"] if key.startswith(prefix)}
+        assert options <= set(settings.model_fields)
+
+
+def test_compose_shows_the_charts_rules_and_dashboards() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    for name in ("prometheus", "grafana"):
+        for volume in services[name]["volumes"]:
+            source = volume.split(":")[0]
+            assert "/" not in source or (DOCKER / source).exists(), source

@@ -1,0 +1,131 @@
+"""The compiled attention gives what the plain one gives, and a row's bits depend on its own positions alone."""
+
+import random
+import subprocess
+
+import pytest
+import torch
+from oasst_worker.model import kernels
+from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
+from oasst_worker.model.config import NeoXConfig
+from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs
+
+CPU = torch.device("cpu")
+NUM_BLOCKS = 64
+
+
+def make_config(head_dim: int, rotary_dim: int, num_heads: int = 3) -> NeoXConfig:
+    return NeoXConfig(
+        hidden_size=num_heads * head_dim,
+        num_heads=num_heads,
+        num_layers=1,
+        vocab_size=10,
+        head_dim=head_dim,
+        intermediate_size=8,
+        rotary_dim=rotary_dim,
+        rotary_base=10000.0,
+        max_positions=1024,
+        parallel_residual=True,
+        layer_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        hidden_act="gelu",
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=1,
+        dtype=torch.float32,
+    )
+
+
+def make_inputs(chunks: list[tuple[int, int, list[int]]]) -> StepInputs:
+    """Rows of the chunks (start, end, blocks), all of them a prompt's."""
+    spans, positions, cells = [], [], []
+    for start, end, blocks in chunks:
+        spans.append(AttentionSpan(len(positions), end - start, start, end - start, blocks))
+        positions += range(start, end)
+        cells += [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start, end)]
+    none = torch.zeros(len(positions), dtype=torch.int64)
+    return StepInputs(none, torch.tensor(positions), torch.tensor(cells), spans, none)
+
+
+def attend_in_chunks(attention, qkv: torch.Tensor, borders: list[int], blocks: list[int]) -> torch.Tensor:
+    """One sequence's rows, cut at these borders."""
+    cache = attention.make_cache(NUM_BLOCKS).fill_(torch.nan)  # Nothing may be read before it was written.
+    outcomes = [
+        attention.prepare(make_inputs([(start, end, blocks)]))(qkv[start:end].clone(), cache[0])
+        for start, end in zip([0, *borders], [*borders, len(qkv)], strict=True)
+    ]
+    return torch.cat(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(64, 16), (64, 64), (128, 32), (80, 20), (40, 10), (8, 2), (20, 0)]
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_it_equals_the_plain_path(head_dim, rotary_dim, dtype, tolerance):
+    config = make_config(head_dim, rotary_dim)
+    qkv = torch.randn(333, 3 * config.hidden_size, dtype=dtype)
+    blocks = random.Random(0).sample(range(NUM_BLOCKS), 21)
+    plain = PlainAttention(config, dtype=dtype, device=CPU)
+    expected = attend_in_chunks(plain, qkv, [], blocks)
+    outcome = attend_in_chunks(CompiledAttention(config, dtype=dtype), qkv, [], blocks)
+    torch.testing.assert_close(outcome, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_a_rows_bits_depend_neither_on_chunks_nor_on_blocks_nor_on_threads(head_dim, dtype):
+    config = make_config(head_dim, rotary_dim=head_dim // 4 // 2 * 2)
+    qkv = torch.randn(200, 3 * config.hidden_size, dtype=dtype)
+    attention = CompiledAttention(config, dtype=dtype)
+    rng = random.Random(0)
+    expected = attend_in_chunks(attention, qkv, list(range(1, 200)), list(range(13)))
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            borders = sorted(rng.sample(range(1, 200), 5))
+            blocks = rng.sample(range(NUM_BLOCKS), 13)
+            assert torch.equal(attend_in_chunks(attention, qkv, borders, blocks), expected), (num_threads, borders)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sequences_beside_each_other_do_not_touch():
+    config = make_config(64, 16)
+    attention = CompiledAttention(config, dtype=torch.float32)
+    one, other = torch.randn(70, 3 * config.hidden_size), torch.randn(33, 3 * config.hidden_size)
+    cache = attention.make_cache(NUM_BLOCKS).fill_(torch.nan)
+    inputs = make_inputs([(0, 70, [9, 3, 5, 40, 41]), (0, 33, [2, 0, 7])])
+    together = attention.prepare(inputs)(torch.cat([one, other]), cache[0])
+    assert torch.equal(together[:70], attend_in_chunks(attention, one, [], list(range(5))))
+    assert torch.equal(together[70:], attend_in_chunks(attention, other, [], list(range(3))))
+
+
+def test_a_sequence_that_is_not_finite_leaves_the_others_finite():
+    config = make_config(64, 16)
+    attention = CompiledAttention(config, dtype=torch.float32)
+    broken, sound = torch.full((20, 3 * config.hidden_size), torch.nan), torch.randn(20, 3 * config.hidden_size)
+    cache = attention.make_cache(NUM_BLOCKS)
+    inputs = make_inputs([(0, 20, [0, 1]), (0, 20, [2, 3])])
+    outcome = attention.prepare(inputs)(torch.cat([broken, sound]), cache[0])
+    assert outcome[:20].isnan().all()
+    assert outcome[20:].isfinite().all()
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])
+def test_without_a_working_compiler_the_plain_path_serves(fault, monkeypatch, caplog):
+    def fail(command, **_):
+        raise subprocess.CalledProcessError(1, command, stderr="unknown option")
+
+    kernels.load_kernels.cache_clear()
+    if fault == "no compiler":
+        monkeypatch.setattr(kernels.shutil, "which", lambda _: None)
+    else:
+        monkeypatch.setattr(kernels.subprocess, "run", fail)
+    try:
+        attention = build_attention(make_config(64, 16), dtype=torch.float32, device=CPU)
+    finally:
+        kernels.load_kernels.cache_clear()
+    assert isinstance(attention, PlainAttention)
+    assert "attention runs on the plain path" in caplog.text

@@ -1,0 +1,24 @@
+"""Attention over a block KV cache: the plain path for any device, and faster ones where they can be had."""
+
+import logging
+
+import torch
+
+from oasst_worker.model.attention.compiled import CompiledAttention
+from oasst_worker.model.attention.interface import Attend, Attention
+from oasst_worker.model.attention.plain import PREFILL_TILE, PlainAttention
+from oasst_worker.model.config import NeoXConfig
+
+__all__ = ["PREFILL_TILE", "Attend", "Attention", "CompiledAttention", "PlainAttention", "build_attention"]
+
+_log = logging.getLogger(__name__)
+
+
+def build_attention(config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> Attention:
+    """The best way for this device and dtype on this machine."""
+    if device.type == "cpu":
+        try:
+            return CompiledAttention(config, dtype=dtype)
+        except RuntimeError as error:
+            _log.warning("attention runs on the plain path: %s", error)
+    return PlainAttention(config, dtype=dtype, device=device)

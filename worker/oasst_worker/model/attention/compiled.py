@@ -1,0 +1,113 @@
+"""Attention on a CPU by a compiled kernel: all sequences of a layer in one parallel region.
+
+`kernels/attention.c` gives a row the same bits however it came to be computed: as part of a prompt or by itself, in
+any chunk, beside any others, in any blocks, by any number of threads.
+"""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from oasst_worker.model.attention.interface import Attend, rotary_table
+from oasst_worker.model.config import NeoXConfig
+from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
+from oasst_worker.model.kernels import load_kernels
+
+__all__ = ["CompiledAttention"]
+
+_DEFINITIONS = {torch.float32: (), torch.bfloat16: ("SCALAR_BF16",)}
+
+# As the kernel has them: rows of a task, rows that share loads, values are padded to.
+_TILE = 16
+_GROUP = 4
+_LANES = 16
+
+
+class _Step(ctypes.Structure):
+    """The kernel's `step`, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_tasks", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "rotary_dim", "scratch_size")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "positions", "cells", "spans", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("task_spans", "task_rows", "scratch")),
+    )
+
+
+class CompiledAttention:
+    """The kernel of `kernels/attention.c`.
+
+    The cache is [layers, blocks, 2, heads, BLOCK_SIZE * head_dim rounded up to 16]: keys of a block by dimension,
+    values by position.
+
+    Raises:
+        RuntimeError: at construction, where the kernel cannot be had for this dtype on this machine.
+    """
+
+    is_position_exact = True
+
+    def __init__(self, config: NeoXConfig, *, dtype: torch.dtype) -> None:
+        library = load_kernels("attention", *_DEFINITIONS[dtype]) if dtype in _DEFINITIONS else None
+        if library is None:
+            raise RuntimeError(f"no attention kernel for {dtype} here")
+        self._kernel = library.attend
+        self._kernel.argtypes = (ctypes.c_void_p,) * 4
+        self._kernel.restype = None
+        self._config = config
+        self._dtype = dtype
+        self._cos, self._sin = rotary_table(config, torch.device("cpu"))
+
+    def make_cache(self, num_blocks: int) -> Tensor:
+        config = self._config
+        padded = -(-config.head_dim // _LANES) * _LANES
+        shape = (config.num_layers, num_blocks, 2, config.num_heads, BLOCK_SIZE * padded)
+        return torch.empty(shape, dtype=self._dtype)
+
+    def prepare(self, inputs: StepInputs) -> Attend:
+        spans: list[tuple[int, int, int, int]] = []
+        tasks: list[tuple[int, int]] = []
+        blocks: list[int] = []
+        for number, span in enumerate(inputs.spans):
+            spans.append((span.first_row, span.num_rows, span.start, len(blocks)))
+            tasks += [(number, row) for row in range(0, span.num_rows, _TILE)]
+            blocks += span.blocks
+        num_threads = torch.get_num_threads()
+        longest = max(span.start + span.num_rows for span in inputs.spans)
+        scratch_size = -(-longest // BLOCK_SIZE) * BLOCK_SIZE
+        arrays = (
+            self._cos,
+            self._sin,
+            inputs.positions,
+            inputs.cells,
+            torch.tensor(spans),
+            torch.tensor(blocks),
+            *torch.tensor(tasks).T.contiguous(),
+            torch.empty(num_threads * _GROUP * scratch_size),
+        )
+        step = _Step(
+            len(inputs.positions),
+            len(tasks),
+            num_threads,
+            self._config.num_heads,
+            self._config.head_dim,
+            self._config.rotary_dim,
+            scratch_size,
+            *(array.data_ptr() for array in arrays),
+        )
+        return _Prepared(self._kernel, step, arrays).attend
+
+
+class _Prepared:
+    """A step and the arrays it points to, alive together."""
+
+    def __init__(self, kernel: Callable[..., None], step: _Step, arrays: tuple[Tensor, ...]) -> None:
+        self._kernel = kernel
+        self._step = ctypes.addressof(step)
+        self._alive = (step, arrays)
+
+    def attend(self, qkv: Tensor, cache: Tensor) -> Tensor:
+        attended = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+        self._kernel(self._step, qkv.data_ptr(), cache.data_ptr(), attended.data_ptr())
+        return attended

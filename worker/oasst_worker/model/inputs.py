@@ -1,0 +1,34 @@
+"""What one step hands to the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["BLOCK_SIZE", "AttentionSpan", "StepInputs"]
+
+# Positions in a block of the KV cache.
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpan:
+    """The rows of one sequence in a step: its positions from `start` on, prompt before generated."""
+
+    first_row: int
+    num_rows: int
+    start: int
+    num_prompt_rows: int
+    # Where the sequence's keys and values lie, in the order of its positions; at least up to the last row's own.
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step's rows, sequence under sequence. All tensors on the model's device."""
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64, in the sequence
+    cells: Tensor  # [rows] int64, block * BLOCK_SIZE + offset: where each row's key and value go
+    spans: Sequence[AttentionSpan]
+    drawing_rows: Tensor  # [drawing] int64, the rows whose logits are wanted

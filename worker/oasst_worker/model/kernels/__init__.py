@@ -1,0 +1,40 @@
+"""Kernels in C, compiled when a worker starts, in under a second, by the machine's own compiler.
+
+They are made for the very processor they run on, and nothing of them is left behind: the library is compiled in a
+temporary folder, loaded, and the folder removed. Where there is no compiler the plain path serves.
+"""
+
+import ctypes
+import functools
+import logging
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["load_kernels"]
+
+_log = logging.getLogger(__name__)
+
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-std=gnu17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+
+
+@functools.cache
+def load_kernels(name: str, *definitions: str) -> ctypes.CDLL | None:
+    """The functions of `name`.c, compiled with these preprocessor definitions; None where that cannot be done."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        _log.warning("no C compiler found (%s): %s runs on the plain path", ", ".join(_COMPILERS), name)
+        return None
+    source = Path(__file__).with_name(f"{name}.c")
+    with tempfile.TemporaryDirectory(prefix="oasst-kernels-") as folder:
+        library = Path(folder, f"{name}.so")
+        command = [compiler, *_FLAGS, *(f"-D{each}" for each in definitions), "-o", str(library), str(source), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            return ctypes.CDLL(str(library))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            _log.warning("%s cannot be compiled, it runs on the plain path: %s", name, reason)
+            return None

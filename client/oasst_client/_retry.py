@@ -98,8 +98,11 @@ class Attempts:
         return delay_s
 
     def _delay_s(self, error: APIError) -> float:
-        """What the server told, and if it told nothing a growing delay that no two clients share."""
-        if error.retry_after_s is not None:
+        """What the server told, and if it told nothing a growing delay that no two clients share.
+
+        Told to come back at once, we do so once: whoever is told so again and again is in somebody's way.
+        """
+        if error.retry_after_s or (error.retry_after_s is not None and self._num_failures == 1):
             return error.retry_after_s
         most_s = min(self._policy.initial_backoff_s * 2.0 ** (self._num_failures - 1), self._policy.max_backoff_s)
         return most_s * (0.5 + 0.5 * self._draw())

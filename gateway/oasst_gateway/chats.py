@@ -201,7 +201,10 @@ class Chats:
         return True
 
     def leave(self) -> None:
-        """Open chats end now, their callers told to go on elsewhere; their jobs go on as if still watched here."""
+        """No chat begins any more, open ones end now, and callers are told to go on elsewhere.
+
+        Their jobs go on as if they were still watched here.
+        """
         self._is_leaving = True
         for chat in self._chats:
             chat.leave(GatewayLeavingError())
@@ -218,6 +221,8 @@ class Chats:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """One chat more is open as long as the context is."""
+        if self._is_leaving:
+            raise GatewayLeavingError
         if self._num_open >= self._max_open:
             message = f"this gateway already has its {self._max_open} open chats"
             raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=_TOO_MANY_RETRY_S)

@@ -130,6 +130,7 @@ async def _drain(server: grpc.aio.Server, chats: Chats, health: Health, *, delay
 @asynccontextmanager
 async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """The services run as long as the context is open; if one fails, so does the context, for the same reason."""
+    failure = None
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(service) for service in services]
@@ -137,7 +138,9 @@ async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             for task in tasks:
                 task.cancel()
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
+        failure = failures.exceptions[0]
+    if failure is not None:
+        raise failure  # Outside of the handler: there it would have the group it is in for its context, in a circle.
 
 
 def _tls_files(settings: GatewaySettings) -> TlsFiles | None:

@@ -92,6 +92,12 @@ def test_what_the_server_tells_goes_before_our_own_delay(clock: Clock) -> None:
     assert make_attempts(clock).delay_after(told) == 7.0
 
 
+def test_at_once_is_taken_at_its_word_once(clock: Clock) -> None:
+    attempts = make_attempts(clock)
+    at_once = UnavailableError("leaving", code="UNAVAILABLE", reason="GATEWAY_LEAVING", retry_after_s=0.0)
+    assert [attempts.delay_after(at_once) for _ in range(3)] == [0.0, 0.2, 0.4]
+
+
 def test_a_server_that_wants_to_be_left_alone_for_long_is_not_waited_for(clock: Clock) -> None:
     told = OverloadedError("full", code="RESOURCE_EXHAUSTED", retry_after_s=31.0)
     with pytest.raises(OverloadedError):

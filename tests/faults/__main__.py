@@ -49,7 +49,7 @@ def _run(row: Row, seeds: Sequence[int]) -> Summary:
     if not row.needs():
         _tell(f"row {row.number} is left out: this machine does not have what it takes")
         return summary
-    for seed in seeds:
+    for seed in seeds[: row.max_seeds]:
         started_s = time.monotonic()
         try:
             summary.results.append(asyncio.run(run_row(row, seed, keep_failed_in=_FAILED)))

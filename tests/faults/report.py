@@ -1,5 +1,6 @@
 """Results of many runs as the fault table."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,9 +66,9 @@ def mutation_table(mutants: Sequence[MutationSummary]) -> str:
 
 
 def _figure(name: str, values: Sequence[float]) -> str:
-    if name.endswith((" s", " ms")):
+    if name.endswith(" s"):
         quantity, _, unit = name.rpartition(" ")
-        return f"{quantity} {values[len(values) // 2]:.3g} {unit}, at most {values[-1]:.3g} {unit}"
+        return f"{quantity} {statistics.median(values):.2f} {unit}, at most {values[-1]:.2f} {unit}"
     return f"{name} {sum(values):g}"
 
 

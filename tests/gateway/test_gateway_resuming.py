@@ -9,7 +9,15 @@ import pytest
 import redis.asyncio
 from cuttable_proxy import CuttableProxy
 from gateway_harness import Gateway, RuleWorker, eventually, start_gateway, text_of
-from oasst_client import AsyncClient, Client, Completion, RequestCancelledError, RetryPolicy
+from oasst_client import (
+    Accepted,
+    AsyncClient,
+    AsyncCompletionStream,
+    Client,
+    Completion,
+    RequestCancelledError,
+    RetryPolicy,
+)
 from oasst_gateway.model import ServedModel
 from oasst_jobs import JobState, QueueClient, QueueLimits, Submitter, job_id_for
 
@@ -192,22 +200,24 @@ async def test_a_stopping_gateway_hands_its_streams_to_another(
     model: ServedModel, valkey_url: str, worker: RuleWorker
 ) -> None:
     worker.hold()
-    worker.allow(3)
     options = {"resume_secret": SECRET, "drain_grace_s": 0.0}
     async with AsyncExitStack() as second, AsyncExitStack() as first:
         leaving = await first.enter_async_context(start_gateway(model, valkey_url, **options))
         # Its own grace is nothing: being handed over must not look like being left.
         other = await second.enter_async_context(start_gateway(model, valkey_url, **options))
         async with AsyncClient(f"{leaving.listen},{other.listen}") as client:
-            streams = [client.stream("Hello!", max_new_tokens=NUM_TOKENS) for _ in range(2)]
-            begun = [await anext(aiter(stream)) for stream in streams]
+            streams: list[AsyncCompletionStream] = []
+            # The client takes the two in turn, but only once it is connected to both.
+            while not leaving.sample("requests_in_flight", rpc="ChatService/ChatStream"):
+                streams.append(client.stream("Hello!", max_new_tokens=NUM_TOKENS))
+                assert isinstance(await anext(streams[-1].events()), Accepted)
+            worker.allow(5)
             await first.aclose()
             worker.free()
-            for stream, text in zip(streams, begun, strict=True):
-                assert text + "".join([more async for more in stream]) == text_of(NUM_TOKENS)
-            # Whose gateway stayed is not disturbed; which of them it was is up to the client's round robin.
-            assert sum(stream.num_resumes for stream in streams) >= 1
-    assert len(worker.claimed) == 2
+            for stream in streams:
+                assert (await stream.completion()).text == text_of(NUM_TOKENS)
+            assert sum(stream.num_resumes for stream in streams) == 1
+    assert len(worker.claimed) == len(streams)
 
 
 async def test_a_rolling_restart_of_two_gateways_under_load_fails_no_request(

@@ -24,6 +24,7 @@ ROWS: tuple[Row, ...] = (
     gateways.connections_to_callers_break,
     gateways.unreachable_for_callers,
     callers.read_slowly,
+    gateways.half_open,
     machines.clock_of_workers_jumps,
     machines.clock_of_the_queue_jumps_on,
     machines.clock_of_the_queue_jumps_back,

@@ -13,7 +13,7 @@ __all__ = ["few_files", "killed_in_drain", "rolling_restart_of_workers", "scrape
 @row(
     "32a",
     "both workers are replaced, one after the other, under load",
-    "no request fails, nothing is computed twice, nobody waits for a lease",
+    "no request fails, nobody waits for a lease",
     shape=Shape(worker_options=("--drain-s", "0.3")),
 )
 async def rolling_restart_of_workers(world: World) -> Evidence:

@@ -214,5 +214,5 @@ async def zombie_returns(world: World) -> Evidence:
     require_ends(load.transcripts)
     fenced = await zombie.metric("oasst_worker_fenced_pushes_total")
     if not fenced:
-        raise AssertionError("the zombie was never refused: it had nothing to push")
+        raise AssertionError("no push of the zombie was refused by its fence")
     return {"pushes refused": fenced, **recovery(world)}

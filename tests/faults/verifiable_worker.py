@@ -68,6 +68,7 @@ class VerifiableExecutor:
 
     block_size = 16
     prefill_tile = 16
+    is_position_exact = True
 
     def __init__(self, *, num_blocks: int, step_s: float, slow_s: float, ledger: Ledger | None) -> None:
         self.num_blocks = num_blocks

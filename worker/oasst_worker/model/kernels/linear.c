@@ -66,10 +66,10 @@ INLINED void finish(
     for (int64_t i = 0; i < size; i++) out[at + i] = values[i];
 }
 
-/* `rows` rows against one panel. */
+/* `rows` rows against one panel. Meanwhile the processor fetches what lies `ahead` bytes behind it: the next panel. */
 INLINED void multiply(
-    int rows, const layer *l, const float *x, const float *panel, float *out, const float *residuals[2], int64_t row,
-    int64_t output) {
+    int rows, const layer *l, const float *x, const float *panel, int64_t ahead, float *out, const float *residuals[2],
+    int64_t row, int64_t output) {
     vector totals[GROUP * 2];
     for (int i = 0; i < rows * 2; i++) totals[i] = spread(0);
     x += row * l->inputs;
@@ -80,6 +80,7 @@ INLINED void multiply(
         for (int64_t i = start; i < end; i++) {
             vector low = *(const loose_vector *)(panel + i * PANEL);
             vector high = *(const loose_vector *)(panel + i * PANEL + LANES);
+            __builtin_prefetch((const char *)(panel + i * PANEL) + ahead, 0, 2);
             UNROLLED for (int r = 0; r < rows; r++) {
                 sums[2 * r] += x[r * l->inputs + i] * low;
                 sums[2 * r + 1] += x[r * l->inputs + i] * high;
@@ -94,10 +95,10 @@ INLINED void multiply(
 }
 
 static void multiply_rows(
-    int64_t rows, const layer *l, const float *x, const float *panel, float *out, const float *residuals[2],
-    int64_t row, int64_t output) {
+    int64_t rows, const layer *l, const float *x, const float *panel, int64_t ahead, float *out,
+    const float *residuals[2], int64_t row, int64_t output) {
 #define CASE(n) \
-    case n: multiply(n, l, x, panel, out, residuals, row, output); break;
+    case n: multiply(n, l, x, panel, ahead, out, residuals, row, output); break;
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if GROUP > 6
@@ -122,8 +123,11 @@ void apply(
         for (int64_t panel = first_panel; panel < end; panel++)
             for (int64_t group = 0; group < groups; group++) {
                 int64_t row = from + size * group / groups, next = from + size * (group + 1) / groups;
+                /* The last group fetches ahead: the others still need the cache for themselves. */
+                int64_t ahead = group + 1 < groups || panel + 1 == end ? 0 : l->inputs * PANEL * (int64_t)sizeof(float);
                 multiply_rows(
-                    next - row, l, x, l->panels + panel * l->inputs * PANEL, out, residuals, row, panel * PANEL);
+                    next - row, l, x, l->panels + panel * l->inputs * PANEL, ahead, out, residuals, row,
+                    panel * PANEL);
             }
     }
 }

@@ -35,7 +35,7 @@ def random_checkpoint(shape: str, folder: Path) -> Path:
     return path
 
 
-def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
-    """The same prompts at every call; no control tokens in them."""
-    generator = torch.Generator().manual_seed(0)
+def random_prompts(count: int, length: int, vocab_size: int, *, seed: int = 0) -> list[list[int]]:
+    """The same prompts for the same seed; no control tokens in them."""
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(300, vocab_size - 100, (count, length), generator=generator).tolist()

@@ -1,6 +1,7 @@
 """The whole path (client, gateway, queue, worker) against the engine alone, same checkpoint, prompts and tokens."""
 
 import asyncio
+import itertools
 import json
 import shutil
 import statistics
@@ -66,21 +67,30 @@ def measure_path(name: str, folder: Path, *, streams: int, prompt_tokens: int, n
     runner = build_executor(
         folder, RuntimeOptions(device="cpu", dtype="float32", max_sequences=streams), banned_token_ids=banned
     )
-    prompts = random_prompts(streams, prompt_tokens, tokenizer_size)
+
+    seeds = itertools.count()
+
+    def new_prompts(number: int) -> list[list[int]]:
+        """Never the same twice: the worker would use again what it computed before."""
+        return random_prompts(number, prompt_tokens, tokenizer_size, seed=next(seeds))
+
     times: dict[str, list[float]] = {"path": [], "engine": [], "path first": [], "engine first": []}
     with running_stack(folder) as stack:
         address = stack["addresses"][0]
-        asyncio.run(_through_the_path(address, prompts, 4))  # Warms up.
-        _through_the_engine(runner, prompts, 4, config.max_positions)
+        warm_up = new_prompts(streams)
+        asyncio.run(_through_the_path(address, warm_up, 4))
+        _through_the_engine(runner, warm_up, 4, config.max_positions)
         for _ in range(rounds):
+            prompts = new_prompts(streams)
             path_tokens, seconds, _ = asyncio.run(_through_the_path(address, prompts, new_tokens))
             times["path"].append(seconds)
             engine_tokens, seconds, _ = _through_the_engine(runner, prompts, new_tokens, config.max_positions)
             times["engine"].append(seconds)
             for _ in range(5):
-                _, _, first = asyncio.run(_through_the_path(address, prompts[:1], 2))
+                prompt = new_prompts(1)
+                _, _, first = asyncio.run(_through_the_path(address, prompt, 2))
                 times["path first"].append(first)
-                _, _, first = _through_the_engine(runner, prompts[:1], 2, config.max_positions)
+                _, _, first = _through_the_engine(runner, prompt, 2, config.max_positions)
                 times["engine first"].append(first)
     median = {key: statistics.median(values) for key, values in times.items()}
     num_tokens = streams * new_tokens

@@ -32,6 +32,7 @@ __all__ = ["QueueClient"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+Placed = TypeVar("Placed", Submitted, JobSnapshot)
 
 
 class QueueClient:
@@ -92,15 +93,12 @@ class QueueClient:
             grace_ms=grace_ms,
             durability=durability,
         )
-        return replace(
-            submitted,
-            queue_position=submitted.queue_position * len(self.shards),
-            tokens_ahead=submitted.tokens_ahead * len(self.shards),
-        )
+        return self._over_all_shards(submitted)
 
     async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
         """Adds the gateway to a job's watchers."""
-        return self._over_all_shards(await self.shard_of(job_id).attach(job_id, gateway_id))
+        snapshot = await self.shard_of(job_id).attach(job_id, gateway_id)
+        return snapshot and self._over_all_shards(snapshot)
 
     async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
         """Puts off the end of any number of jobs that the gateway watches."""
@@ -117,7 +115,8 @@ class QueueClient:
         return await self.shard_of(job_id).unwatch(job_id, gateway_id)
 
     async def status(self, job_id: str) -> JobSnapshot | None:
-        return self._over_all_shards(await self.shard_of(job_id).status(job_id))
+        snapshot = await self.shard_of(job_id).status(job_id)
+        return snapshot and self._over_all_shards(snapshot)
 
     async def read(self, job_id: str, after: int) -> LogSnapshot | None:
         """What a job has logged behind position `after`."""
@@ -207,14 +206,14 @@ class QueueClient:
         """One shard's part of a limit for all."""
         return None if limit is None else -(-limit // len(self.shards))
 
-    def _over_all_shards(self, snapshot: JobSnapshot | None) -> JobSnapshot | None:
-        """The snapshot with what is ahead in all shards, taken as equal to its own."""
-        if snapshot is None or len(self.shards) == 1:
-            return snapshot
+    def _over_all_shards(self, placed: Placed) -> Placed:
+        """The same with what is ahead in all shards, taken as equal to what is in its own."""
+        if len(self.shards) == 1:
+            return placed
         return replace(
-            snapshot,
-            queue_position=snapshot.queue_position * len(self.shards),
-            tokens_ahead=snapshot.tokens_ahead * len(self.shards),
+            placed,
+            queue_position=placed.queue_position * len(self.shards),
+            tokens_ahead=placed.tokens_ahead * len(self.shards),
         )
 
     async def _by_shard(

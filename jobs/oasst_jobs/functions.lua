@@ -871,14 +871,31 @@ local function announce_version(shard)
   redis.call('PEXPIRE', versions, VERSION_TTL_MS)
 end
 
+-- Ends, in this state, the jobs whose time in an index is up. Returns how many, and how many entries were looked at.
+local function end_due(shard, kind, state, limit)
+  local index = key_of(shard, kind)
+  local due = redis.call('ZRANGEBYSCORE', index, '-inf', shard.now_ms, 'LIMIT', 0, limit)
+  local ended = 0
+  for _, id in ipairs(due) do
+    local job = get_job(shard, id, QUEUE_FIELDS)
+    if job.state and not is_final(job.state) then
+      end_job(shard, job, state, notice_of(id))
+      ended = ended + 1
+    else
+      redis.call('ZREM', index, id)
+    end
+  end
+  return ended, #due
+end
+
 -- ARGV  1 stall_ms: a longer pause between sweeps means that nobody could renew a lease
 --       2 most jobs to look at in each index
 -- Returns {requeued, expired, poisoned, leases extended by amnesty, abandoned, 1 if there is more to do else 0}.
 local function sweep(keys, args)
   local shard = open_shard(keys)
   local stall_ms, limit = tonumber(args[1]), tonumber(args[2])
-  local leases, deadlines, counters = key_of(shard, 'leases'), key_of(shard, 'deadlines'), key_of(shard, 'counters')
-  local requeued, expired, poisoned, amnestied, abandoned = 0, 0, 0, 0, 0
+  local leases, counters = key_of(shard, 'leases'), key_of(shard, 'counters')
+  local requeued, poisoned, amnestied = 0, 0, 0
 
   local swept_ms = tonumber(redis.call('HGET', counters, 'swept_ms'))
   redis.call('HSET', counters, 'swept_ms', shard.now_ms)
@@ -888,28 +905,8 @@ local function sweep(keys, args)
   end
   cap_leases(shard, limit)
 
-  local overdue = redis.call('ZRANGEBYSCORE', deadlines, '-inf', shard.now_ms, 'LIMIT', 0, limit)
-  for _, id in ipairs(overdue) do
-    local job = get_job(shard, id, QUEUE_FIELDS)
-    if job.state and not is_final(job.state) then
-      end_job(shard, job, 'expired', notice_of(id))
-      expired = expired + 1
-    else
-      redis.call('ZREM', deadlines, id)
-    end
-  end
-
-  local watched = key_of(shard, 'watched')
-  local unwatched = redis.call('ZRANGEBYSCORE', watched, '-inf', shard.now_ms, 'LIMIT', 0, limit)
-  for _, id in ipairs(unwatched) do
-    local job = get_job(shard, id, QUEUE_FIELDS)
-    if job.state and not is_final(job.state) then
-      end_job(shard, job, 'cancelled', notice_of(id))
-      abandoned = abandoned + 1
-    else
-      redis.call('ZREM', watched, id)
-    end
-  end
+  local expired, num_overdue = end_due(shard, 'deadlines', 'expired', limit)
+  local abandoned, num_unwatched = end_due(shard, 'watched', 'cancelled', limit)
 
   local lost = redis.call('ZRANGEBYSCORE', leases, '-inf', shard.now_ms, 'LIMIT', 0, limit)
   for _, id in ipairs(lost) do
@@ -926,7 +923,7 @@ local function sweep(keys, args)
   redis.call('ZREMRANGEBYSCORE', key_of(shard, 'dead'), '-inf', shard.now_ms - DEAD_TTL_MS)
   announce_version(shard)
   send_news(shard)
-  local is_cut_off = #overdue == limit or #unwatched == limit or #lost == limit
+  local is_cut_off = num_overdue == limit or num_unwatched == limit or #lost == limit
   return { requeued, expired, poisoned, amnestied, abandoned, is_cut_off and 1 or 0 }
 end
 

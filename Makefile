@@ -15,8 +15,9 @@ test: .venv/dev .venv/helm ## Run the tests
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs
 
-faults: .venv/dev         ## Break everything there is to break, with many seeds; SEEDS=20 ROWS="2 6a"
-	PYTHONPATH=tests $(BIN)/python -m faults --seeds $(SEEDS) --markdown build/faults.md $(if $(ROWS),--rows $(ROWS))
+faults: .venv/dev         ## Break everything there is to break, with many seeds; SEEDS=20 ROWS="2 6a" JOBS=4
+	PYTHONPATH=tests $(BIN)/python -m faults --seeds $(SEEDS) --markdown build/faults.md \
+		$(if $(ROWS),--rows $(ROWS)) $(if $(JOBS),--jobs $(JOBS))
 
 soak: .venv/dev           ## Stream from 256 callers at once; memory must stay flat; MINUTES=10
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES)

@@ -1,19 +1,26 @@
-"""Runs rows of the fault table with many seeds, then rows without the guards they rest on, and prints both tables."""
+"""Runs rows of the fault table with many seeds, then rows without the guards they rest on, and prints both tables.
+
+Several worlds run at once. Each outcome is written to the record as it comes; `--resume` goes on behind them.
+"""
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from faults.mutations import MUTATIONS, mutate
 from faults.report import MutationSummary, Summary, mutation_table, table_of
 from faults.rows import ROWS
+from faults.runs import Outcome, Record, Run, run_all, runs_of
 from faults.table import Row, run_row
 
 _FAILED = Path("build/faults")
+_RECORD = _FAILED / "record.jsonl"
+# A world waits more than it computes.
+_WORLDS_PER_CORE = 2
 
 
 def main() -> int:
@@ -21,15 +28,20 @@ def main() -> int:
     parser.add_argument("--rows", nargs="*", help="numbers of rows; all, and the mutations, by default")
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds each row runs with")
     parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=_default_jobs(), help="how many worlds run at once")
+    parser.add_argument("--resume", action="store_true", help="leaves out what the record of the last time has")
     parser.add_argument("--mutations", action="store_true", help="also runs the mutations when rows are named")
     parser.add_argument("--markdown", type=Path, help="also writes the tables to this file")
     options = parser.parse_args()
     if unknown := set(options.rows or ()) - {row.number for row in ROWS}:
         parser.error(f"there is no row {', '.join(sorted(unknown))}")
 
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, at least one world has to run")
+
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     chosen = [row for row in ROWS if not options.rows or row.number in options.rows]
-    summaries = [_run(row, seeds) for row in chosen]
+    summaries = _run(chosen, seeds, jobs=options.jobs, resume=options.resume)
     tables = [table_of(summaries)] if summaries else []
     mutants: list[MutationSummary] = []
     if options.mutations or not options.rows:
@@ -43,22 +55,33 @@ def main() -> int:
     return int(any(summary.failures for summary in summaries) or any(mutant.survived for mutant in mutants))
 
 
-def _run(row: Row, seeds: Sequence[int]) -> Summary:
-    """The row with each seed; what broke is kept under `build/faults`."""
-    summary = Summary(row)
-    if not row.needs():
-        _tell(f"row {row.number} is left out: this machine does not have what it takes")
-        return summary
-    for seed in seeds[: row.max_seeds]:
-        started_s = time.monotonic()
-        try:
-            summary.results.append(asyncio.run(run_row(row, seed, keep_failed_in=_FAILED)))
-            verdict = "held"
-        except Exception as error:
-            summary.failures.append((seed, f"{type(error).__name__}: {error}"))
-            verdict = f"BROKEN {summary.failures[-1][1]}"
-        _tell(f"row {row.number} seed {seed} {time.monotonic() - started_s:.1f} s {verdict}")
-    return summary
+def _default_jobs() -> int:
+    return _WORLDS_PER_CORE * len(os.sched_getaffinity(0))
+
+
+def _run(rows: Sequence[Row], seeds: Sequence[int], *, jobs: int, resume: bool) -> list[Summary]:
+    """Each row with each seed; what broke is kept under `build/faults`."""
+    summaries = {row.number: Summary(row) for row in rows}
+    record = Record(_RECORD)
+    known: dict[Run, Outcome] = {}
+    if resume:
+        known = {outcome.run: outcome for outcome in record.resume()}
+    else:
+        record.begin()
+    possible = [row for row in rows if row.needs()]
+    for row in rows:
+        if row not in possible:
+            _tell(f"row {row.number} is left out: this machine does not have what it takes")
+    wanted = runs_of(possible, seeds)
+    for run in wanted:
+        if run in known:
+            summaries[run.row].add(known[run])
+    missing = [run for run in wanted if run not in known]
+    for num_done, outcome in enumerate(run_all(missing, jobs=jobs, keep_failed_in=_FAILED), 1):
+        record.add(outcome)
+        summaries[outcome.run.row].add(outcome)
+        _tell(f"{num_done}/{len(missing)} {outcome}")
+    return list(summaries.values())
 
 
 def _run_mutants(seeds: Sequence[int]) -> list[MutationSummary]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from faults.mutations import Mutation
+from faults.runs import Outcome
 from faults.table import Result, Row
 
 __all__ = ["MutationSummary", "Summary", "mutation_table", "table_of"]
@@ -20,6 +21,13 @@ class Summary:
     # Seed and what broke.
     failures: list[tuple[int, str]] = field(default_factory=list)
 
+    def add(self, outcome: Outcome) -> None:
+        """One more run is over."""
+        if outcome.result is None:
+            self.failures.append((outcome.run.seed, outcome.defect))
+        else:
+            self.results.append(outcome.result)
+
     @property
     def verdict(self) -> str:
         runs = len(self.results) + len(self.failures)
@@ -27,9 +35,8 @@ class Summary:
             return "not run on this machine"
         if not self.failures:
             return f"held {runs}/{runs}"
-        return (
-            f"**held {len(self.results)}/{runs}**, broken with seed {', '.join(str(seed) for seed, _ in self.failures)}"
-        )
+        broken = ", ".join(str(seed) for seed, _ in sorted(self.failures))
+        return f"**held {len(self.results)}/{runs}**, broken with seed {broken}"
 
     @property
     def evidence(self) -> str:

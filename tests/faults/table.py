@@ -29,6 +29,8 @@ class Row:
     is_quick: bool
     # Whether this machine has what it takes.
     needs: Callable[[], bool]
+    # Whether it compares times with those of an undisturbed run, so that nothing else may run beside it.
+    is_timed: bool
     # More seeds than these would only cost time.
     max_seeds: int | None
 
@@ -51,10 +53,13 @@ def row(
     shape: Shape | None = None,
     is_quick: bool = False,
     needs: Callable[[], bool] = lambda: True,
+    is_timed: bool = False,
     max_seeds: int | None = None,
 ) -> Callable[[Scenario], Row]:
     """The scenario is the proof of this row."""
-    return lambda scenario: Row(number, fault, promise, scenario, shape or Shape(), is_quick, needs, max_seeds)
+    return lambda scenario: Row(
+        number, fault, promise, scenario, shape or Shape(), is_quick, needs, is_timed, max_seeds
+    )
 
 
 async def run_row(row: Row, seed: int, *, keep_failed_in: Path | None = None, packages: Path | None = None) -> Result:

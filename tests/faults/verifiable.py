@@ -43,6 +43,8 @@ class Script(IntEnum):
     DEVICE_LOST = 5
     # The step does not end, once.
     HANG = 6
+    # The device has no memory left for any step from here on, once.
+    NO_MEMORY = 7
 
 
 @dataclass(frozen=True, slots=True)

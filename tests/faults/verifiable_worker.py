@@ -18,7 +18,7 @@ from pathlib import Path
 
 from oasst_worker.__main__ import main
 from oasst_worker.detokenizer import Detokenizer
-from oasst_worker.engine import Batch, Chunk, Engine, EngineConfig, Sample, Sequence
+from oasst_worker.engine import Batch, Chunk, Engine, EngineConfig, OutOfDeviceMemoryError, Sample, Sequence
 from oasst_worker.intake import Intake, ModelFacts
 from oasst_worker.settings import WorkerSettings
 from tokenizers import Tokenizer
@@ -75,8 +75,11 @@ class VerifiableExecutor:
         self._step_s = step_s
         self._slow_s = slow_s
         self._ledger = ledger
+        self._has_memory = True
 
     def execute(self, batch: Batch) -> list[Sample]:
+        if not self._has_memory:
+            self.run_out_of_memory()
         if self._ledger is not None:
             self._ledger.enter(batch)
             for chunk in batch.chunks:
@@ -94,7 +97,16 @@ class VerifiableExecutor:
         if prompt.script is Script.POISON:
             signal.raise_signal(signal.SIGKILL)
         if prompt.script in _ONCE and ledger.is_first(chunk.sequence.sequence_id.replace("/", "-")):
-            _ONCE[prompt.script]()
+            _ONCE[prompt.script](self)
+
+    def run_out_of_memory(self) -> None:
+        """As `oasst_worker.runtime` does when the device has no memory."""
+        raise OutOfDeviceMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def lose_memory(self) -> None:
+        """No batch is small enough from now on."""
+        self._has_memory = False
+        self.run_out_of_memory()
 
 
 def _pause(seconds: float) -> None:
@@ -102,20 +114,15 @@ def _pause(seconds: float) -> None:
     select.select([], [], [], seconds)
 
 
-def _run_out_of_memory() -> None:
-    import torch  # Only this script needs it, and it takes seconds.
-
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
 def _lose_device() -> None:
     raise RuntimeError("CUDA error: device-side assert triggered")
 
 
-_ONCE: dict[Script, Callable[[], None]] = {
-    Script.OUT_OF_MEMORY: _run_out_of_memory,
-    Script.DEVICE_LOST: _lose_device,
-    Script.HANG: lambda: time.sleep(3600),
+_ONCE: dict[Script, Callable[[VerifiableExecutor], None]] = {
+    Script.OUT_OF_MEMORY: VerifiableExecutor.run_out_of_memory,
+    Script.NO_MEMORY: VerifiableExecutor.lose_memory,
+    Script.DEVICE_LOST: lambda _: _lose_device(),
+    Script.HANG: lambda _: time.sleep(3600),
 }
 
 

@@ -221,6 +221,39 @@ def test_a_generated_token_has_the_bits_it_would_have_in_a_prompt():
     assert torch.equal(as_prompt[-len(generated) :], torch.stack(generated))
 
 
+class CrampedRunner(ModelRunner):
+    """Its device has no memory for every fifth batch of more than two sequences."""
+
+    num_batches = 0
+
+    def _forward(self, batch: Batch, *, every_row: bool = False) -> torch.Tensor:
+        self.num_batches += 1
+        logits = super()._forward(batch, every_row=every_row)
+        if self.num_batches % 5 == 0 and len(batch.chunks) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return logits
+
+
+def test_a_device_without_memory_for_some_batches_gives_the_same_tokens():
+    model = make_model(torch.float32, compiled_attention, **SHAPES["heads of 64"])
+    jobs = make_jobs(model.config.vocab_size)
+
+    def tokens(runner: ModelRunner) -> tuple[dict[str, list[int | None]], Engine]:
+        engine = Engine(runner, EngineConfig(eos_token_id=0, max_positions=512, max_sequences=NUM_SEQUENCES))
+        for name, (prompt, max_new_tokens) in jobs.items():
+            params = GenerationParams(max_new_tokens=max_new_tokens, seed=int(name), ignore_eos=True)
+            engine.add(Sequence(name, prompt, params))
+        drawn: dict[str, list[int | None]] = {name: [] for name in jobs}
+        while engine.has_work():
+            for output in engine.step():
+                drawn[output.sequence_id].append(output.token_id)
+        return drawn, engine
+
+    cramped, engine = tokens(CrampedRunner(model, num_blocks=1024))
+    assert engine.num_out_of_memory > 2
+    assert cramped == tokens(ModelRunner(model, num_blocks=1024))[0]
+
+
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", [(192, 64), (1000, 80), (64, 256), (301, 40)])
 @pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])

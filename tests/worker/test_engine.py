@@ -11,6 +11,7 @@ from oasst_worker.engine import (
     EngineConfig,
     FinishReason,
     GenerationParams,
+    OutOfDeviceMemoryError,
     Sample,
     Sequence,
     TokenOutput,
@@ -345,3 +346,74 @@ def test_sequences_that_begin_alike_generate_what_they_would_alone(seed, is_posi
     assert outputs == expected
     assert engine.num_cached_tokens > 0
     assert engine.kv_tokens_used == 0
+
+
+class CrampedExecutor(ScriptedExecutor):
+    """Has memory for batches of so many tokens only, as long as it is cramped."""
+
+    limit = 10**6
+
+    def execute(self, batch: Batch) -> list[Sample]:
+        if batch.num_tokens > self.limit:
+            raise OutOfDeviceMemoryError(f"{batch.num_tokens} tokens")
+        return super().execute(batch)
+
+
+def make_cramped_engine(**config) -> tuple[Engine, CrampedExecutor]:
+    executor = CrampedExecutor(64)
+    settings = {"eos_token_id": EOS, "max_positions": 128, "max_sequences": 8, "step_tokens": 40} | config
+    return Engine(executor, EngineConfig(**settings)), executor
+
+
+@pytest.mark.parametrize("limit", [4, 5, 7, 15])
+def test_a_step_without_memory_is_tried_again_with_a_smaller_batch_and_nothing_is_lost(limit):
+    engine, executor = make_cramped_engine()
+    params = GenerationParams(max_new_tokens=20, ignore_eos=True)
+    prompts = {str(number): [number + 1] * (3 + 5 * number) for number in range(8)}
+    for name, prompt in prompts.items():
+        engine.add(Sequence(name, prompt, params))
+    for _ in range(4):
+        engine.step()
+    executor.limit = limit
+    outputs = run_to_end(engine)
+    for name, prompt in prompts.items():
+        drawn = [output.token_id for output in outputs[name]]
+        assert drawn == expected_tokens(prompt, params)[-len(drawn) :]
+        assert outputs[name][-1].finish is FinishReason.LENGTH
+    assert engine.num_out_of_memory > 0
+    assert engine.kv_tokens_used == 0
+
+
+def test_the_oldest_go_on_in_the_step_that_had_no_memory():
+    engine, executor = make_cramped_engine()
+    for number in range(8):
+        engine.add(Sequence(str(number), [number + 1], GenerationParams(max_new_tokens=20, ignore_eos=True)))
+    engine.step()
+    executor.limit = 4
+    assert [output.sequence_id for output in engine.step()] == ["0", "1", "2", "3"]
+    assert (engine.num_running, engine.num_waiting, engine.num_preemptions) == (4, 4, 4)
+
+
+def test_steps_grow_back_once_there_is_memory_again():
+    engine, executor = make_cramped_engine()
+    for number in range(40):
+        engine.add(Sequence(str(number), [1 + number], GenerationParams(max_new_tokens=60, ignore_eos=True)))
+    engine.step()
+    executor.limit = 1
+    engine.step()
+    executor.limit = 10**6
+    sizes = []
+    while engine.num_waiting:
+        engine.step()
+        sizes.append(len(engine.last_batch.chunks))
+    first = {size: sizes.index(size) for size in (1, 2, 4, 8)}
+    assert [first[2], first[4] - first[2], first[8] - first[4]] == [63, 64, 64]
+
+
+def test_no_memory_for_the_smallest_batch_ends_the_engine():
+    engine, executor = make_cramped_engine()
+    for number in range(5):
+        engine.add(Sequence(str(number), [1] * 30, GenerationParams(max_new_tokens=20, ignore_eos=True)))
+    executor.limit = 0
+    with pytest.raises(OutOfDeviceMemoryError):
+        engine.step()

@@ -29,6 +29,7 @@ class EngineLoad:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0  # Of sequences that ran.
     num_cached_tokens: int = 0  # Those of them that were in the KV cache already.
+    num_out_of_memory: int = 0  # Steps for which the device had no memory at first.
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class EngineLoop:
             engine.num_preemptions,
             engine.num_prompt_tokens,
             engine.num_cached_tokens,
+            engine.num_out_of_memory,
         )
 
 

@@ -39,6 +39,9 @@ class WorkerMetrics:
         self.decode_tokens = counter("decode_tokens_total", "Tokens computed one at a time.")
         self.generated_tokens = counter("generated_tokens_total", "Tokens drawn.")
         self.preemptions = counter("preemptions_total", "Sequences that gave their KV cache back to be computed again.")
+        self.out_of_memory = counter(
+            "out_of_memory_total", "Steps for which the device had no memory; they were tried again, smaller."
+        )
         self.prefix_lookup_tokens = counter(
             "prefix_lookup_tokens_total", "Prompt tokens of sequences that began to run: what could have been reused."
         )
@@ -112,6 +115,7 @@ class WorkerMetrics:
         self.preemptions.inc(load.num_preemptions - self._load.num_preemptions)
         self.prefix_lookup_tokens.inc(load.num_prompt_tokens - self._load.num_prompt_tokens)
         self.prefix_hit_tokens.inc(load.num_cached_tokens - self._load.num_cached_tokens)
+        self.out_of_memory.inc(load.num_out_of_memory - self._load.num_out_of_memory)
         self._load = load
 
     def record_end(self, job: RunningJob) -> None:

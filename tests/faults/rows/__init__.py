@@ -31,6 +31,7 @@ ROWS: tuple[Row, ...] = (
     machines.disk_is_full,
     queue.memory_is_full,
     workers.out_of_memory,
+    workers.no_memory_at_all,
     workers.device_is_lost,
     workers.logits_are_not_finite,
     workers.step_hangs,

@@ -18,7 +18,12 @@ __all__ = [
 ]
 
 
-@row("8", "a caller that reads one event and no more", "no other stream is slower; its answer waits for it whole")
+@row(
+    "8",
+    "a caller that reads one event and no more",
+    "no other stream is slower; its answer waits for it whole",
+    is_timed=True,
+)
 async def read_slowly(world: World) -> Evidence:
     load = world.load
     usual_s = await _run_together(world)

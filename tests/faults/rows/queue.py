@@ -131,7 +131,7 @@ async def disagrees_with_itself(world: World) -> Evidence:
     return {"repairs": await repairs(), "all answered after s": over_s}
 
 
-@row("37", "every way to the queue takes 50 ms longer", "tokens come as fast as before")
+@row("37", "every way to the queue takes 50 ms longer", "tokens come as fast as before", is_timed=True)
 async def is_slow(world: World) -> Evidence:
     load = world.load
     await _run_once(world)

@@ -59,7 +59,12 @@ async def killed_in_drain(world: World) -> Evidence:
     return recovery(world)
 
 
-@row("34", "metrics of every process are read many times a second", "a page takes no time; streams do not notice")
+@row(
+    "34",
+    "metrics of every process are read many times a second",
+    "a page takes no time; streams do not notice",
+    is_timed=True,
+)
 async def scraped(world: World) -> Evidence:
     load = world.load
     await load.ended(load.ask_many(12, num_tokens=150))

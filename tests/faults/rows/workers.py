@@ -18,6 +18,7 @@ __all__ = [
     "killed_in_decoding",
     "killed_in_prefill",
     "logits_are_not_finite",
+    "no_memory_at_all",
     "out_of_memory",
     "prompt_kills",
     "step_hangs",
@@ -128,9 +129,35 @@ async def device_is_lost(world: World) -> Evidence:
     return await _exits_by_itself(world, Script.DEVICE_LOST, within_s=5.0)
 
 
-@row("14", "the device has no memory left for a step", "no request is lost: its jobs go on elsewhere")
+@row(
+    "14",
+    "the device has no memory left for a step, three times",
+    "the younger half waits, the step is tried again; no process ends, no job moves, no token differs",
+    is_quick=True,
+)
 async def out_of_memory(world: World) -> Evidence:
-    return await _exits_by_itself(world, Script.OUT_OF_MEMORY, within_s=8.0)
+    load = world.load
+    load.ask_many(10, num_tokens=200)
+    await load.flows()
+    for _ in range(3):
+        cramped = load.ask(script=Script.OUT_OF_MEMORY, at=world.dice.randint(1, 20), num_tokens=60)
+        await until((world.folder / f"once-{world.job_id(cramped)}-0").exists, "the script to act")
+        world.strike("no memory for a step", min_flowing=8)
+    await load.ended()
+    require_ends(load.transcripts)
+    steps = await world.metric("oasst_worker_out_of_memory_total")
+    resumed = await world.metric("oasst_worker_resumed_jobs_total")
+    if steps < 3 or resumed or not all(worker.is_running for worker in world.workers.values()):
+        raise AssertionError(f"{steps:g} steps had no memory, {resumed:g} jobs went elsewhere")
+    preempted = await world.metric("oasst_worker_preemptions_total")
+    return {"steps without memory": steps, "sequences preempted": preempted, **recovery(world)}
+
+
+@row(
+    "14b", "the device has no memory left, not even for the smallest step", "the process ends; its jobs go on elsewhere"
+)
+async def no_memory_at_all(world: World) -> Evidence:
+    return await _exits_by_itself(world, Script.NO_MEMORY, within_s=5.0)
 
 
 @row(

@@ -1,6 +1,6 @@
 """Decides what each step computes. Standard library only: the tensors live in `oasst_worker.runtime`."""
 
-from oasst_worker.engine.batch import Batch, Chunk, Executor, Sample, TokenLogprob
+from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, TokenLogprob
 from oasst_worker.engine.engine import Engine, EngineConfig, FinishReason, TokenOutput, finish_reason
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.sequence import Sequence
@@ -13,6 +13,7 @@ __all__ = [
     "Executor",
     "FinishReason",
     "GenerationParams",
+    "OutOfDeviceMemoryError",
     "Sample",
     "Sequence",
     "TokenLogprob",

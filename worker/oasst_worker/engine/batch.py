@@ -5,7 +5,7 @@ from typing import Protocol
 
 from oasst_worker.engine.sequence import Sequence
 
-__all__ = ["Batch", "Chunk", "Executor", "Sample", "TokenLogprob"]
+__all__ = ["Batch", "Chunk", "Executor", "OutOfDeviceMemoryError", "Sample", "TokenLogprob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,10 @@ class Sample:
     logprob: TokenLogprob | None = None
 
 
+class OutOfDeviceMemoryError(RuntimeError):
+    """The device has no memory left for a batch. It is as it was before, and can compute a smaller one."""
+
+
 class Executor(Protocol):
     """Computes batches. The engine calls it from one thread."""
 
@@ -83,5 +87,9 @@ class Executor(Protocol):
         ...
 
     def execute(self, batch: Batch) -> list[Sample]:
-        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
+        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order.
+
+        Raises:
+            OutOfDeviceMemoryError: if a smaller batch may succeed. Nothing is drawn; what was written is written again.
+        """
         ...

@@ -1,15 +1,18 @@
 """The engine: schedule, execute, update, every step."""
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 
-from oasst_worker.engine.batch import Batch, Chunk, Executor, Sample, TokenLogprob
+from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, TokenLogprob
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.scheduler import Scheduler
 from oasst_worker.engine.sequence import Sequence
 
 __all__ = ["Engine", "EngineConfig", "FinishReason", "TokenOutput", "finish_reason"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}
         self.last_batch = Batch(())
+        # Batches that the device had no memory for.
+        self.num_out_of_memory = 0
 
     @property
     def num_running(self) -> int:
@@ -129,13 +134,28 @@ class Engine:
             self._scheduler.remove(sequence)
 
     def step(self) -> list[TokenOutput]:
-        """One turn. Sequences that finished in it are removed already."""
+        """One turn. Sequences that finished in it are removed already.
+
+        Raises:
+            OutOfDeviceMemoryError: if the device has no memory even for the smallest batch.
+        """
         batch = self._scheduler.schedule()
+        while batch.chunks:
+            try:
+                samples = self._executor.execute(batch)
+            except OutOfDeviceMemoryError as error:
+                batch = self._schedule_smaller(batch, error)
+            else:
+                break
         self.last_batch = batch
-        if not batch.chunks:
-            return []
-        samples = self._executor.execute(batch)
-        return self._update(batch, samples)
+        return self._update(batch, samples) if batch.chunks else []
+
+    def _schedule_smaller(self, failed: Batch, error: OutOfDeviceMemoryError) -> Batch:
+        self.num_out_of_memory += 1
+        logger.warning("no memory for a step sequences=%d tokens=%d: %s", len(failed.chunks), failed.num_tokens, error)
+        if not self._scheduler.shrink(failed):
+            raise error
+        return self._scheduler.schedule()
 
     def _update(self, batch: Batch, samples: list[Sample]) -> list[TokenOutput]:
         drawing = [chunk for chunk in batch.chunks if chunk.draws]

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Items
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
+from oasst_worker.engine.limits import StepLimits
 from oasst_worker.engine.sequence import Sequence
 
 __all__ = ["Scheduler"]
@@ -24,6 +25,8 @@ class Scheduler:
       of its beginning it does not compute again; what others are about to compute it waits for.
     - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
       front; it is computed again later. The oldest is never preempted for a younger one, so it always ends.
+    - When the device had no memory for a batch, the younger half waits in the same way, and steps are smaller for a
+      while.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Scheduler:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self._pool = pool
-        self._step_tokens = step_tokens
+        self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
         self._prefill_tile = prefill_tile
         self._is_position_exact = is_position_exact
         self._waiting: deque[Sequence] = deque()
@@ -93,14 +96,14 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's work; empty if there is none."""
         chunks: dict[Sequence, Chunk] = {}
-        budget = self._step_tokens
+        budget = self._limits.step_tokens
         decoding = [sequence for sequence in self._running if sequence.num_to_compute == 1]
         prefilling = [sequence for sequence in self._running if sequence.num_to_compute > 1]
         for sequence in decoding + prefilling:
             if sequence in self._running:  # Not preempted meanwhile.
                 budget -= self._give_chunk(sequence, budget, chunks)
         for sequence in list(self._waiting):
-            if budget < self._prefill_tile or len(self._running) >= self.max_sequences:
+            if budget < self._prefill_tile or len(self._running) >= self._limits.max_sequences:
                 break
             known, unknown_keys = self._look_up(sequence)
             if unknown_keys and unknown_keys[0] in self._expected:
@@ -111,8 +114,20 @@ class Scheduler:
             budget -= self._give_chunk(sequence, budget, chunks)
         return Batch(tuple(chunks.values()))
 
+    def shrink(self, failed: Batch) -> bool:
+        """The next batch is half as large as this one, for which there was no memory; the youngest wait for theirs.
+
+        Returns False if it could not be smaller.
+        """
+        if not self._limits.shrink(failed):
+            return False
+        while len(self._running) > self._limits.max_sequences:
+            self._preempt(self._running[-1])
+        return True
+
     def record_computed(self, batch: Batch) -> None:
         """The batch's keys and values are in the cache, for whoever begins alike."""
+        self._limits.record_good_step()
         block_size = self._pool.block_size
         for chunk in batch.chunks:
             sequence = chunk.sequence

@@ -2,9 +2,18 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-from oasst_worker.engine import Batch, Chunk, GenerationParams, Sample, Sequence, TokenLogprob
+from oasst_worker.engine import (
+    Batch,
+    Chunk,
+    GenerationParams,
+    OutOfDeviceMemoryError,
+    Sample,
+    Sequence,
+    TokenLogprob,
+)
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
@@ -34,7 +43,20 @@ class ModelRunner:
         self.is_position_exact = model.is_position_exact
 
     def execute(self, batch: Batch) -> list[Sample]:
-        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order."""
+        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order.
+
+        Raises:
+            OutOfDeviceMemoryError: if the device has no memory left for the batch.
+        """
+        try:
+            return self._compute(batch)
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+        # Behind the handler, whose traceback holds the tensors of the step that failed.
+        torch.cuda.empty_cache()
+        raise OutOfDeviceMemoryError(message)
+
+    def _compute(self, batch: Batch) -> list[Sample]:
         logits = self._forward(batch)
         rows = [self._sampling_row(chunk) for chunk in batch.chunks if chunk.draws]
         return _samples(self._sampler.sample(logits, rows)) if rows else []

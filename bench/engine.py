@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
+from rich.table import Table
 from transformers import GenerationConfig, GPTNeoXForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bench.checkpoints import random_prompts
 
-__all__ = ["EngineRow", "generate_greedily", "measure_engine"]
+__all__ = ["EngineRow", "engine_table", "generate_greedily", "measure_engine"]
 
 # Prompts, tokens to generate for each -> what was generated.
 Generate = Callable[[list[list[int]], int], list[list[int]]]
@@ -82,6 +83,25 @@ def generate_greedily(
             if output.token_id is not None:
                 tokens[output.sequence_id].append(output.token_id)
     return list(tokens.values()), first_s
+
+
+def engine_table(rows: list[EngineRow]) -> Table:
+    peers = [system for system in rows[0].tokens_per_s if system != OURS]
+    table = Table(title="Engine alone: generated tokens per second, fp32, greedy, prefill included")
+    for heading in ("checkpoint", "concurrent", OURS, *peers):
+        table.add_column(heading, justify="right")
+    for peer in peers:
+        table.add_column(f"ratio to {peer.removeprefix('transformers ')}", justify="right")
+    table.add_column("same tokens", justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            str(row.concurrent),
+            *(f"{row.tokens_per_s[system]:.0f}" for system in (OURS, *peers)),
+            *(f"{row.ratio(peer):.2f}" for peer in peers),
+            f"{min(row.same_tokens.values()):.1%}",
+        )
+    return table
 
 
 def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Generate]:

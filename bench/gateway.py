@@ -29,10 +29,11 @@ from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2
 from oasst_cli.valkey import find_server
 from oasst_jobs import ClaimedJob, Claimer, PushItem, QueueClient, connect
+from rich.table import Table
 
 from bench.checkpoints import DEMO
 
-__all__ = ["FloodRow", "GatewayRow", "measure_flood", "measure_gateway"]
+__all__ = ["FloodRow", "GatewayRow", "flood_table", "gateway_table", "measure_flood", "measure_gateway"]
 
 MODEL = "measured"
 CHAT_STREAM = "/oasst.v1.ChatService/ChatStream"
@@ -107,6 +108,38 @@ def running_gateway(*options: str) -> Iterator[tuple[psutil.Process, str, str]]:
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--log-level", "warning", *options),
         )
         yield psutil.Process(gateway.pid), json.loads(_first_line(gateway))["listen"], url
+
+
+def gateway_table(rows: list[GatewayRow]) -> Table:
+    table = Table(title="Processor time of a gateway for each streamed message, beside a bare gRPC server's")
+    for heading in ("streams", "step", "tokens/s", "messages/token", "us/message", "bare us/message", "us/token"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.streams),
+            f"{row.step_ms:g} ms",
+            f"{row.tokens_per_s:.0f}",
+            f"{row.messages_per_token:.2f}",
+            f"{row.cpu_us_per_message:.1f}",
+            f"{row.bare_us_per_message:.1f}",
+            f"{row.cpu_us_per_token:.1f}",
+        )
+    return table
+
+
+def flood_table(row: FloodRow) -> Table:
+    table = Table(title="A flood of requests into a queue that takes a hundred")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("requests, and the seconds in which they were sent", f"{row.requests} in {row.sent_in_s:.1f} s")
+    table.add_row("accepted", str(row.accepted))
+    table.add_row("refused by the gateway", str(row.refused))
+    table.add_row("turned away by gRPC's limit on streams", str(row.turned_away))
+    table.add_row(
+        "from sending to refusal, median and 99 %", f"{row.refusal_p50_ms:.0f} and {row.refusal_p99_ms:.0f} ms"
+    )
+    table.add_row("processor time of the gateway for each", f"{row.cpu_us_per_request:.0f} us")
+    return table
 
 
 def _start(exits: contextlib.ExitStack, *command: str) -> subprocess.Popen[str]:

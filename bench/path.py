@@ -18,12 +18,13 @@ from oasst_client import AsyncClient
 from oasst_worker.engine import EngineConfig
 from oasst_worker.model.config import load_config
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
+from rich.table import Table
 from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO, random_prompts
 from bench.engine import generate_greedily
 
-__all__ = ["PathRow", "measure_path", "running_stack"]
+__all__ = ["PathRow", "measure_path", "path_table", "running_stack"]
 
 MODEL_NAME = "measured"
 
@@ -103,6 +104,24 @@ def measure_path(name: str, folder: Path, *, streams: int, prompt_tokens: int, n
         median["engine first"],
         path_tokens == engine_tokens,
     )
+
+
+def path_table(rows: list[PathRow]) -> Table:
+    table = Table(title="Whole path against engine alone: tokens per second, and time to the first token of one stream")
+    for heading in ("checkpoint", "streams", "path", "engine", "ratio", "path first", "engine first", "same tokens"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            str(row.streams),
+            f"{row.path_tokens_per_s:.0f}",
+            f"{row.engine_tokens_per_s:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.path_first_token_s * 1e3:.1f} ms",
+            f"{row.engine_first_token_s * 1e3:.1f} ms",
+            "yes" if row.same_tokens else "NO",
+        )
+    return table
 
 
 async def _through_the_path(

@@ -27,8 +27,9 @@ from oasst_jobs import (
     connect,
     job_id_for,
 )
+from rich.table import Table
 
-__all__ = ["ClaimRow", "MemoryRow", "PushRow", "QueueFigures", "measure_queue"]
+__all__ = ["ClaimRow", "MemoryRow", "PushRow", "QueueFigures", "measure_queue", "queue_table"]
 
 _MODEL = "measured"
 _PROMPT_TOKENS = 128
@@ -75,6 +76,23 @@ class QueueFigures:
 def measure_queue(*, streams: tuple[int, ...], waiting_jobs: tuple[int, ...], rounds: int) -> QueueFigures:
     """Medians of so many rounds. A million waiting jobs take a minute to submit, and 1.5 GB."""
     return asyncio.run(_measure(streams, waiting_jobs, rounds))
+
+
+def queue_table(figures: QueueFigures) -> Table:
+    table = Table(title=f"Queue alone on {figures.server}, append-only file synced every second")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for push in figures.pushes:
+        table.add_row(f"server per token, {push.streams} streams", f"{push.server_us_per_token:.1f} us")
+        table.add_row(f"worker per token, {push.streams} streams", f"{push.worker_us_per_token:.1f} us")
+    for claim in figures.claims:
+        table.add_row(f"claim, {claim.waiting_jobs:,} jobs waiting", f"{claim.claim_us:.0f} us")
+        table.add_row(f"submit, {claim.waiting_jobs:,} jobs waiting", f"{claim.submit_us:.0f} us")
+    table.add_row("memory of a waiting job of 128 tokens", f"{figures.memory.bytes_per_waiting_job:.0f} bytes")
+    table.add_row("memory of a logged token", f"{figures.memory.bytes_per_logged_token:.0f} bytes")
+    for name, value_ms in figures.claimed_after_ms.items():
+        table.add_row(f"submit to claim by an idle worker, {name}", f"{value_ms:.1f} ms")
+    return table
 
 
 async def _measure(streams: tuple[int, ...], waiting_jobs: tuple[int, ...], rounds: int) -> QueueFigures:

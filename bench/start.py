@@ -7,11 +7,12 @@ import time
 from dataclasses import dataclass
 
 import psutil
+from rich.table import Table
 
 from bench.checkpoints import DEMO
 from bench.path import running_stack
 
-__all__ = ["StartRow", "measure_start"]
+__all__ = ["StartRow", "measure_start", "start_table"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ def measure_start(rounds: int) -> StartRow:
             process["name"]: psutil.Process(process["pid"]).memory_info().rss / 2**20 for process in stack["processes"]
         }
     return StartRow(statistics.median(first_tokens), statistics.median(stops), resident)
+
+
+def start_table(row: StartRow) -> Table:
+    table = Table(title="Start on the demo checkpoint, warm environment")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("`oasst up --chat` to the first token", f"{row.first_token_s:.1f} s")
+    table.add_row("from there to everything stopped", f"{row.stopped_s:.1f} s")
+    for process, mib in row.resident_mib.items():
+        table.add_row(f"resident memory of {process}", f"{mib:.0f} MiB")
+    return table
 
 
 def _start_once() -> tuple[float, float]:

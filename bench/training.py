@@ -23,13 +23,14 @@ from oasst_training.recipe import AlpacaSpec, Recipe
 from oasst_training.sampling import SampleOrder
 from oasst_training.schedule import learning_rate_factor
 from oasst_training.trainer import Trainer
+from rich.table import Table
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import Trainer as TheirTrainer
 
 from bench.checkpoints import DEMO, SHAPES, VOCAB_SIZE
 
-__all__ = ["OURS", "THEIRS", "TRAINED_SHAPES", "TrainingRow", "measure_training"]
+__all__ = ["OURS", "THEIRS", "TRAINED_SHAPES", "TrainingRow", "measure_training", "training_table"]
 
 OURS, THEIRS = "oasst-train", "transformers Trainer"
 TRAINED_SHAPES = ("demo", "70m")
@@ -70,6 +71,22 @@ def measure_training(shape: str, *, steps: int, rounds: int) -> TrainingRow:
     if abs(row.last_loss[OURS] - row.last_loss[THEIRS]) > 1e-3:
         raise RuntimeError(f"the losses differ, {row.last_loss}: the work would not be equal")
     return row
+
+
+def training_table(rows: list[TrainingRow]) -> Table:
+    table = Table(title="Training: tokens per second without padding, fp32; most memory of the process")
+    for heading in ("shape", OURS, THEIRS, "ratio", "memory", "their memory"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.shape,
+            f"{row.tokens_per_s[OURS]:.0f}",
+            f"{row.tokens_per_s[THEIRS]:.0f}",
+            f"{row.ratio:.2f}",
+            f"{row.peak_mib[OURS]:.0f} MiB",
+            f"{row.peak_mib[THEIRS]:.0f} MiB",
+        )
+    return table
 
 
 def _run_one(system: str, shape: str, steps: int) -> dict[str, float]:

@@ -17,12 +17,13 @@ from oasst_worker.model.kernels import load_kernels
 
 __all__ = ["CompiledAttention"]
 
-_DEFINITIONS = {torch.float32: (), torch.bfloat16: ("SCALAR_BF16",)}
-
-# As the kernel has them: rows of a task, rows that share loads, values are padded to.
+# Rows of a prompt that one task takes, and rows that share loads; the dimensions of values are padded to vectors of 16.
 _TILE = 16
 _GROUP = 4
 _LANES = 16
+
+_SIZES = (f"BLOCK={BLOCK_SIZE}", f"TILE={_TILE}", f"GROUP={_GROUP}")
+_DEFINITIONS = {torch.float32: _SIZES, torch.bfloat16: (*_SIZES, "SCALAR_BF16")}
 
 
 class _Step(ctypes.Structure):

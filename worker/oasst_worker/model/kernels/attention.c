@@ -23,9 +23,8 @@
 static inline int omp_get_thread_num(void) { return 0; }
 #endif
 
-#define BLOCK 16
-#define GROUP 4 /* Rows of a prompt that share loads, or blocks of one row's keys that are scored at once. */
-#define TILE 16 /* Rows of a prompt that one task takes. */
+/* BLOCK, GROUP and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
+ * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
 #define WIDE (BLOCK / LANES) /* Vectors that hold 16 numbers. */
 
 #ifdef SCALAR_BF16

@@ -20,6 +20,7 @@ from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import engine_table, measure_engine
 from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
 from bench.path import measure_path, path_table
+from bench.prefix import measure_prefix, prefix_table
 from bench.queue import measure_queue, queue_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
@@ -57,6 +58,14 @@ def _engine(options: Options) -> Measured:
     return rows, [engine_table(rows)]
 
 
+def _prefix(options: Options) -> Measured:
+    rows = [
+        measure_prefix(name, path, prompts=4, prompt_tokens=4 * options.prompt_tokens, rounds=options.rounds)
+        for name, path in options.checkpoints.items()
+    ]
+    return rows, [prefix_table(rows)]
+
+
 def _path(options: Options) -> Measured:
     streams = max(options.concurrent)
     rows = [measure_path(name, path, streams=streams, **options.lengths) for name, path in options.checkpoints.items()]
@@ -90,6 +99,7 @@ def _training(options: Options) -> Measured:
 
 PARTS: dict[str, Callable[[Options], Measured]] = {
     "engine": _engine,
+    "prefix": _prefix,
     "path": _path,
     "gateway": _gateway,
     "flood": _flood,

@@ -239,6 +239,49 @@ def test_a_second_turn_computes_only_what_the_first_did_not():
     assert (engine.num_prompt_tokens, engine.num_cached_tokens) == (len(prompt) + len(longer), 16)
 
 
+def test_choices_of_one_request_compute_their_prompt_once():
+    engine, executor = make_engine(step_tokens=64)
+    prompt = list(range(1, 31))
+    first = Sequence("0", prompt, PARAMS)
+    others = [first.sibling(str(number), PARAMS) for number in range(1, 5)]
+    for sequence in (first, *others):
+        engine.add(sequence)
+    outputs = run_to_end(engine)
+    for name in "01234":
+        assert [output.token_id for output in outputs[name]] == expected_tokens(prompt, PARAMS)
+    # 28 of the 30 tokens fill blocks of 4; each of the others computes the two behind them.
+    assert [sequence.num_cached_tokens for sequence in (first, *others)] == [0, 28, 28, 28, 28]
+    assert num_computed_tokens(executor) == 30 + 4 * 2 + 5 * (PARAMS.max_new_tokens - 1)
+
+
+def test_who_waits_for_a_prompt_that_another_computes_lets_the_next_in_line_pass():
+    engine, _ = make_engine(step_tokens=12, max_sequences=4)
+    shared = list(range(1, 31))
+    for name, prompt in (("first", shared), ("second", [*shared, 7]), ("third", [9, 9])):
+        engine.add(Sequence(name, prompt, PARAMS))
+    first_seen = {}
+    step = 0
+    while engine.has_work():
+        step += 1
+        for output in engine.step():
+            first_seen.setdefault(output.sequence_id, step)
+    # Chunks of 12, 12 and 6; what the last one leaves of the step is the third's.
+    assert first_seen == {"first": 3, "third": 3, "second": 4}
+
+
+def test_who_waits_for_a_prompt_computes_it_itself_once_the_other_is_gone():
+    engine, _ = make_engine(step_tokens=12, max_sequences=4)
+    prompt = list(range(1, 31))
+    engine.add(Sequence("first", prompt, PARAMS))
+    second = Sequence("second", prompt, PARAMS)
+    engine.add(second)
+    engine.step()
+    assert second.num_cached_tokens is None
+    engine.remove("first")
+    assert [output.token_id for output in run_to_end(engine)["second"]] == expected_tokens(prompt, PARAMS)
+    assert second.num_cached_tokens == 12
+
+
 def test_the_last_token_of_a_known_prompt_is_computed_all_the_same():
     engine, _ = make_engine()
     prompt = list(range(1, 9))

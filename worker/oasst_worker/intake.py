@@ -84,13 +84,14 @@ class Intake:
         """
         _check_job(claimed.job, self._model)
         logged_ids = _logged_ids(claimed.job, claimed.log, self._model)
-        return [self._resume(claimed, index, token_ids) for index, token_ids in enumerate(logged_ids)]
+        sequences = _sequences(claimed, logged_ids)
+        return [
+            self._resume(claimed.job, index, sequence, token_ids)
+            for index, (sequence, token_ids) in enumerate(zip(sequences, logged_ids, strict=True))
+        ]
 
-    def _resume(self, claimed: ClaimedJob, index: int, logged_ids: Sequence[int]) -> ResumedChoice:
-        job = claimed.job
-        params = _generation_params(job, index)
-        sequence_id = f"{claimed.job_id}/{index}"
-        sequence = engine.Sequence(sequence_id, job.prompt_token_ids, params, logged_ids, salt=job.cache_salt)
+    def _resume(self, job: Job, index: int, sequence: engine.Sequence, logged_ids: Sequence[int]) -> ResumedChoice:
+        params = sequence.params
         text = ChoiceText(self._detokenizer.start(), job.limits.stop, min_new_tokens=params.min_new_tokens)
         choice = Choice(index, sequence, text)
         finish = None
@@ -98,8 +99,21 @@ class Intake:
             reason = finish_reason(
                 params, token_id, num_output_tokens=num_tokens, eos_token_id=self._model.eos_token_id
             )
-            finish = choice.take(TokenOutput(sequence_id, token_id, finish=reason)).finish
+            finish = choice.take(TokenOutput(sequence.sequence_id, token_id, finish=reason)).finish
         return ResumedChoice(choice, len(logged_ids), finish)
+
+
+def _sequences(claimed: ClaimedJob, logged_ids: Sequence[Sequence[int]]) -> list[engine.Sequence]:
+    """A sequence for each choice, which goes on after what is logged of it."""
+    job = claimed.job
+    first = engine.Sequence(
+        f"{claimed.job_id}/0", job.prompt_token_ids, _generation_params(job, 0), logged_ids[0], salt=job.cache_salt
+    )
+    others = (
+        first.sibling(f"{claimed.job_id}/{index}", _generation_params(job, index), token_ids)
+        for index, token_ids in enumerate(logged_ids[1:], start=1)
+    )
+    return [first, *others]
 
 
 def _check_job(job: Job, model: ModelFacts) -> None:

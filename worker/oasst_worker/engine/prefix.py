@@ -15,7 +15,11 @@ def extend_keys(keys: list[bytes], token_ids: Sequence[int], *, block_size: int,
     A key is BLAKE2b of the key before it (of the salt, for the first block) and the block's token ids, so nobody who
     does not know a salt can make a sequence that finds blocks of another.
     """
-    for end in range((len(keys) + 1) * block_size, len(token_ids) + 1, block_size):
-        key = blake2b(keys[-1] if keys else salt, digest_size=_KEY_BYTES)
-        key.update(array("q", token_ids[end - block_size : end]).tobytes())
-        keys.append(key.digest())
+    start = len(keys) * block_size
+    tokens = memoryview(array("q", token_ids[start : len(token_ids) // block_size * block_size])).cast("B")
+    key, size = keys[-1] if keys else salt, 8 * block_size
+    for offset in range(0, len(tokens), size):
+        digest = blake2b(key, digest_size=_KEY_BYTES)
+        digest.update(tokens[offset : offset + size])
+        key = digest.digest()
+        keys.append(key)

@@ -6,6 +6,7 @@ from zero again.
 """
 
 from collections import deque
+from collections.abc import Sequence as Items
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
@@ -20,7 +21,7 @@ class Scheduler:
     - Sequences that decode come first: a long prompt never delays them by more than the step's budget.
     - What is left of the budget goes to prompts, oldest first, in chunks.
     - A sequence is admitted when a slot is free and all its tokens fit into free blocks. What the blocks of others know
-      of its beginning it does not compute again.
+      of its beginning it does not compute again; what others are about to compute it waits for.
     - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
       front; it is computed again later. The oldest is never preempted for a younger one, so it always ends.
     """
@@ -56,6 +57,8 @@ class Scheduler:
         self._is_position_exact = is_position_exact
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # Oldest first.
+        # Key -> the running sequence that is to compute the block first.
+        self._expected: dict[bytes, Sequence] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -79,10 +82,9 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """The sequence neither runs nor waits, and its blocks are free."""
         if sequence in self._running:
-            self._running.remove(sequence)
+            self._stop(sequence)
         else:
             self._waiting.remove(sequence)
-        self._pool.release(sequence.blocks)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing of the sequence is used again by others."""
@@ -97,8 +99,15 @@ class Scheduler:
         for sequence in decoding + prefilling:
             if sequence in self._running:  # Not preempted meanwhile.
                 budget -= self._give_chunk(sequence, budget, chunks)
-        while self._waiting and budget >= self._prefill_tile and self._admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
+        for sequence in list(self._waiting):
+            if budget < self._prefill_tile or len(self._running) >= self.max_sequences:
+                break
+            known, unknown_keys = self._look_up(sequence)
+            if unknown_keys and unknown_keys[0] in self._expected:
+                continue  # Known in a step or a few; the next in line need not wait for that.
+            if not self._fits(sequence, known):
+                break
+            self._start(sequence, known, unknown_keys)
             budget -= self._give_chunk(sequence, budget, chunks)
         return Batch(tuple(chunks.values()))
 
@@ -113,6 +122,7 @@ class Scheduler:
                 keys = sequence.keys(block_size)
                 for index in blocks:
                     self._pool.publish(sequence.blocks[index], keys[index])
+                    self._expected.pop(keys[index], None)
 
     def _num_reusable(self, sequence: Sequence, num_tokens: int) -> int:
         """Of its first tokens, those whose keys and values are the same in every sequence that begins alike."""
@@ -121,27 +131,39 @@ class Scheduler:
         num_tokens = min(num_tokens, sequence.num_prompt_tokens)
         return num_tokens - num_tokens % self._prefill_tile
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Whether the sequence runs now, with what is known of its beginning."""
-        if len(self._running) >= self.max_sequences:
-            return False
+    def _look_up(self, sequence: Sequence) -> tuple[list[int], Items[bytes]]:
+        """The known blocks of its beginning that it may use again, and the keys of those behind them."""
         block_size = self._pool.block_size
         # The last token is always computed: the next one is drawn from it.
         keys = sequence.keys(block_size)[: self._num_reusable(sequence, sequence.num_tokens - 1) // block_size]
         known = self._pool.find(keys)
-        num_known = self._num_reusable(sequence, len(known) * block_size)
-        known = known[: num_known // block_size]
+        known = known[: self._num_reusable(sequence, len(known) * block_size) // block_size]
+        return known, keys[len(known) :]
+
+    def _fits(self, sequence: Sequence, known: Items[int]) -> bool:
+        """There are blocks for all its tokens beyond the known ones."""
         missing = self._pool.blocks_for(sequence.num_tokens) - len(known)
-        if missing > self._pool.num_free - self._pool.num_free_among(known):
-            return False
-        self._pool.share(sequence.blocks, known)
-        sequence.num_computed = num_known
+        return missing <= self._pool.num_free - self._pool.num_free_among(known)
+
+    def _start(self, sequence: Sequence, known: Items[int], unknown_keys: Items[bytes]) -> None:
+        """The sequence runs, and has computed what is known already."""
+        self._waiting.remove(sequence)
         self._running.append(sequence)
+        self._pool.share(sequence.blocks, known)
+        sequence.num_computed = len(known) * self._pool.block_size
+        for key in unknown_keys:
+            self._expected.setdefault(key, sequence)
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = min(num_known, sequence.num_prompt_tokens)
+            sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_tokens += sequence.num_cached_tokens
-        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        """The sequence does not run, and its blocks are free."""
+        self._running.remove(sequence)
+        self._pool.release(sequence.blocks)
+        for key in [key for key, owner in self._expected.items() if owner is sequence]:
+            del self._expected[key]
 
     def _give_chunk(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Enters the sequence's chunk, if budget and blocks allow one; returns how many tokens it takes."""
@@ -166,8 +188,7 @@ class Scheduler:
         return end
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._pool.release(sequence.blocks)
+        self._stop(sequence)
         sequence.num_computed = 0
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1

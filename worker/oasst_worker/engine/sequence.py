@@ -25,6 +25,7 @@ class Sequence:
 
     __slots__ = (
         "_keys",
+        "_prompt_keys",
         "_prompt_length",
         "_salt",
         "_token_ids",
@@ -64,12 +65,19 @@ class Sequence:
         self.output_counts: dict[int, int] = {}
         self._salt = salt
         self._keys: list[bytes] = []
+        self._prompt_keys: list[bytes] = []  # One list for all siblings, filled by the first that needs it.
         self._token_ids = list(prompt_ids)
         self._prompt_length = len(self._token_ids)
         if not self._prompt_length:
             raise ValueError("a sequence needs at least one prompt token")
         for token_id in output_ids:
             self.append(token_id)
+
+    def sibling(self, sequence_id: str, params: GenerationParams, output_ids: Iterable[int] = ()) -> "Sequence":
+        """Another choice for the same prompt, of the same salt; the prompt's keys are computed once for both."""
+        sibling = Sequence(sequence_id, self.prompt_ids, params, output_ids, salt=self._salt)
+        sibling._prompt_keys = self._prompt_keys
+        return sibling
 
     @property
     def token_ids(self) -> Items[int]:
@@ -102,6 +110,9 @@ class Sequence:
 
     def keys(self, block_size: int) -> Items[bytes]:
         """A key of each full block of its tokens. Not to be changed by the caller."""
+        if not self._keys:
+            extend_keys(self._prompt_keys, self.prompt_ids, block_size=block_size, salt=self._salt)
+            self._keys += self._prompt_keys
         extend_keys(self._keys, self._token_ids, block_size=block_size, salt=self._salt)
         return self._keys
 

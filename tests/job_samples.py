@@ -1,10 +1,10 @@
 """Jobs, log entries and outcomes as tests need them."""
 
 from oasst.jobs.v1 import job_pb2
-from oasst.v1 import chat_pb2, generation_pb2
+from oasst.v1 import chat_pb2, generation_pb2, scoring_pb2
 from oasst_jobs import JOB_VERSION, job_id_for
 
-__all__ = ["MODEL", "failed", "finished", "make_entry", "make_job", "text_of"]
+__all__ = ["MODEL", "failed", "finished", "make_entry", "make_job", "make_scores", "make_scoring_job", "text_of"]
 
 MODEL = "tiny-pythia"
 
@@ -31,6 +31,29 @@ def make_job(
         priority=priority,
         request_id=request_id,
     )
+
+
+def make_scoring_job(
+    request_id: str, *, num_items: int = 3, item_tokens: int = 4, tenant: str = "tenant", token_logprobs: bool = False
+) -> job_pb2.Job:
+    """Items whose tokens are 1, 2, ..., the last of them the continuation."""
+    item = scoring_pb2.ScoreItem(token_ids=range(1, item_tokens + 1), context_length=item_tokens - 1)
+    return job_pb2.Job(
+        version=JOB_VERSION,
+        job_id=job_id_for(tenant, request_id),
+        tenant=tenant,
+        model=MODEL,
+        priority=chat_pb2.PRIORITY_BULK,
+        request_id=request_id,
+        score_items=[item] * num_items,
+        score_token_logprobs=token_logprobs,
+    )
+
+
+def make_scores(start: int, stop: int) -> job_pb2.LogEntry:
+    """What scoring the items from `start` to `stop` logs; item i has the log-probability -i."""
+    scores = [scoring_pb2.ItemScore(logprob=-index) for index in range(start, stop)]
+    return job_pb2.LogEntry(end_position=stop, scores=scores)
 
 
 def make_entry(start: int, stop: int) -> job_pb2.LogEntry:

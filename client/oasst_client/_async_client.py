@@ -1,6 +1,7 @@
 """The asyncio shell. `AsyncClient` and `Client` have the same calls; what both know lives in the modules beside."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -9,8 +10,9 @@ from typing import Any, Protocol, Self, Unpack
 import grpc
 import grpc.aio
 from google.protobuf.message import Message as ProtoMessage
-from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 
+from oasst_client import _score as scoring
 from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of
@@ -25,9 +27,12 @@ from oasst_client._types import (
     Completion,
     Delta,
     Event,
+    ItemScore,
     Load,
     MessageLike,
     Model,
+    ScoreItem,
+    ScoreItemLike,
 )
 
 __all__ = ["AsyncClient", "AsyncCompletionStream"]
@@ -185,6 +190,7 @@ class AsyncClient:
         self._query_timeout_s = query_timeout_s
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def __aenter__(self) -> Self:
         return self
@@ -277,6 +283,39 @@ class AsyncClient:
         response = await self._call_again(self._chat.CancelChat, request, self._query_timeout_s, request_id)
         return wire.state_from(response.state)
 
+    async def score(
+        self,
+        items: Iterable[ScoreItemLike],
+        *,
+        model: str = "",
+        token_logprobs: bool = False,
+        timeout_s: float | None = None,
+    ) -> tuple[ItemScore, ...]:
+        """How likely each continuation is after its context. Arguments and errors as for `Client.score`."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        requests = scoring.split_requests(
+            await self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
+        )
+        slots = asyncio.Semaphore(scoring.REQUESTS_AT_ONCE)
+
+        async def score(request: scoring_pb2.ScoreRequest) -> list[ItemScore]:
+            async with slots:
+                remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                try:
+                    response = await self._call_again(self._scoring.Score, request, remaining_s, request.request_id)
+                except asyncio.CancelledError:
+                    await self._cancel_quietly(request.request_id)
+                    raise
+            return scoring.scores_from(response, request)
+
+        under_way = [asyncio.ensure_future(score(request)) for request in requests]
+        try:
+            return tuple(each for scores in await asyncio.gather(*under_way) for each in scores)
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+
     async def models(self) -> tuple[Model, ...]:
         """Every served model."""
         response = await self._query(self._model.ListModels, model_pb2.ListModelsRequest())
@@ -303,6 +342,14 @@ class AsyncClient:
     async def load(self, model: str = "") -> Load:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(await self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
+
+    async def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
+        """The items as token ids; the server tokenizes texts."""
+        pairs = scoring.split_pairs(items)
+        ids = [each for part in scoring.split_texts(pairs) for each in await self.tokenize(*part, model=model)]
+        has_empty_context = any(not pair.context for pair in pairs)
+        end_of_text = (await self.model(model)).control_tokens.end_of_text if has_empty_context else 0
+        return scoring.token_items(items, pairs, ids, end_of_text=end_of_text)
 
     async def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
         return await self._call_again(method, request, self._query_timeout_s)

@@ -3,14 +3,16 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack
 
 import grpc
 from google.protobuf.message import Message as ProtoMessage
-from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 
+from oasst_client import _score as scoring
 from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of
@@ -25,9 +27,12 @@ from oasst_client._types import (
     Completion,
     Delta,
     Event,
+    ItemScore,
     Load,
     MessageLike,
     Model,
+    ScoreItem,
+    ScoreItemLike,
 )
 
 __all__ = ["Client", "CompletionStream"]
@@ -186,6 +191,7 @@ class Client:
         self._query_timeout_s = query_timeout_s
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     def __enter__(self) -> Self:
         return self
@@ -306,6 +312,55 @@ class Client:
         response = self._call_again(self._chat.CancelChat, request, self._query_timeout_s, request_id)
         return wire.state_from(response.state)
 
+    def score(
+        self,
+        items: Iterable[ScoreItemLike],
+        *,
+        model: str = "",
+        token_logprobs: bool = False,
+        timeout_s: float | None = None,
+    ) -> tuple[ItemScore, ...]:
+        """How likely each continuation is after its context, in the order of the items.
+
+        Any number of items: they travel in several requests, some of them at once. Items that share a context are
+        computed together if they stand together. Scoring waits behind all chats.
+
+        Args:
+            items: token ids and how many of them are context, or the texts (context, continuation).
+            model: the model's name as `models()` tells it; left out, the server's only model.
+            token_logprobs: also returns each token's log-probability.
+            timeout_s: how long all of it may take, retries included.
+
+        Raises:
+            APIError: a request was refused or failed; the others are cancelled then.
+            TypeError, ValueError: the items make no request.
+
+        >>> blue, green = client.score([("The sky is", " blue"), ("The sky is", " green")])
+        >>> blue.logprob, blue.is_greedy
+        (-1.0, False)
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        requests = scoring.split_requests(
+            self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
+        )
+        is_given_up = threading.Event()
+
+        def score(request: scoring_pb2.ScoreRequest) -> list[ItemScore]:
+            if is_given_up.is_set():
+                return []
+            remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            response = self._call_again(self._scoring.Score, request, remaining_s, request.request_id)
+            return scoring.scores_from(response, request)
+
+        with ThreadPoolExecutor(scoring.REQUESTS_AT_ONCE, thread_name_prefix="score") as pool:
+            under_way = [pool.submit(score, request) for request in requests]
+            try:
+                return tuple(each for future in under_way for each in future.result())
+            except BaseException:
+                is_given_up.set()
+                self._cancel_scores(requests, under_way)
+                raise
+
     def models(self) -> tuple[Model, ...]:
         """Every served model."""
         response = self._query(self._model.ListModels, model_pb2.ListModelsRequest())
@@ -338,6 +393,22 @@ class Client:
     def load(self, model: str = "") -> Load:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
+
+    def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
+        """The items as token ids; the server tokenizes texts."""
+        pairs = scoring.split_pairs(items)
+        ids = [each for part in scoring.split_texts(pairs) for each in self.tokenize(*part, model=model)]
+        has_empty_context = any(not pair.context for pair in pairs)
+        end_of_text = self.model(model).control_tokens.end_of_text if has_empty_context else 0
+        return scoring.token_items(items, pairs, ids, end_of_text=end_of_text)
+
+    def _cancel_scores(
+        self, requests: Sequence[scoring_pb2.ScoreRequest], under_way: Sequence[Future[list[ItemScore]]]
+    ) -> None:
+        """Requests that have not ended do so at the server, and with it their calls here."""
+        for request, future in zip(requests, under_way, strict=True):
+            if not future.cancel() and not future.done():
+                self._cancel_quietly(request.request_id)
 
     def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
         return self._call_again(method, request, self._query_timeout_s)

@@ -18,6 +18,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "Finished",
+    "ItemScore",
     "Load",
     "Message",
     "MessageLike",
@@ -26,6 +27,8 @@ __all__ = [
     "Priority",
     "QueueStatus",
     "Role",
+    "ScoreItem",
+    "ScoreItemLike",
     "Timings",
     "TokenAlternative",
     "TokenLogprob",
@@ -313,6 +316,32 @@ class ChatSnapshot:
     def text(self) -> str:
         """What the first choice has generated so far."""
         return self.texts[0] if self.texts else ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreItem:
+    """A context and a continuation whose likelihood is asked for, as token ids."""
+
+    # Context, then continuation: at most one more than the model has positions, for the last one is never fed.
+    token_ids: Sequence[int]
+    # How many of them are context: at least 1, and less than all.
+    context_length: int
+
+
+# An item as token ids, or as the texts (context, continuation).
+ScoreItemLike = ScoreItem | tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemScore:
+    """How likely a continuation is after its context, by the model's raw logits."""
+
+    # Sum of the continuation's log-probabilities, natural logarithm.
+    logprob: float
+    # Whether every token of the continuation is the most likely one; of equals the lowest id.
+    is_greedy: bool
+    # One per token of the continuation where they were asked for.
+    token_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,13 @@ An idea that spreads.
 Answers are texts, or whatever a function makes of the request; an error among them is what the service refuses with
 (and the client tries again, as ever, if the error says that it may pass):
 
+Continuations are scored by a function of the item; without one every token has the log-probability -1:
+
+>>> from oasst_client import ItemScore
+>>> with FakeServer(score=lambda item: ItemScore(-0.5, True)) as server, Client(server.address) as client:
+...     print(client.score([("The sky is", " blue")]))
+(ItemScore(logprob=-0.5, is_greedy=True, token_logprobs=()),)
+
 >>> full = OverloadedError("the queue is full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL")
 >>> with FakeServer(full) as server, Client(server.address) as client:
 ...     client.chat("What is a meme?")
@@ -37,11 +44,19 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status  # type: ignore[import-untyped]  # without stubs
 from oasst.presets import PRESETS
 from oasst.prompt import ControlToken
-from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2, model_pb2_grpc
+from oasst.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    generation_pb2,
+    model_pb2,
+    model_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
 
 from oasst_client._errors import APIError
 from oasst_client._request_id import new_request_id
-from oasst_client._types import FinishReason
+from oasst_client._types import FinishReason, ItemScore, ScoreItem
 
 __all__ = ["Answer", "FakeServer", "FakeTokenizer"]
 
@@ -103,10 +118,11 @@ class FakeTokenizer:
 
 
 class FakeServer:
-    """Serves while its context lasts. Chats, tokens, models and load; every request is kept.
+    """Serves while its context lasts. Chats, scores, tokens, models and load; every request is kept.
 
     Args:
         answers: what chats are answered with, in turn, the last one again and again; or a function of the request.
+        score: what each item is scored with; it may raise an APIError, which refuses the request.
         token_interval_s: the time between two tokens; 0 answers at once.
         model: the served model's name.
 
@@ -114,15 +130,19 @@ class FakeServer:
         address: where it serves, `127.0.0.1:PORT`.
         requests: every ChatRequest so far, in order.
         metadata: the metadata of each of them.
+        score_requests: every ScoreRequest so far, in order.
     """
 
     def __init__(
         self,
         *answers: AnswerLike | Callable[[chat_pb2.ChatRequest], AnswerLike],
+        score: Callable[[ScoreItem], ItemScore] | None = None,
         token_interval_s: float = 0.0,
         model: str = "fake",
     ) -> None:
         self.address = ""
+        self.score_requests: list[scoring_pb2.ScoreRequest] = []
+        self._score = score or _score_evenly
         self.requests: list[chat_pb2.ChatRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.tokenizer = FakeTokenizer()
@@ -157,6 +177,8 @@ class FakeServer:
         chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, self._server)  # type: ignore[no-untyped-call]
         model = _FakeModelServicer(self.tokenizer, self._model)
         model_pb2_grpc.add_ModelServiceServicer_to_server(model, self._server)  # type: ignore[no-untyped-call]
+        scoring = _FakeScoringServicer(self._score, self.score_requests)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, self._server)  # type: ignore[no-untyped-call]
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
 
@@ -371,6 +393,34 @@ class _FakeChatServicer(chat_pb2_grpc.ChatServiceServicer):
         if chat is None or resume_token not in (None, chat.resume_token):
             await _fail_if(APIError("there is no such chat", code="NOT_FOUND", reason="CHAT_NOT_FOUND"), context)
         return self._chats[request_id]
+
+
+class _FakeScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
+    """Scores by a function, and keeps what it was asked."""
+
+    def __init__(self, score: Callable[[ScoreItem], ItemScore], requests: list[scoring_pb2.ScoreRequest]) -> None:
+        self._score = score
+        self._requests = requests
+
+    async def Score(self, request: scoring_pb2.ScoreRequest, context: _Context) -> scoring_pb2.ScoreResponse:
+        self._requests.append(request)
+        response = scoring_pb2.ScoreResponse()
+        try:
+            for item in request.items:
+                score = self._score(ScoreItem(tuple(item.token_ids), item.context_length))
+                response.scores.add(
+                    logprob=score.logprob,
+                    is_greedy=score.is_greedy,
+                    token_logprobs=score.token_logprobs if request.token_logprobs else (),
+                )
+        except APIError as error:
+            await _fail_if(error, context)
+        return response
+
+
+def _score_evenly(item: ScoreItem) -> ItemScore:
+    num_tokens = len(item.token_ids) - item.context_length
+    return ItemScore(-float(num_tokens), False, (-1.0,) * num_tokens)
 
 
 class _FakeModelServicer(model_pb2_grpc.ModelServiceServicer):

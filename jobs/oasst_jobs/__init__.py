@@ -21,7 +21,7 @@ from oasst_jobs.errors import (
     UnavailableReason,
     UnsupportedServerError,
 )
-from oasst_jobs.functions import JOB_VERSION, job_size
+from oasst_jobs.functions import JOB_VERSION, job_size, num_prompt_tokens, scoring_queue
 from oasst_jobs.inbox import Inbox, Subscription
 from oasst_jobs.reconciler import Reconciler
 from oasst_jobs.records import (
@@ -79,4 +79,6 @@ __all__ = [
     "connect",
     "job_id_for",
     "job_size",
+    "num_prompt_tokens",
+    "scoring_queue",
 ]

@@ -8,7 +8,7 @@ from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import FencedError
-from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, ClaimReply
+from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, ClaimReply, scoring_queue
 from oasst_jobs.outcomes import malformed
 from oasst_jobs.records import ClaimedJob, PushItem, PushStatus
 
@@ -48,21 +48,30 @@ class Claimer:
         self._first_shard = 0
 
     async def claim(
-        self, *, max_jobs: int, max_tokens: int, max_choices: int | None = None, is_idle: bool = False
+        self,
+        *,
+        max_jobs: int,
+        max_tokens: int,
+        max_choices: int | None = None,
+        is_idle: bool = False,
+        is_scoring: bool = False,
     ) -> list[ClaimedJob]:
         """These jobs are this worker's now, in the queue's order.
 
         `max_tokens` bounds the positions that all of them may come to hold: prompts, and all tokens that every choice
         may generate; `max_choices` their choices. A job that does not fit is passed over for a while; then this worker
         may get nothing behind it until it does fit. So whoever is idle should offer all it has. Only a worker that
-        says it is idle gets a job that is to run alone, and then no other.
+        says it is idle gets a job that is to run alone, and then no other. With `is_scoring` these are jobs to be
+        scored, which have a queue of their own.
         """
         num_shards, first_shard = len(self._client.shards), self._first_shard
         for offset in range(num_shards):
             number = (first_shard + offset) % num_shards
             # Until it has answered, the next call begins behind it: a shard that is away does not hide the others.
             self._first_shard = (number + 1) % num_shards
-            replies, is_kept = await self._claim_from(number, max_jobs, max_tokens, max_choices, is_idle)
+            replies, is_kept = await self._claim_from(
+                number, self._queue(is_scoring), max_jobs, max_tokens, max_choices, is_idle
+            )
             claims = [claimed for reply in replies if (claimed := await self._read_claim(reply)) is not None]
             if is_kept:
                 self._first_shard = number
@@ -71,12 +80,12 @@ class Claimer:
         return []
 
     async def _claim_from(
-        self, number: int, max_jobs: int, max_tokens: int, max_choices: int | None, is_idle: bool
+        self, number: int, queue: str, max_jobs: int, max_tokens: int, max_choices: int | None, is_idle: bool
     ) -> tuple[list[ClaimReply], bool]:
         reply = await self._client.shards[number].claim(
             self._worker_id,
             self._claim_ids[number],
-            model=self._model,
+            model=queue,
             lease_ms=self._lease_ms,
             max_jobs=max_jobs,
             max_tokens=max_tokens,
@@ -86,9 +95,9 @@ class Claimer:
         self._claim_ids[number] = secrets.token_hex(8)
         return reply
 
-    async def wait_for_work(self, timeout_s: float) -> None:
+    async def wait_for_work(self, timeout_s: float, *, is_scoring: bool = False) -> None:
         """Returns when a job has been queued; otherwise after the timeout, or somewhat earlier."""
-        await self._client.wait_for_wake(self._model, timeout_s)
+        await self._client.wait_for_wake(self._queue(is_scoring), timeout_s)
 
     async def push(self, items: Sequence[PushItem]) -> list[PushStatus]:
         """Each item is in its job's log and on its way to whoever watches, or its status says why not.
@@ -122,6 +131,9 @@ class Claimer:
     async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
         """The queue's load shows this status, for a while."""
         await self._client.heartbeat(status)
+
+    def _queue(self, is_scoring: bool) -> str:
+        return scoring_queue(self._model) if is_scoring else self._model
 
     async def _read_claim(self, reply: ClaimReply) -> ClaimedJob | None:
         """The claimed job; None if its bytes cannot be read, and then it has failed."""

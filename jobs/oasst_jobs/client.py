@@ -136,6 +136,8 @@ class QueueClient:
             running_jobs=sum(load.running_jobs for load in loads),
             dead_jobs=sum(load.dead_jobs for load in loads),
             workers=list(workers.values()),
+            waiting_scoring_jobs=sum(load.waiting_scoring_jobs for load in loads),
+            waiting_scoring_tokens=sum(load.waiting_scoring_tokens for load in loads),
         )
 
     async def push(self, worker_id: str, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:

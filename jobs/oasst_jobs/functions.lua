@@ -500,14 +500,17 @@ local function unwatch(keys, args)
   return job.state
 end
 
--- No ARGV. Returns {jobs waiting, tokens they ask for, jobs running, jobs dead, {WorkerStatus bytes, its age in ms ...}}.
-local function load(keys)
+-- ARGV  1 how the names of queues end that hold what is to be scored
+-- Returns {jobs waiting, tokens they ask for, jobs running, jobs dead, jobs to be scored waiting, tokens they ask for,
+-- {WorkerStatus bytes, its age in ms ...}}. What is to be scored is not among the others that wait.
+local function load(keys, args)
   local shard = open_shard(keys)
-  local waiting_jobs, waiting_tokens = 0, 0
+  local chats, scorings = { jobs = 0, tokens = 0 }, { jobs = 0, tokens = 0 }
   local by_model = redis.call('HGETALL', key_of(shard, 'waiting_tokens'))
   for index = 1, #by_model, 2 do
-    waiting_jobs = waiting_jobs + redis.call('ZCARD', key_of(shard, 'waiting', by_model[index]))
-    waiting_tokens = waiting_tokens + by_model[index + 1]
+    local waiting = string.sub(by_model[index], -#args[1]) == args[1] and scorings or chats
+    waiting.jobs = waiting.jobs + redis.call('ZCARD', key_of(shard, 'waiting', by_model[index]))
+    waiting.tokens = waiting.tokens + by_model[index + 1]
   end
 
   local workers = {}
@@ -519,7 +522,7 @@ local function load(keys)
   end
   local running_jobs = redis.call('ZCARD', key_of(shard, 'leases'))
   local dead_jobs = redis.call('ZCARD', key_of(shard, 'dead'))
-  return { waiting_jobs, waiting_tokens, running_jobs, dead_jobs, workers }
+  return { chats.jobs, chats.tokens, running_jobs, dead_jobs, scorings.jobs, scorings.tokens, workers }
 end
 
 ------------------------------------------------------------------------------------------------------------------------

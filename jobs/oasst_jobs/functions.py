@@ -40,7 +40,16 @@ from oasst_jobs.records import (
     TenantPolicy,
 )
 
-__all__ = ["JOB_VERSION", "PUSH_ITEMS_PER_CALL", "WATCHED_PER_CALL", "ClaimReply", "Shard", "job_size"]
+__all__ = [
+    "JOB_VERSION",
+    "PUSH_ITEMS_PER_CALL",
+    "WATCHED_PER_CALL",
+    "ClaimReply",
+    "Shard",
+    "job_size",
+    "num_prompt_tokens",
+    "scoring_queue",
+]
 
 T = TypeVar("T")
 
@@ -98,9 +107,27 @@ class ClaimReply(NamedTuple):
 def job_size(job: job_pb2.Job) -> int:
     """Positions a job may come to hold: its prompt, and all the tokens each of its choices may generate.
 
-    Tokens already logged are among those, so a job that is resumed has the size it always had.
+    Tokens already logged are among those, so a job that is resumed has the size it always had. A job that scores counts
+    its items, which its log holds, beside their tokens.
     """
-    return len(job.prompt_token_ids) + max(job.n, 1) * job.limits.max_new_tokens
+    if job.score_items:
+        return num_prompt_tokens(job) + len(job.score_items)
+    return num_prompt_tokens(job) + max(job.n, 1) * job.limits.max_new_tokens
+
+
+def num_prompt_tokens(job: job_pb2.Job) -> int:
+    """Tokens that come with the job."""
+    return len(job.prompt_token_ids) + sum(len(item.token_ids) for item in job.score_items)
+
+
+def scoring_queue(name: str) -> str:
+    """The queue of what is to be scored by a model of this name. That of its chats has the model's own name.
+
+    A queue of its own never stands in a chat's way: neither its order nor its limits know of the other. And a worker
+    that cannot score never looks into it. A tenant is named the same way there, so that what it has to be scored does
+    not count against its chats.
+    """
+    return name + ":scoring"
 
 
 class Shard:
@@ -146,12 +173,12 @@ class Shard:
             job.job_id,
             job.SerializeToString(),
             digest,
-            job.model,
+            _queue_name(job, job.model),
             job.version,
-            len(job.prompt_token_ids),
+            num_prompt_tokens(job),
             job_size(job),
             _LANES[job.priority],
-            job.tenant,
+            _queue_name(job, job.tenant),
             repr(policy.weight),
             _or_empty(timeout_ms),
             round(limits.retention_s * 1000),
@@ -222,12 +249,18 @@ class Shard:
         return None if state is None else JobState(state.decode())
 
     async def load(self) -> QueueLoad:
-        *counts, workers = await self._call("load")
-        waiting_jobs, waiting_tokens, running_jobs, dead_jobs = counts
+        *counts, workers = await self._call("load", scoring_queue(""))
+        waiting_jobs, waiting_tokens, running_jobs, dead_jobs, scoring_jobs, scoring_tokens = counts
         statuses = [job_pb2.WorkerStatus.FromString(status) for status in workers[::2]]
         ages_ms = workers[1::2]
         return QueueLoad(
-            waiting_jobs, waiting_tokens, running_jobs, dead_jobs, workers=list(zip(statuses, ages_ms, strict=True))
+            waiting_jobs,
+            waiting_tokens,
+            running_jobs,
+            dead_jobs,
+            workers=list(zip(statuses, ages_ms, strict=True)),
+            waiting_scoring_jobs=scoring_jobs,
+            waiting_scoring_tokens=scoring_tokens,
         )
 
     async def claim(
@@ -385,9 +418,16 @@ def _or_empty(number: int | None) -> Argument:
     return "" if number is None else number
 
 
+def _queue_name(job: job_pb2.Job, name: str) -> str:
+    """What a model or a tenant is called in the queue of such a job."""
+    return scoring_queue(name) if job.score_items else name
+
+
 def _prompt_digest(job: job_pb2.Job) -> str:
     """The same for a tenant's same prompt to the same model."""
     digest = hashlib.blake2b(array("I", job.prompt_token_ids).tobytes(), digest_size=16, person=b"oasst.prompt")
+    for item in job.score_items:
+        digest.update(array("I", [len(item.token_ids), item.context_length, *item.token_ids]).tobytes())
     for name in (job.tenant, job.model):
         digest.update(len(name.encode()).to_bytes(4) + name.encode())
     return digest.hexdigest()

@@ -9,7 +9,9 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:log:<job id>`         stream. The token log; an entry's id is `<end position>-0`. Written by push, read by
                                  claim and read. Goes with its job.
 `oasst:{0}:waiting:<model>`      sorted set. Job ids by place in the queue. Written by whatever queues a job or takes it
-                                 out, read by claim, enqueue, attach and status. Gone when empty.
+                                 out, read by claim, enqueue, attach and status. Gone when empty. What is to be scored
+                                 waits in a queue of its own: wherever a model is named here, that is
+                                 `<model>:scoring`.
 `oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by
                                  enqueue, attach, status and load. A field goes with the model's last waiting job.
 `oasst:{0}:tenant_jobs`          hash. Tenant -> its waiting jobs. Written with `waiting`, read by enqueue. A field
@@ -52,7 +54,7 @@ Fields of a job hash. All times are milliseconds of Redis's own clock.
 `state`                          waiting, running, finished, cancelled, expired or failed; the last four are final
 `job`                            the Job message, written once
 `digest`                         of the request as its client sent it; the same id with another digest is a conflict
-`model` `version` `prompt_tokens`  out of the Job, for functions that do not read protobuf
+`model` `version` `prompt_tokens`  the queue's name, and two out of the Job, for functions that do not read protobuf
 `size`                           positions the job may come to hold: prompt, and all that each choice may generate
 `tenant` `lane` `weight`         whose job it is, how urgent (0, 1, 2), and its tenant's weight when it came
 `choices`                        how many it has

@@ -127,6 +127,7 @@ class LogSnapshot:
 class QueueLoad:
     """How much waits and runs in the whole shard, and on which workers."""
 
+    # Jobs to be scored are not among these.
     waiting_jobs: int
     # Prompt tokens and tokens asked for of all waiting jobs.
     waiting_tokens: int
@@ -135,6 +136,9 @@ class QueueLoad:
     dead_jobs: int
     # Each live worker's last status and how many milliseconds old it is.
     workers: Sequence[tuple[job_pb2.WorkerStatus, int]]
+    # Jobs to be scored that wait, and their tokens.
+    waiting_scoring_jobs: int = 0
+    waiting_scoring_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:

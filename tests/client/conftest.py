@@ -11,7 +11,15 @@ import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2, model_pb2_grpc
+from oasst.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    generation_pb2,
+    model_pb2,
+    model_pb2_grpc,
+    scoring_pb2,
+    scoring_pb2_grpc,
+)
 from oasst_client import Client
 
 ANSWER = ["An ", "idea ", "that ", "spreads."]
@@ -21,12 +29,18 @@ Script = Callable[[StreamRequest, grpc.ServicerContext], Iterator[chat_pb2.ChatE
 
 
 @dataclass
-class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServiceServicer):
+class ScriptedServer(
+    chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServiceServicer, scoring_pb2_grpc.ScoringServiceServicer
+):
     """Answers chats by its script, without one in four words, and keeps what it was asked."""
 
     script: Script | None = None
     address: str = ""
     requests: list[StreamRequest] = field(default_factory=list)
+    score_requests: list[scoring_pb2.ScoreRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    # What scoring does before it answers.
+    on_score: Callable[[scoring_pb2.ScoreRequest, grpc.ServicerContext], object] = lambda request, context: None
     metadata: list[dict[str, str]] = field(default_factory=list)
     # Set when a caller has left a chat, or its chat has ended.
     ended: threading.Event = field(default_factory=threading.Event)
@@ -138,7 +152,22 @@ class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServ
     def CancelChat(self, request, context):
         if request.request_id == "unknown":
             self.refuse(context, code_pb2.NOT_FOUND, "there is no such request", self.error_info("REQUEST_NOT_FOUND"))
+        self.cancelled.append(request.request_id)
         return chat_pb2.CancelChatResponse(state=chat_pb2.CHAT_STATE_CANCELLED)
+
+    def Score(self, request, context):
+        """Each byte of a continuation costs 0.2."""
+        self.score_requests.append(request)
+        self.on_score(request, context)
+        lengths = [len(item.token_ids) - item.context_length for item in request.items]
+        return scoring_pb2.ScoreResponse(
+            scores=[
+                scoring_pb2.ItemScore(
+                    logprob=-0.2 * length, token_logprobs=[-0.2] * length if request.token_logprobs else []
+                )
+                for length in lengths
+            ]
+        )
 
     def ListModels(self, request, context):
         model = model_pb2.Model(
@@ -173,6 +202,7 @@ def server() -> Iterator[ScriptedServer]:
     grpc_server = grpc.server(ThreadPoolExecutor(max_workers=8))
     chat_pb2_grpc.add_ChatServiceServicer_to_server(scripted, grpc_server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(scripted, grpc_server)
+    scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scripted, grpc_server)
     scripted.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
     grpc_server.start()
     yield scripted

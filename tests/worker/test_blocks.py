@@ -133,3 +133,35 @@ def test_keys_grow_with_the_tokens_and_those_before_stay():
     keys = keys_of(tokens[:9])
     extend_keys(keys, tokens, block_size=4, salt=b"")
     assert keys == keys_of(tokens)
+
+
+def test_known_blocks_worth_less_are_handed_out_before_other_known_ones_and_found_until_then():
+    pool = BlockPool(num_blocks=3, block_size=4)
+    holders: list[list[int]] = [[], [], []]
+    for number, blocks in enumerate(holders):
+        assert pool.grow(blocks, 4)
+        if number < 2:
+            pool.publish(blocks[0], f"key {number}".encode())
+    first, less, unknown = (blocks[0] for blocks in holders)
+    pool.release(holders[0])
+    pool.release(holders[1], is_worth_less=True)
+    pool.release(holders[2])
+    assert pool.num_free == 3
+    assert pool.find([b"key 1"]) == [less]
+    taken: list[int] = []
+    for num_tokens in (4, 8, 12):
+        assert pool.grow(taken, num_tokens)
+    assert taken == [unknown, less, first]
+
+
+def test_a_block_worth_less_that_is_shared_again_is_not_handed_out():
+    pool = BlockPool(num_blocks=2, block_size=4)
+    blocks: list[int] = []
+    pool.grow(blocks, 4)
+    pool.publish(blocks[0], b"key")
+    pool.release(blocks, is_worth_less=True)
+    pool.share(blocks, pool.find([b"key"]))
+    other: list[int] = []
+    assert not pool.grow(other, 8)
+    assert pool.grow(other, 4)
+    assert set(other).isdisjoint(blocks)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16oasst/v1/scoring.proto\x12\x08oasst.v1\"6\n\tScoreItem\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\"Y\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x05items\x18\x02 \x03(\x0b\x32\x13.oasst.v1.ScoreItem\x12\x16\n\x0etoken_logprobs\x18\x03 \x01(\x08\"G\n\tItemScore\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x11\n\tis_greedy\x18\x02 \x01(\x08\x12\x16\n\x0etoken_logprobs\x18\x03 \x03(\x02\"4\n\rScoreResponse\x12#\n\x06scores\x18\x01 \x03(\x0b\x32\x13.oasst.v1.ItemScore2J\n\x0eScoringService\x12\x38\n\x05Score\x12\x16.oasst.v1.ScoreRequest\x1a\x17.oasst.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16oasst/v1/scoring.proto\x12\x08oasst.v1\"6\n\tScoreItem\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\"m\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x05items\x18\x02 \x03(\x0b\x32\x13.oasst.v1.ScoreItem\x12\x16\n\x0etoken_logprobs\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"G\n\tItemScore\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x11\n\tis_greedy\x18\x02 \x01(\x08\x12\x16\n\x0etoken_logprobs\x18\x03 \x03(\x02\"4\n\rScoreResponse\x12#\n\x06scores\x18\x01 \x03(\x0b\x32\x13.oasst.v1.ItemScore2J\n\x0eScoringService\x12\x38\n\x05Score\x12\x16.oasst.v1.ScoreRequest\x1a\x17.oasst.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREITEM']._serialized_start=36
   _globals['_SCOREITEM']._serialized_end=90
   _globals['_SCOREREQUEST']._serialized_start=92
-  _globals['_SCOREREQUEST']._serialized_end=181
-  _globals['_ITEMSCORE']._serialized_start=183
-  _globals['_ITEMSCORE']._serialized_end=254
-  _globals['_SCORERESPONSE']._serialized_start=256
-  _globals['_SCORERESPONSE']._serialized_end=308
-  _globals['_SCORINGSERVICE']._serialized_start=310
-  _globals['_SCORINGSERVICE']._serialized_end=384
+  _globals['_SCOREREQUEST']._serialized_end=201
+  _globals['_ITEMSCORE']._serialized_start=203
+  _globals['_ITEMSCORE']._serialized_end=274
+  _globals['_SCORERESPONSE']._serialized_start=276
+  _globals['_SCORERESPONSE']._serialized_end=328
+  _globals['_SCORINGSERVICE']._serialized_start=330
+  _globals['_SCORINGSERVICE']._serialized_end=404
 # @@protoc_insertion_point(module_scope)

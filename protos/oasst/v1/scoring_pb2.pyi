@@ -15,14 +15,16 @@ class ScoreItem(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., context_length: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "items", "token_logprobs")
+    __slots__ = ("model", "items", "token_logprobs", "request_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
     token_logprobs: bool
-    def __init__(self, model: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., token_logprobs: _Optional[bool] = ...) -> None: ...
+    request_id: str
+    def __init__(self, model: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., token_logprobs: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ItemScore(_message.Message):
     __slots__ = ("logprob", "is_greedy", "token_logprobs")

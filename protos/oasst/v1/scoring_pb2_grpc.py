@@ -45,7 +45,8 @@ class ScoringServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Score(self, request, context):
-        """Scores every item by the model's raw logits; no prompt format is applied.
+        """Scores every item by the model's raw logits; no prompt format is applied. It runs behind all chats, and like a chat
+        it survives its worker. CancelChat with its request id ends it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

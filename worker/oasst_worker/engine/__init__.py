@@ -1,8 +1,16 @@
 """Decides what each step computes. Standard library only: the tensors live in `oasst_worker.runtime`."""
 
-from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, TokenLogprob
-from oasst_worker.engine.engine import Engine, EngineConfig, FinishReason, TokenOutput, finish_reason
+from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, Scores, TokenLogprob
+from oasst_worker.engine.engine import (
+    Engine,
+    EngineConfig,
+    FinishReason,
+    ScoreOutput,
+    TokenOutput,
+    finish_reason,
+)
 from oasst_worker.engine.params import GenerationParams
+from oasst_worker.engine.scoring import ScoringSequence, Target, TargetScore
 from oasst_worker.engine.sequence import Sequence
 
 __all__ = [
@@ -15,7 +23,12 @@ __all__ = [
     "GenerationParams",
     "OutOfDeviceMemoryError",
     "Sample",
+    "ScoreOutput",
+    "Scores",
+    "ScoringSequence",
     "Sequence",
+    "Target",
+    "TargetScore",
     "TokenLogprob",
     "TokenOutput",
     "finish_reason",

@@ -1,11 +1,13 @@
 """What one step computes, and what it gave: the words between the engine and its executor."""
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
+from oasst_worker.engine.scoring import ScoringSequence, Target, TargetScore
 from oasst_worker.engine.sequence import Sequence
 
-__all__ = ["Batch", "Chunk", "Executor", "OutOfDeviceMemoryError", "Sample", "TokenLogprob"]
+__all__ = ["Batch", "Chunk", "Executor", "OutOfDeviceMemoryError", "Sample", "Scores", "TokenLogprob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,14 @@ class Chunk:
     @property
     def draws(self) -> bool:
         """The chunk ends with the sequence's last token, so the next one is drawn."""
-        return self.end == self.sequence.num_tokens
+        return self.end == self.sequence.num_tokens and not isinstance(self.sequence, ScoringSequence)
+
+    @property
+    def targets(self) -> Items[Target]:
+        """What is scored by the logits of its tokens."""
+        if not isinstance(self.sequence, ScoringSequence):
+            return ()
+        return tuple(self.sequence.targets(self.start, self.end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,13 @@ class Sample:
 
     token_id: int | None
     logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a chunk with targets gave: one score for each, or None if some of its logits were not finite."""
+
+    of_targets: Items[TargetScore] | None
 
 
 class OutOfDeviceMemoryError(RuntimeError):
@@ -86,8 +102,10 @@ class Executor(Protocol):
         """
         ...
 
-    def execute(self, batch: Batch) -> list[Sample]:
-        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order.
+    def execute(self, batch: Batch) -> Items[Sample | Scores]:
+        """Keys and values of every chunk are in the cache.
+
+        Returns, in order, a sample for each chunk that draws and scores for each that has targets.
 
         Raises:
             OutOfDeviceMemoryError: if a smaller batch may succeed. Nothing is drawn; what was written is written again.

@@ -3,7 +3,7 @@
 A block is `block_size` positions. A sequence's blocks stand in its own list in the order of its positions; sequences
 that begin alike may hold the same blocks. A full block can be published under a key that tells all the tokens up to
 its end. It stays known after its last holder released it, until it is handed out for something else: blocks that know
-nothing go first, then the least recently used.
+nothing go first, then those worth less, then the least recently used.
 """
 
 from collections import OrderedDict
@@ -32,13 +32,14 @@ class BlockPool:
         self.block_size = block_size
         self._num_holders = [0] * num_blocks
         self._free = OrderedDict.fromkeys(range(num_blocks))  # In the order they are handed out.
+        self._free_worth_less: OrderedDict[int, None] = OrderedDict()  # Known ones, handed out before other known ones.
         self._key_of: dict[int, bytes] = {}
         self._known: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, known ones included."""
-        return len(self._free)
+        return len(self._free) + len(self._free_worth_less)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold this many positions."""
@@ -62,6 +63,7 @@ class BlockPool:
         """The list holds these blocks too, behind its own."""
         for block in found:
             self._free.pop(block, None)
+            self._free_worth_less.pop(block, None)
             self._num_holders[block] += 1
             blocks.append(block)
 
@@ -71,7 +73,7 @@ class BlockPool:
         if missing > self.num_free:
             return False
         for _ in range(missing):
-            block, _ = self._free.popitem(last=False)
+            block = self._pop_free()
             self._forget(block)
             self._num_holders[block] = 1
             blocks.append(block)
@@ -83,20 +85,30 @@ class BlockPool:
             self._known[key] = block
             self._key_of[block] = key
 
-    def release(self, blocks: list[int]) -> None:
-        """The list is empty; blocks that nobody else holds are free."""
+    def release(self, blocks: list[int], *, is_worth_less: bool = False) -> None:
+        """The list is empty; blocks that nobody else holds are free, worth less or not than those of others."""
         for block in reversed(blocks):  # The end of a prefix is worth less than its beginning: it goes first.
             self._num_holders[block] -= 1
             if not self._num_holders[block]:
-                self._free[block] = None
                 if block not in self._key_of:
+                    self._free[block] = None
                     self._free.move_to_end(block, last=False)
+                elif is_worth_less:
+                    self._free_worth_less[block] = None
+                else:
+                    self._free[block] = None
         blocks.clear()
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Nobody finds these blocks any more; who holds them keeps them."""
         for block in blocks:
             self._forget(block)
+
+    def _pop_free(self) -> int:
+        """The free block that is missed least."""
+        if self._free_worth_less and not (self._free and next(iter(self._free)) not in self._key_of):
+            return self._free_worth_less.popitem(last=False)[0]
+        return self._free.popitem(last=False)[0]
 
     def _forget(self, block: int) -> None:
         key = self._key_of.pop(block, None)

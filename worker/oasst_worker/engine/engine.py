@@ -1,16 +1,18 @@
 """The engine: schedule, execute, update, every step."""
 
 import logging
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
 
-from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, TokenLogprob
+from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, Scores, TokenLogprob
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.scheduler import Scheduler
+from oasst_worker.engine.scoring import ScoringSequence, TargetScore
 from oasst_worker.engine.sequence import Sequence
 
-__all__ = ["Engine", "EngineConfig", "FinishReason", "TokenOutput", "finish_reason"]
+__all__ = ["Engine", "EngineConfig", "FinishReason", "ScoreOutput", "TokenOutput", "finish_reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,19 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
     finish: FinishReason | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """A sequence was scored, or could not be."""
+
+    sequence_id: str
+    # For each of its continuations, the scores of the continuation's tokens; empty with an error.
+    continuations: Items[Items[TargetScore]]
+    error: str | None = None
+
+
+_NOT_FINITE = "the logits are not finite numbers"
 
 
 class Engine:
@@ -118,7 +133,7 @@ class Engine:
         longest = sequence.num_prompt_tokens + params.max_new_tokens
         if sequence.sequence_id in self._sequences:
             raise ValueError(f"sequence {sequence.sequence_id} is in the engine already")
-        if sequence.num_output_tokens >= params.max_new_tokens:
+        if sequence.num_output_tokens >= params.max_new_tokens and not isinstance(sequence, ScoringSequence):
             raise ValueError(f"sequence {sequence.sequence_id} has all {params.max_new_tokens} tokens already")
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens do not fit the model's {self.config.max_positions} positions")
@@ -133,7 +148,7 @@ class Engine:
         if sequence is not None:
             self._scheduler.remove(sequence)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> list[TokenOutput | ScoreOutput]:
         """One turn. Sequences that finished in it are removed already.
 
         Raises:
@@ -142,13 +157,13 @@ class Engine:
         batch = self._scheduler.schedule()
         while batch.chunks:
             try:
-                samples = self._executor.execute(batch)
+                results = self._executor.execute(batch)
             except OutOfDeviceMemoryError as error:
                 batch = self._schedule_smaller(batch, error)
             else:
                 break
         self.last_batch = batch
-        return self._update(batch, samples) if batch.chunks else []
+        return self._update(batch, results) if batch.chunks else []
 
     def _schedule_smaller(self, failed: Batch, error: OutOfDeviceMemoryError) -> Batch:
         self.num_out_of_memory += 1
@@ -157,19 +172,39 @@ class Engine:
             raise error
         return self._scheduler.schedule()
 
-    def _update(self, batch: Batch, samples: list[Sample]) -> list[TokenOutput]:
-        drawing = [chunk for chunk in batch.chunks if chunk.draws]
+    def _update(self, batch: Batch, results: Items[Sample | Scores]) -> list[TokenOutput | ScoreOutput]:
+        asking = [chunk for chunk in batch.chunks if chunk.draws or chunk.targets]
         self._scheduler.record_computed(batch)
-        return [self._append(chunk, sample) for chunk, sample in zip(drawing, samples, strict=True)]
+        outputs: list[TokenOutput | ScoreOutput] = []
+        for chunk, result in zip(asking, results, strict=True):
+            if isinstance(result, Sample):
+                outputs.append(self._append(chunk, result))
+            elif (output := self._score(chunk, result)) is not None:
+                outputs.append(output)
+        return outputs
+
+    def _score(self, chunk: Chunk, scores: Scores) -> ScoreOutput | None:
+        """Keeps the chunk's scores; tells them all once the sequence has ended."""
+        sequence = chunk.sequence
+        if not isinstance(sequence, ScoringSequence):
+            raise TypeError(f"sequence {sequence.sequence_id} draws, and was scored")
+        if scores.of_targets is None:
+            self._scheduler.forget(sequence)
+            self.remove(sequence.sequence_id)
+            return ScoreOutput(sequence.sequence_id, (), error=_NOT_FINITE)
+        for target, score in zip(chunk.targets, scores.of_targets, strict=True):
+            sequence.take(target, score)
+        if not sequence.has_ended:
+            return None
+        self.remove(sequence.sequence_id)
+        return ScoreOutput(sequence.sequence_id, sequence.continuation_scores())
 
     def _append(self, chunk: Chunk, sample: Sample) -> TokenOutput:
         sequence = chunk.sequence
         if sample.token_id is None:
             self._scheduler.forget(sequence)
             self.remove(sequence.sequence_id)
-            return TokenOutput(
-                sequence.sequence_id, None, finish=FinishReason.ERROR, error="the logits are not finite numbers"
-            )
+            return TokenOutput(sequence.sequence_id, None, finish=FinishReason.ERROR, error=_NOT_FINITE)
         sequence.append(sample.token_id)
         finish = finish_reason(
             sequence.params,

@@ -7,13 +7,25 @@ from zero again.
 
 from collections import deque
 from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.engine.limits import StepLimits
+from oasst_worker.engine.scoring import ScoringSequence
 from oasst_worker.engine.sequence import Sequence
 
 __all__ = ["Scheduler"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """Sequences of equal right."""
+
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)  # Oldest first.
+    # Key -> the running sequence that is to compute the block first.
+    expected: dict[bytes, Sequence] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -27,6 +39,8 @@ class Scheduler:
       front; it is computed again later. The oldest is never preempted for a younger one, so it always ends.
     - When the device had no memory for a batch, the younger half waits in the same way, and steps are smaller for a
       while.
+    - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is
+      preempted first. Beside sequences that generate it gets one tile a step, so that it never rests and hardly shows.
     """
 
     def __init__(
@@ -58,18 +72,16 @@ class Scheduler:
         self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
         self._prefill_tile = prefill_tile
         self._is_position_exact = is_position_exact
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # Oldest first.
-        # Key -> the running sequence that is to compute the block first.
-        self._expected: dict[bytes, Sequence] = {}
+        self._generating = _Lane()
+        self._scoring = _Lane()
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._generating.waiting) + len(self._scoring.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._generating.running) + len(self._scoring.running)
 
     @property
     def kv_tokens_total(self) -> int:
@@ -79,15 +91,21 @@ class Scheduler:
     def kv_tokens_used(self) -> int:
         return (self._pool.num_blocks - self._pool.num_free) * self._pool.block_size
 
+    @property
+    def _youngest(self) -> Sequence:
+        """The first to be preempted."""
+        return (self._scoring.running or self._generating.running)[-1]
+
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self._lane_of(sequence).waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence neither runs nor waits, and its blocks are free."""
-        if sequence in self._running:
+        lane = self._lane_of(sequence)
+        if sequence in lane.running:
             self._stop(sequence)
         else:
-            self._waiting.remove(sequence)
+            lane.waiting.remove(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing of the sequence is used again by others."""
@@ -96,22 +114,13 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's work; empty if there is none."""
         chunks: dict[Sequence, Chunk] = {}
-        budget = self._limits.step_tokens
-        decoding = [sequence for sequence in self._running if sequence.num_to_compute == 1]
-        prefilling = [sequence for sequence in self._running if sequence.num_to_compute > 1]
-        for sequence in decoding + prefilling:
-            if sequence in self._running:  # Not preempted meanwhile.
-                budget -= self._give_chunk(sequence, budget, chunks)
-        for sequence in list(self._waiting):
-            if budget < self._prefill_tile or len(self._running) >= self._limits.max_sequences:
-                break
-            known, unknown_keys = self._look_up(sequence)
-            if unknown_keys and unknown_keys[0] in self._expected:
-                continue  # Known in a step or a few; the next in line need not wait for that.
-            if not self._fits(sequence, known):
-                break
-            self._start(sequence, known, unknown_keys)
-            budget -= self._give_chunk(sequence, budget, chunks)
+        budget = self._schedule_running(self._generating, self._limits.step_tokens, chunks)
+        budget, has_room = self._admit(self._generating, budget, chunks)
+        if self._generating.running:
+            budget = min(budget, self._prefill_tile)
+        budget = self._schedule_running(self._scoring, budget, chunks)
+        if has_room:  # Else the blocks are for those that generate.
+            self._admit(self._scoring, budget, chunks)
         return Batch(tuple(chunks.values()))
 
     def shrink(self, failed: Batch) -> bool:
@@ -121,8 +130,8 @@ class Scheduler:
         """
         if not self._limits.shrink(failed):
             return False
-        while len(self._running) > self._limits.max_sequences:
-            self._preempt(self._running[-1])
+        while self.num_running > self._limits.max_sequences:
+            self._preempt(self._youngest)
         return True
 
     def record_computed(self, batch: Batch) -> None:
@@ -137,7 +146,7 @@ class Scheduler:
                 keys = sequence.keys(block_size)
                 for index in blocks:
                     self._pool.publish(sequence.blocks[index], keys[index])
-                    self._expected.pop(keys[index], None)
+                    self._lane_of(sequence).expected.pop(keys[index], None)
 
     def _num_reusable(self, sequence: Sequence, num_tokens: int) -> int:
         """Of its first tokens, those whose keys and values are the same in every sequence that begins alike."""
@@ -146,11 +155,41 @@ class Scheduler:
         num_tokens = min(num_tokens, sequence.num_prompt_tokens)
         return num_tokens - num_tokens % self._prefill_tile
 
+    def _lane_of(self, sequence: Sequence) -> _Lane:
+        return self._scoring if isinstance(sequence, ScoringSequence) else self._generating
+
+    def _schedule_running(self, lane: _Lane, budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Chunks for the running sequences of a lane; returns what is left of the budget."""
+        decoding = [sequence for sequence in lane.running if sequence.num_to_compute == 1]
+        prefilling = [sequence for sequence in lane.running if sequence.num_to_compute > 1]
+        for sequence in decoding + prefilling:
+            if sequence in lane.running:  # Not preempted meanwhile.
+                budget -= self._give_chunk(sequence, budget, chunks)
+        return budget
+
+    def _admit(self, lane: _Lane, budget: int, chunks: dict[Sequence, Chunk]) -> tuple[int, bool]:
+        """Starts what waits in a lane; returns what is left of the budget, and whether nothing waits for blocks."""
+        for sequence in list(lane.waiting):
+            if budget < self._prefill_tile or not self._has_slot(lane):
+                break
+            known, unknown_keys = self._look_up(sequence)
+            if unknown_keys and unknown_keys[0] in lane.expected:
+                continue  # Known in a step or a few; the next in line need not wait for that.
+            if not self._fits(sequence, known):
+                if lane is self._scoring or not self._make_room(sequence):
+                    return budget, False
+                known, unknown_keys = self._look_up(sequence)
+            self._start(sequence, known, unknown_keys)
+            budget -= self._give_chunk(sequence, budget, chunks)
+        return budget, True
+
+    def _has_slot(self, lane: _Lane) -> bool:
+        return lane is self._scoring or len(lane.running) < self._limits.max_sequences
+
     def _look_up(self, sequence: Sequence) -> tuple[list[int], Items[bytes]]:
         """The known blocks of its beginning that it may use again, and the keys of those behind them."""
         block_size = self._pool.block_size
-        # The last token is always computed: the next one is drawn from it.
-        keys = sequence.keys(block_size)[: self._num_reusable(sequence, sequence.num_tokens - 1) // block_size]
+        keys = sequence.keys(block_size)[: self._num_reusable(sequence, sequence.num_reusable) // block_size]
         known = self._pool.find(keys)
         known = known[: self._num_reusable(sequence, len(known) * block_size) // block_size]
         return known, keys[len(known) :]
@@ -160,14 +199,24 @@ class Scheduler:
         missing = self._pool.blocks_for(sequence.num_tokens) - len(known)
         return missing <= self._pool.num_free - self._pool.num_free_among(known)
 
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Whether the sequence fits once so many of those that are scored are preempted as it takes."""
+        while self._scoring.running:
+            self._preempt(self._scoring.running[-1])
+            known, _ = self._look_up(sequence)
+            if self._fits(sequence, known):
+                return True
+        return False
+
     def _start(self, sequence: Sequence, known: Items[int], unknown_keys: Items[bytes]) -> None:
         """The sequence runs, and has computed what is known already."""
-        self._waiting.remove(sequence)
-        self._running.append(sequence)
+        lane = self._lane_of(sequence)
+        lane.waiting.remove(sequence)
+        lane.running.append(sequence)
         self._pool.share(sequence.blocks, known)
         sequence.num_computed = len(known) * self._pool.block_size
         for key in unknown_keys:
-            self._expected.setdefault(key, sequence)
+            lane.expected.setdefault(key, sequence)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
             self.num_prompt_tokens += sequence.num_prompt_tokens
@@ -175,10 +224,11 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         """The sequence does not run, and its blocks are free."""
-        self._running.remove(sequence)
-        self._pool.release(sequence.blocks)
-        for key in [key for key, owner in self._expected.items() if owner is sequence]:
-            del self._expected[key]
+        lane = self._lane_of(sequence)
+        lane.running.remove(sequence)
+        self._pool.release(sequence.blocks, is_worth_less=lane is self._scoring)
+        for key in [key for key, owner in lane.expected.items() if owner is sequence]:
+            del lane.expected[key]
 
     def _give_chunk(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Enters the sequence's chunk, if budget and blocks allow one; returns how many tokens it takes."""
@@ -187,7 +237,7 @@ class Scheduler:
             return 0
         freed = 0
         while not self._pool.grow(sequence.blocks, end):
-            victim = self._running[-1]
+            victim = self._youngest
             self._preempt(victim)
             withdrawn = chunks.pop(victim, None)
             freed += withdrawn.num_tokens if withdrawn else 0
@@ -205,5 +255,5 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         sequence.num_computed = 0
-        self._waiting.appendleft(sequence)
+        self._lane_of(sequence).waiting.appendleft(sequence)
         self.num_preemptions += 1

@@ -105,6 +105,11 @@ class Sequence:
         return len(self._token_ids) - self._prompt_length
 
     @property
+    def num_reusable(self) -> int:
+        """How many of its tokens need not be computed if they are known: the next one is drawn from the last."""
+        return len(self._token_ids) - 1
+
+    @property
     def num_to_compute(self) -> int:
         return len(self._token_ids) - self.num_computed
 

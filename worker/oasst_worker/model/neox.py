@@ -66,12 +66,21 @@ class NeoX:
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, cache: Tensor) -> Tensor:
         """Writes every row's keys and values and returns the drawing rows' logits, [drawing, vocab] in fp32."""
+        return self.logits(self.hidden(inputs, cache)[inputs.drawing_rows])
+
+    @torch.inference_mode()
+    def hidden(self, inputs: StepInputs, cache: Tensor) -> Tensor:
+        """Writes every row's keys and values and returns what the layers make of it, [rows, hidden]."""
         hidden = F.embedding(inputs.token_ids, self._embedding)
         attend = self._attention.prepare(inputs)
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             hidden = layer(hidden, attend, layer_cache)
-        drawing = self._final_norm(hidden[inputs.drawing_rows])
-        return self._head(drawing).float()
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of rows of `hidden`, [rows, vocab] in fp32."""
+        return self._head(self._final_norm(hidden)).float()
 
 
 class _Layer:

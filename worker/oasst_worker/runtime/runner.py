@@ -1,6 +1,7 @@
 """Executes the engine's batches on one device."""
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from oasst_worker.engine import (
     GenerationParams,
     OutOfDeviceMemoryError,
     Sample,
+    Scores,
     Sequence,
     TokenLogprob,
 )
@@ -19,6 +21,7 @@ from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
+from oasst_worker.runtime.scoring import BatchTargets, find_targets, score_batch
 from oasst_worker.runtime.tensors import make_inputs
 
 __all__ = ["ModelRunner"]
@@ -42,8 +45,10 @@ class ModelRunner:
         self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
 
-    def execute(self, batch: Batch) -> list[Sample]:
-        """Keys and values of every chunk are in the cache; one sample per chunk that draws, in order.
+    def execute(self, batch: Batch) -> Items[Sample | Scores]:
+        """Keys and values of every chunk are in the cache.
+
+        Returns, in order, a sample for each chunk that draws and scores for each that has targets.
 
         Raises:
             OutOfDeviceMemoryError: if the device has no memory left for the batch.
@@ -56,8 +61,28 @@ class ModelRunner:
         torch.cuda.empty_cache()
         raise OutOfDeviceMemoryError(message)
 
-    def _compute(self, batch: Batch) -> list[Sample]:
-        logits = self._forward(batch)
+    def _compute(self, batch: Batch) -> Items[Sample | Scores]:
+        targets = find_targets(batch)
+        if targets.rows:
+            return self._compute_scoring(batch, targets)
+        return self._sample(batch, self._forward(batch))
+
+    def _compute_scoring(self, batch: Batch, targets: BatchTargets) -> Items[Sample | Scores]:
+        """As `execute`; logits of all targets at once would take too much memory, so those that draw come first."""
+        inputs = make_inputs(batch, device=self._model.device)
+        hidden = self._model.hidden(inputs, self._cache)
+        draws = any(chunk.draws for chunk in batch.chunks)
+        samples = iter(self._sample(batch, self._model.logits(hidden[inputs.drawing_rows])) if draws else ())
+        scores = iter(score_batch(targets, hidden, self._model.logits))
+        results: list[Sample | Scores] = []
+        for chunk in batch.chunks:
+            if chunk.draws:
+                results.append(next(samples))
+            elif chunk.targets:
+                results.append(next(scores))
+        return results
+
+    def _sample(self, batch: Batch, logits: Tensor) -> list[Sample]:
         rows = [self._sampling_row(chunk) for chunk in batch.chunks if chunk.draws]
         return _samples(self._sampler.sample(logits, rows)) if rows else []
 

@@ -1,5 +1,6 @@
 from oasst.v1 import chat_pb2 as _chat_pb2
 from oasst.v1 import generation_pb2 as _generation_pb2
+from oasst.v1 import scoring_pb2 as _scoring_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -9,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("version", "job_id", "tenant", "model", "prompt_token_ids", "sampling", "limits", "n", "logprobs", "priority", "dropped_turns", "request_id", "cache_salt")
+    __slots__ = ("version", "job_id", "tenant", "model", "prompt_token_ids", "sampling", "limits", "n", "logprobs", "priority", "dropped_turns", "request_id", "cache_salt", "score_items", "score_token_logprobs")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +24,8 @@ class Job(_message.Message):
     DROPPED_TURNS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SCORE_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     version: int
     job_id: str
     tenant: str
@@ -36,15 +39,19 @@ class Job(_message.Message):
     dropped_turns: int
     request_id: str
     cache_salt: bytes
-    def __init__(self, version: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., limits: _Optional[_Union[_generation_pb2.GenerationLimits, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., priority: _Optional[_Union[_chat_pb2.Priority, str]] = ..., dropped_turns: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    score_items: _containers.RepeatedCompositeFieldContainer[_scoring_pb2.ScoreItem]
+    score_token_logprobs: bool
+    def __init__(self, version: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., limits: _Optional[_Union[_generation_pb2.GenerationLimits, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., priority: _Optional[_Union[_chat_pb2.Priority, str]] = ..., dropped_turns: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., score_items: _Optional[_Iterable[_Union[_scoring_pb2.ScoreItem, _Mapping]]] = ..., score_token_logprobs: _Optional[bool] = ...) -> None: ...
 
 class LogEntry(_message.Message):
-    __slots__ = ("end_position", "deltas")
+    __slots__ = ("end_position", "deltas", "scores")
     END_POSITION_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     end_position: int
     deltas: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Delta]
-    def __init__(self, end_position: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[_generation_pb2.Delta, _Mapping]]] = ...) -> None: ...
+    scores: _containers.RepeatedCompositeFieldContainer[_scoring_pb2.ItemScore]
+    def __init__(self, end_position: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[_generation_pb2.Delta, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[_scoring_pb2.ItemScore, _Mapping]]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("finished", "failed")

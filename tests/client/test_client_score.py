@@ -1,0 +1,168 @@
+"""Items of any number are scored in order, in requests that a server takes."""
+
+import asyncio
+import threading
+from itertools import chain
+
+import grpc
+import pytest
+from google.rpc import code_pb2, error_details_pb2
+from oasst_client import (
+    AsyncClient,
+    Client,
+    InvalidArgumentError,
+    ItemScore,
+    RequestCancelledError,
+    ScoreItem,
+    UnavailableError,
+)
+from oasst_client.testing import FakeServer
+
+
+def items_of(*lengths: int) -> list[ScoreItem]:
+    """Items with a context of one token and continuations of these lengths."""
+    return [ScoreItem([1] * (1 + length), 1) for length in lengths]
+
+
+def score(server, items, **options) -> tuple[ItemScore, ...]:
+    """The scores, which the async client gives as well."""
+
+    async def score_async():
+        async with AsyncClient(server.address) as client:
+            return await client.score(items, **options)
+
+    with Client(server.address) as client:
+        scores = client.score(items, **options)
+    assert asyncio.run(score_async()) == scores
+    return scores
+
+
+def test_scores_come_in_the_order_of_the_items(server):
+    scores = score(server, items_of(3, 1, 2))
+    assert [each.logprob for each in scores] == pytest.approx([-0.6, -0.2, -0.4])
+    assert all(each.token_logprobs == () for each in scores)
+
+
+def test_no_items_are_no_request(server):
+    assert score(server, []) == ()
+    assert server.score_requests == []
+
+
+def test_the_logprobs_of_tokens_come_where_they_are_asked_for(server):
+    (scored,) = score(server, items_of(2), token_logprobs=True)
+    assert scored.token_logprobs == pytest.approx((-0.2, -0.2))
+
+
+def test_many_items_are_several_requests_with_an_id_each(server):
+    scores = score(server, items_of(*range(1, 201)))
+    assert [each.logprob for each in scores] == pytest.approx([-0.2 * length for length in range(1, 201)])
+    sizes = sorted(len(request.items) for request in server.score_requests)
+    assert sizes == [8, 8, 64, 64, 64, 64, 64, 64]
+    assert len({request.request_id for request in server.score_requests}) == 8
+
+
+def test_requests_of_long_items_hold_fewer(server):
+    score(server, items_of(*[2048] * 20))
+    num_tokens = [sum(len(item.token_ids) for item in request.items) for request in server.score_requests]
+    assert max(num_tokens) <= 32_768
+    assert min(num_tokens) == 5 * 2049  # 15 items and 5 of them.
+
+
+def test_texts_are_tokenized_by_the_server_with_the_space_in_the_continuation(server):
+    scores = score(server, [("ab ", "c"), ScoreItem([1, 2], 1), ("", "xy"), ("ab", " c")])
+    items = server.score_requests[0].items
+    assert [(bytes(item.token_ids), item.context_length) for item in items] == [
+        (b"ab c", 2),
+        (b"\x01\x02", 1),
+        (b"\x00xy", 1),
+        (b"ab c", 2),
+    ]
+    assert [each.logprob for each in scores] == pytest.approx([-0.4, -0.2, -0.4, -0.4])
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "message"),
+    [
+        (("only",), TypeError, r"items\[1\]: give a ScoreItem or the texts"),
+        ("ab", TypeError, r"items\[1\]: give a ScoreItem or the texts"),
+        (("context", ""), ValueError, r"items\[1\]: the continuation is empty"),
+    ],
+)
+def test_what_is_no_item_is_told_before_anything_is_sent(server, item, error, message):
+    with Client(server.address) as client, pytest.raises(error, match=message):
+        client.score([("a", "b"), item])
+    assert server.score_requests == []
+
+
+def test_a_server_that_is_away_is_asked_again_with_the_same_id(server):
+    def be_away_once(request, context: grpc.ServicerContext):
+        if len(server.score_requests) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+
+    server.on_score = be_away_once
+    with Client(server.address) as client:
+        assert len(client.score(items_of(1))) == 1
+    first, second = server.score_requests
+    assert first == second
+
+
+def test_a_refusal_names_the_field_and_ends_the_other_requests(server):
+    def refuse(request, context: grpc.ServicerContext):
+        violation = error_details_pb2.BadRequest.FieldViolation(field="items[0].context_length", description="is 0")
+        bad_request = error_details_pb2.BadRequest(field_violations=[violation])
+        server.refuse(context, code_pb2.INVALID_ARGUMENT, "one field is not as allowed", bad_request)
+
+    server.on_score = refuse
+    with Client(server.address) as client, pytest.raises(InvalidArgumentError) as raised:
+        client.score(items_of(*[1] * 64 * 20))
+    assert raised.value.field_violations[0].field == "items[0].context_length"
+    assert len(server.score_requests) < 20
+
+
+def test_a_deadline_is_for_all_requests_together(server):
+    given = []
+    server.on_score = lambda request, context: given.append(context.time_remaining())
+    with Client(server.address) as client:
+        client.score(items_of(*[1] * 640), timeout_s=30)
+    assert len(given) == 10
+    assert max(given) <= 30
+
+
+async def test_whoever_is_cancelled_cancels_at_the_server(server):
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def hold(request, context):
+        has_begun.set()
+        may_end.wait(10)
+
+    server.on_score = hold
+    async with AsyncClient(server.address) as client:
+        task = asyncio.create_task(client.score(items_of(1)))
+        await asyncio.to_thread(has_begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    may_end.set()
+    assert server.cancelled == [server.score_requests[0].request_id]
+
+
+def test_an_error_of_a_fake_score_refuses_the_request():
+    def refuse(item: ScoreItem) -> ItemScore:
+        raise RequestCancelledError("cancelled", code="CANCELLED", reason="CANCELLED")
+
+    with FakeServer(score=refuse) as server, Client(server.address) as client:
+        with pytest.raises(RequestCancelledError):
+            client.score(items_of(1))
+        assert len(server.score_requests) == 1
+
+
+def test_a_server_that_is_never_there_is_told_as_such(server):
+    with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError):
+        client.score(items_of(1), timeout_s=0.5)
+
+
+def test_a_fake_server_keeps_what_it_was_asked():
+    with FakeServer() as server, Client(server.address) as client:
+        scores = client.score(items_of(1, 2), token_logprobs=True)
+    assert scores == (ItemScore(-1.0, False, (-1.0,)), ItemScore(-2.0, False, (-1.0, -1.0)))
+    assert list(chain.from_iterable(list(item.token_ids) for item in server.score_requests[0].items)) == [1] * 5

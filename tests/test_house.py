@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOMES = {
     "oasst": ROOT / "protos",
+    "oasst_telemetry": ROOT / "telemetry",
     "oasst_jobs": ROOT / "jobs",
     "oasst_gateway": ROOT / "gateway",
     "oasst_worker": ROOT / "worker",
@@ -23,9 +24,10 @@ HOMES = {
 # Package -> the packages of ours it may import beside itself.
 ARROWS = {
     "oasst": set(),
+    "oasst_telemetry": set(),
     "oasst_jobs": {"oasst"},
-    "oasst_gateway": {"oasst", "oasst_jobs"},
-    "oasst_worker": {"oasst", "oasst_jobs"},
+    "oasst_gateway": {"oasst", "oasst_jobs", "oasst_telemetry"},
+    "oasst_worker": {"oasst", "oasst_jobs", "oasst_telemetry"},
     "oasst_client": {"oasst"},
     "oasst_cli": {"oasst", "oasst_client"},
     "oasst_training": {"oasst"},
@@ -38,6 +40,7 @@ WORKER_ARROWS = {
 }
 # Package -> what it must not know.
 FORBIDDEN = {
+    "oasst_telemetry": {"torch", "redis", "os"},
     "oasst_jobs": {"grpc", "torch", "os", "prometheus_client"},
     "oasst_client": {"torch", "redis", "transformers", "rich", "typer"},
     "oasst_gateway": {"torch", "transformers"},
@@ -91,7 +94,7 @@ def test_the_engine_needs_nothing_but_the_standard_library():
 
 
 def test_the_environment_is_read_by_settings_alone():
-    for package in ("oasst_gateway", "oasst_worker", "oasst_jobs"):
+    for package in ("oasst_gateway", "oasst_worker", "oasst_jobs", "oasst_telemetry"):
         for file in sources(package):
             reads = re.search(r"environ(\[|\.get|\.items|\.copy)|getenv", file.read_text())
             assert file.name == "settings.py" or not reads, f"{file} reads the environment"

@@ -15,7 +15,7 @@ from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring
 from oasst_client import _score as scoring
 from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
-from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of
+from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of, traced
 from oasst_client._continuation import Continuation, EventRequest
 from oasst_client._errors import APIError, error_from_call, stream_closed
 from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
@@ -361,7 +361,7 @@ class AsyncClient:
         attempts = Attempts(self._retry, timeout_s=timeout_s)
         while True:
             try:
-                return await method(request, timeout=attempts.remaining_s, metadata=self._metadata)
+                return await method(request, timeout=attempts.remaining_s, metadata=traced(self._metadata))
             except grpc.aio.AioRpcError as error:
                 delay_s = delay_before_retry(attempts, error_from_call(error, request_id=request_id), cause=error)
             await asyncio.sleep(delay_s)
@@ -372,7 +372,7 @@ class AsyncClient:
         def start_call(request: EventRequest, timeout_s: float | None) -> _EventCall:
             is_new = isinstance(request, chat_pb2.ChatRequest)
             method = self._chat.ChatStream if is_new else self._chat.WatchChat
-            call: _EventCall = method(request, timeout=timeout_s, metadata=self._metadata)
+            call: _EventCall = method(request, timeout=timeout_s, metadata=traced(self._metadata))
             return call
 
         attempts = Attempts(self._retry, timeout_s=timeout_s)
@@ -382,5 +382,5 @@ class AsyncClient:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""
         with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # The second: the client was closed before.
             await self._chat.CancelChat(
-                wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=self._metadata
+                wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=traced(self._metadata)
             )

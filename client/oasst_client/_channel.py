@@ -3,13 +3,16 @@
 import ipaddress
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
-__all__ = ["Tls", "call_metadata", "channel_credentials", "channel_options", "target_of"]
+__all__ = ["Metadata", "Tls", "call_metadata", "channel_credentials", "channel_options", "target_of", "traced"]
+
+Metadata = tuple[tuple[str, str], ...]
 
 # Larger than any answer: 8 choices of 2,048 tokens with 20 alternatives each.
 _MAX_RECEIVE_BYTES = 16 * 1024 * 1024
@@ -88,7 +91,7 @@ def channel_credentials(tls: Tls | bool | None) -> grpc.ChannelCredentials | Non
 
 def call_metadata(
     address: str, tls: Tls | bool | None, api_key: str | None, metadata: Sequence[tuple[str, str]]
-) -> tuple[tuple[str, str], ...]:
+) -> Metadata:
     """What is sent with every call.
 
     Raises:
@@ -99,6 +102,23 @@ def call_metadata(
     if tls is None and not _stays_here(address):
         raise ValueError("the API key would travel unencrypted: give tls=True, or tls=False if something else encrypts")
     return (*metadata, ("authorization", f"Bearer {api_key}"))
+
+
+def traced(metadata: Metadata) -> Metadata:
+    """The metadata of a call that is made now: it names the span that OpenTelemetry says is the current one.
+
+    A program that traces has loaded OpenTelemetry; in any other this looks once whether it is there, and loads nothing.
+    """
+    api = sys.modules.get("opentelemetry.trace")
+    if api is None:
+        return metadata
+    place = api.get_current_span().get_span_context()
+    if not place.is_valid:
+        return metadata
+    traceparent = f"00-{place.trace_id:032x}-{place.span_id:016x}-{place.trace_flags:02x}"
+    tracestate = place.trace_state.to_header()
+    state = (("tracestate", tracestate),) if tracestate else ()
+    return (*metadata, ("traceparent", traceparent), *state)
 
 
 def channel_options(

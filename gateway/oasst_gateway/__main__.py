@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from oasst_jobs import QueueError, failpoints
+from oasst_telemetry import log_to_stderr
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from oasst_gateway.errors import StartError
@@ -35,11 +35,7 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
     except StartError as error:
         print(f"oasst_gateway: {error}", file=sys.stderr)
         return _EXIT_BAD_OPTION
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
+    log_to_stderr(level=settings.log_level, log_format=settings.log_format)
     failpoints.arm(failpoints.parse_failpoints(settings.failpoints, known=FAILPOINTS))
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
+from oasst_telemetry import NO_SPAN, Span
 
 from oasst_gateway.tenants import Tenant
 
@@ -20,6 +21,7 @@ class Call:
 
     tenant: Tenant
     context: Context
+    span: Span = NO_SPAN
 
     @property
     def remaining_s(self) -> float | None:

@@ -13,6 +13,7 @@ from oasst_jobs import failpoints
 from oasst_gateway.errors import ChatFailedError
 from oasst_gateway.events import IndivisibleDeltaError, StreamMessage, build_response, delta_events, entries_after
 from oasst_gateway.metrics import ChatMeter
+from oasst_gateway.spans import trace_of
 
 __all__ = ["Chat", "NewsSource"]
 
@@ -146,9 +147,11 @@ class Chat:
         if news.outcome is None:
             return
         elapsed_s = self._meter.elapsed_s()
+        log_fields = trace_of(self._job).log_fields
         if news.outcome.HasField("finished"):
             self._meter.saw_finished(news.outcome.finished)
-            logger.info("finished job_id=%s tokens=%d elapsed_s=%.3f", self._job.job_id, news.end_position, elapsed_s)
+            fields = (self._job.job_id, news.end_position, elapsed_s)
+            logger.info("finished job_id=%s tokens=%d elapsed_s=%.3f", *fields, extra=log_fields)
         else:
             logger.info(
                 "failed job_id=%s tokens=%d elapsed_s=%.3f code=%d reason=%s",
@@ -157,6 +160,7 @@ class Chat:
                 elapsed_s,
                 news.outcome.failed.code,
                 news.outcome.failed.reason,
+                extra=log_fields,
             )
 
 

@@ -22,6 +22,7 @@ from oasst_jobs import (
     failpoints,
     job_id_for,
 )
+from oasst_telemetry import Span
 
 from oasst_gateway.admission import Admission
 from oasst_gateway.chat import Chat
@@ -32,6 +33,7 @@ from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.preparation import PreparedChat, prepare_chat
+from oasst_gateway.spans import describe_chat, submitting, trace_of
 from oasst_gateway.tenants import Tenant
 from oasst_gateway.validation import check_chat_name, check_watch
 
@@ -103,7 +105,7 @@ class Chats:
 
     @asynccontextmanager
     async def open(
-        self, request: chat_pb2.ChatRequest, *, tenant: Tenant, remaining_s: float | None
+        self, request: chat_pb2.ChatRequest, *, tenant: Tenant, remaining_s: float | None, span: Span
     ) -> AsyncIterator[Chat]:
         """The request is in the queue, and its chat can be followed; left before its end, its grace begins.
 
@@ -112,24 +114,24 @@ class Chats:
         """
         with self._opened():
             self._admission.check_open()
-            meter = ChatMeter(self._metrics)
+            meter = ChatMeter(self._metrics, span)
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watching(prepared.job.job_id) as watch:
-                accepted = await self._submit(prepared, tenant)
+                accepted = await self._submit(prepared, tenant, span)
                 watch.has_begun = True
                 with self._following(watch, prepared.job, accepted, meter) as chat:
                     yield chat
 
-    async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant) -> chat_pb2.Accepted:
+    async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant, span: Span) -> chat_pb2.Accepted:
         """The request is in the queue, and nobody needs to watch it. Raises what `open` raises."""
         self._admission.check_open()
         # The RPC's own deadline is for being accepted, not for the answer.
         prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
-        return await self._submit(prepared, tenant, is_watched=False)
+        return await self._submit(prepared, tenant, span, is_watched=False)
 
     @asynccontextmanager
-    async def watch(self, request: chat_pb2.WatchChatRequest, *, tenant: Tenant) -> AsyncIterator[Chat]:
+    async def watch(self, request: chat_pb2.WatchChatRequest, *, tenant: Tenant, span: Span) -> AsyncIterator[Chat]:
         """A request that was accepted before, by any gateway, can be followed from where its caller left it.
 
         Raises:
@@ -139,14 +141,19 @@ class Chats:
         check_watch(request, self._model.limits)
         job_id = self._find(request.request_id, request.resume_token, tenant)
         with self._opened():
-            meter = ChatMeter(self._metrics, is_first=False)
+            meter = ChatMeter(self._metrics, span, is_first=False)
             async with self._watching(job_id, after=request.after) as watch:
                 snapshot = await self._submitter.attach(job_id)
                 if snapshot is None:
                     raise UnknownChatError
                 watch.has_begun = True
                 accepted = self._accepted(snapshot.job, self._describe_queue(snapshot))
-                logger.info("watched job_id=%s after=%d", job_id, request.after)
+                if span.is_recorded:
+                    span.note(describe_chat(snapshot.job))
+                    span.link(trace_of(snapshot.job))
+                logger.info(
+                    "watched job_id=%s after=%d", job_id, request.after, extra=trace_of(snapshot.job).log_fields
+                )
                 with self._following(watch, snapshot.job, accepted, meter, after=request.after) as chat:
                     yield chat
 
@@ -304,12 +311,19 @@ class Chats:
                 if chat.outcome.HasField("finished"):
                     self._monitor.saw_finished(job, chat.outcome.finished)
 
-    async def _submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool = True) -> chat_pb2.Accepted:
+    async def _submit(
+        self, prepared: PreparedChat, tenant: Tenant, span: Span, *, is_watched: bool = True
+    ) -> chat_pb2.Accepted:
         failpoints.reach("gateway.submitting")
-        submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
+        with submitting(prepared.job, span):
+            submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
         failpoints.reach("gateway.submitted")
         job = submitted.job
-        if submitted.is_new:
+        if span.is_recorded:
+            span.note(describe_chat(job))
+        if not submitted.is_new:
+            span.link(trace_of(job))
+        else:
             self._metrics.prompt_tokens.inc(len(job.prompt_token_ids))
             self._metrics.tenant_requests.labels(tenant.name).inc()
             self._metrics.tenant_prompt_tokens.labels(tenant.name).inc(len(job.prompt_token_ids))
@@ -322,6 +336,7 @@ class Chats:
             len(job.prompt_token_ids),
             job.limits.max_new_tokens,
             job.n,
+            extra=trace_of(job).log_fields,
         )
         return self._accepted(job, self._describe_queue(submitted))
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import grpc
 from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, connect
+from oasst_telemetry import Tracer, TracingError, start_tracer
 from prometheus_client import CollectorRegistry
 
 from oasst_gateway.admission import Admission
 from oasst_gateway.authentication import make_authenticator
 from oasst_gateway.chats import Chats
 from oasst_gateway.derived_secrets import DerivedSecrets
+from oasst_gateway.errors import StartError
 from oasst_gateway.health import Health
 from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.metrics import GatewayMetrics
@@ -54,6 +56,8 @@ async def running_gateway(
     metrics = GatewayMetrics(registry)
     authenticator = make_authenticator(settings)
     async with AsyncExitStack() as stack:
+        tracer = _start_tracer(settings)
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
         health = Health()
         metrics_address = None
         if settings.metrics:
@@ -101,7 +105,7 @@ async def running_gateway(
             model_servicer=ModelServicer(model, submitter, monitor),
             scoring_servicer=ScoringServicer(),
             health=health,
-            interceptor=RpcInterceptor(authenticator, metrics),
+            interceptor=RpcInterceptor(authenticator, metrics, tracer),
             max_message_bytes=settings.max_message_bytes,
             reuse_port=settings.reuse_port,
             with_reflection=settings.tenants is None if settings.reflection is None else settings.reflection,
@@ -153,6 +157,13 @@ def _secret(settings: GatewaySettings) -> bytes:
     if settings.resume_secret is None:
         return secrets.token_bytes(32)
     return settings.resume_secret.get_secret_value().encode()
+
+
+def _start_tracer(settings: GatewaySettings) -> Tracer:
+    try:
+        return start_tracer(settings.otlp_endpoint, service="oasst-gateway", instance=settings.gateway_id)
+    except TracingError as error:
+        raise StartError(f"--otlp-endpoint: {error}") from error
 
 
 def _with_port(address: str, port: int) -> str:

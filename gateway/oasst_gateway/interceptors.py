@@ -1,5 +1,5 @@
 """What happens around every RPC of ours: its caller is known, its request is decoded, its errors are translated, its
-outcome is counted."""
+outcome is counted, its trace goes on."""
 
 import asyncio
 import logging
@@ -12,6 +12,7 @@ import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
+from oasst_telemetry import NO_TRACE, Span, SpanKind, TraceContext, Tracer
 
 from oasst_gateway.call import Call, Context
 from oasst_gateway.errors import INVALID_UTF8, MALFORMED, ChatFailedError, InvalidRequestError, Violation
@@ -26,6 +27,18 @@ logger = logging.getLogger(__name__)
 
 _OURS = "/oasst.v1."
 
+# What OpenTelemetry's conventions call a server's own failures; other codes are its callers'.
+_SERVER_ERRORS = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+
 # Any: grpc does not type the requests of handlers it has not generated.
 _Behavior = Callable[[Any, Call], Awaitable[Any]]
 _RawBehavior = Callable[[bytes, Context], Awaitable[Any]]
@@ -34,9 +47,10 @@ _RawBehavior = Callable[[bytes, Context], Awaitable[Any]]
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every `oasst.v1` RPC. Its handlers take one request and its Call, and are coroutines."""
 
-    def __init__(self, authenticator: Authenticator, metrics: GatewayMetrics) -> None:
+    def __init__(self, authenticator: Authenticator, metrics: GatewayMetrics, tracer: Tracer) -> None:
         self._authenticator = authenticator
         self._metrics = metrics
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -63,20 +77,21 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         descriptor = descriptor_pool.Default().FindMethodByName(rpc[1:].replace("/", ".")).input_type
 
         async def wrapped(data: bytes, context: Context) -> Any:
-            async with self._observed(rpc, context), self._translated(rpc, context):
-                call = Call(self._authenticator.tenant_of(_authorization(context)), context)
+            async with self._observed(rpc, context) as span, self._translated(rpc, context, span):
+                call = Call(self._authenticator.tenant_of(_header(context, "authorization")), context, span)
                 return await behavior(_decode(data, parse, descriptor), call)
 
         return wrapped
 
     @asynccontextmanager
-    async def _observed(self, rpc: str, context: Context) -> AsyncIterator[None]:
+    async def _observed(self, rpc: str, context: Context) -> AsyncIterator[Span]:
         name = rpc.removeprefix(_OURS)
         started_s = time.perf_counter()
         code = grpc.StatusCode.OK
+        span = self._tracer.start(rpc[1:], kind=SpanKind.SERVER, parent=_caller_of(context))
         self._metrics.requests_in_flight.labels(name).inc()
         try:
-            yield
+            yield span
         except asyncio.CancelledError:
             has_expired = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if has_expired else grpc.StatusCode.CANCELLED
@@ -88,30 +103,40 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             self._metrics.requests_in_flight.labels(name).dec()
             self._metrics.requests.labels(name, code.name).inc()
             self._metrics.request_seconds.labels(name).observe(time.perf_counter() - started_s)
+            span.note({"rpc.system.name": "grpc", "rpc.method": rpc[1:], "rpc.response.status_code": code.name})
+            span.end(error=code.name if code in _SERVER_ERRORS else None)
 
     @asynccontextmanager
-    async def _translated(self, rpc: str, context: Context) -> AsyncIterator[None]:
+    async def _translated(self, rpc: str, context: Context, span: Span) -> AsyncIterator[None]:
         try:
             yield
         except Exception as error:  # The top of every RPC: whatever it was, its caller is told.
             status = status_of(error)
-            self._record(rpc, error, status)
+            self._record(rpc, error, status, span)
             await context.abort(status.code, status.message, trailing_metadata=status.trailing_metadata())
 
-    def _record(self, rpc: str, error: Exception, status: RpcStatus) -> None:
+    def _record(self, rpc: str, error: Exception, status: RpcStatus, span: Span) -> None:
+        span.note({"oasst.error.reason": status.reason})
         self._metrics.refused_requests.labels(status.reason).inc()
         if isinstance(error, InvalidRequestError):
             self._metrics.invalid_requests.labels(error.reason).inc()
         if isinstance(error, ChatFailedError):
             return  # Its chat has told of it, with the job's id.
         if status.reason == UNFORESEEN:
-            logger.error("failed rpc=%s", rpc, exc_info=error)
+            logger.error("failed rpc=%s", rpc, exc_info=error, extra=span.context.log_fields)
         else:
-            logger.info("refused rpc=%s code=%s reason=%s", rpc, status.code.name, status.reason)
+            fields = (rpc, status.code.name, status.reason)
+            logger.info("refused rpc=%s code=%s reason=%s", *fields, extra=span.context.log_fields)
 
 
-def _authorization(context: Context) -> str:
-    return next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+def _header(context: Context, name: str) -> str:
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == name), "")
+
+
+def _caller_of(context: Context) -> TraceContext:
+    """Where in a trace the caller is, if it tells."""
+    traceparent = _header(context, "traceparent")
+    return TraceContext.parse(traceparent, _header(context, "tracestate")) if traceparent else NO_TRACE
 
 
 def _serialize(message: Message) -> bytes:

@@ -6,7 +6,10 @@ from dataclasses import asdict, fields
 
 from oasst.v1 import chat_pb2
 from oasst_jobs import QueueLoad, SweepReport
+from oasst_telemetry import NO_SPAN, Span
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from oasst_gateway.spans import describe_end
 
 __all__ = ["ChatMeter", "GatewayMetrics"]
 
@@ -100,10 +103,16 @@ class ChatMeter:
     """Measures one chat from the moment it is made."""
 
     def __init__(
-        self, metrics: GatewayMetrics, *, is_first: bool = True, clock: Callable[[], float] = time.perf_counter
+        self,
+        metrics: GatewayMetrics,
+        span: Span = NO_SPAN,
+        *,
+        is_first: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`is_first` is false for whoever comes later to a chat: how long its first token took says nothing."""
         self._metrics = metrics
+        self._span = span
         self._is_first = is_first
         self._clock = clock
         self._started_s = clock()
@@ -122,6 +131,7 @@ class ChatMeter:
         now_s = self._clock()
         if self._first_token_s is None:
             self._first_token_s = now_s
+            self._span.mark("first token")
             if self._is_first:
                 self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s)
         else:
@@ -132,6 +142,8 @@ class ChatMeter:
 
     def saw_finished(self, finished: chat_pb2.Finished) -> None:
         """The chat has run to its end."""
+        if self._span.is_recorded:
+            self._span.note(describe_end(finished))
         if not self._is_first:
             return
         self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)

@@ -26,19 +26,20 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def Chat(  # noqa: N802  # Named by the proto, as all below.
         self, request: chat_pb2.ChatRequest, call: Call
     ) -> chat_pb2.ChatResponse:
-        async with self._chats.open(request, tenant=call.tenant, remaining_s=call.remaining_s) as chat:
+        async with self._chats.open(request, tenant=call.tenant, remaining_s=call.remaining_s, span=call.span) as chat:
             return await chat.response()
 
     async def ChatStream(self, request: chat_pb2.ChatRequest, call: Call) -> None:  # noqa: N802
-        async with self._chats.open(request, tenant=call.tenant, remaining_s=call.remaining_s) as chat:
+        async with self._chats.open(request, tenant=call.tenant, remaining_s=call.remaining_s, span=call.span) as chat:
             async for event in chat.events():
                 await call.send(event)
 
     async def SubmitChat(self, request: chat_pb2.ChatRequest, call: Call) -> chat_pb2.SubmitChatResponse:  # noqa: N802
-        return chat_pb2.SubmitChatResponse(accepted=await self._chats.submit(request, tenant=call.tenant))
+        accepted = await self._chats.submit(request, tenant=call.tenant, span=call.span)
+        return chat_pb2.SubmitChatResponse(accepted=accepted)
 
     async def WatchChat(self, request: chat_pb2.WatchChatRequest, call: Call) -> None:  # noqa: N802
-        async with self._chats.watch(request, tenant=call.tenant) as chat:
+        async with self._chats.watch(request, tenant=call.tenant, span=call.span) as chat:
             async for event in chat.events():
                 await call.send(event)
 

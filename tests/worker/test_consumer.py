@@ -18,6 +18,7 @@ from oasst_jobs import (
     QueueClient,
     connect,
 )
+from oasst_telemetry import NO_TRACER
 from oasst_worker.consumer import Consumer
 from oasst_worker.loop import EngineLoop, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
@@ -62,7 +63,7 @@ class RunningWorker:
         intake = make_intake(kv_tokens)
         metrics = WorkerMetrics(self.registry)
         watchdog = StepWatchdog(floor_s=60)
-        self.consumer = Consumer(self.claimer, self.loop, intake, metrics, watchdog, lease_s=lease_ms / 1000)
+        self.consumer = Consumer(self.claimer, self.loop, intake, metrics, watchdog, NO_TRACER, lease_s=lease_ms / 1000)
         self.task = asyncio.create_task(self.consumer.run())
 
     def jobs_by(self, outcome: str) -> float:

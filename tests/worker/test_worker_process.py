@@ -16,6 +16,7 @@ import oasst_training
 import pytest
 from oasst.jobs.v1.job_pb2 import Job
 from oasst_jobs import JobState, QueueClient, connect
+from oasst_telemetry import NO_TRACER
 from oasst_worker.__main__ import serve
 from oasst_worker.health import HealthServer, WorkerHealth
 from oasst_worker.served_model import ServedModel
@@ -177,7 +178,7 @@ class ScriptedWorker:
         registry = CollectorRegistry()
         health = WorkerHealth(silence_limit_s=60)
         options = {"model": "none", "redis_url": valkey_url, "_cli_parse_args": False} | settings
-        self.worker = Worker(WorkerSettings(**options), model, registry, health)
+        self.worker = Worker(WorkerSettings(**options), model, registry, health, NO_TRACER)
         self.server = HealthServer("127.0.0.1:0", health, registry)
 
     def check(self, path: str) -> tuple[int, dict[str, object]]:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from oasst_jobs import QueueError, failpoints
+from oasst_telemetry import Tracer, TracingError, log_to_stderr, start_tracer
 from prometheus_client import CollectorRegistry
 
 from oasst_worker.health import HealthServer, WorkerHealth
@@ -39,16 +40,18 @@ def main(arguments: Sequence[str] = sys.argv[1:], *, load: ModelLoader | None = 
         signal.signal(number, _leave_early)
     try:
         settings = read_settings(arguments)
-        _log_to_stderr(settings)
+        log_to_stderr(level=settings.log_level, log_format=settings.log_format)
         failpoints.arm(failpoints.parse_failpoints(settings.failpoints, known=FAILPOINTS))
         registry = CollectorRegistry()
         health = WorkerHealth(silence_limit_s=settings.step_limit_s)
         server = _start_health_server(settings, health, registry)
-        worker = _make_worker(settings, registry, health, load)
+        tracer = _start_tracer(settings)
+        worker = _make_worker(settings, registry, health, tracer, load)
     except StartError as error:
         return _tell(str(error), _EXIT_BAD_OPTION)
     exit_code = serve(worker, server)
     server.close()
+    tracer.close()
     if not worker.join_engine(_LAST_STEP_S):
         # The interpreter's own end would wait for, or crash in, a thread that is inside the model.
         sys.stdout.flush()
@@ -72,7 +75,11 @@ def serve(worker: "Worker", server: HealthServer) -> int:
 
 
 def _make_worker(
-    settings: WorkerSettings, registry: CollectorRegistry, health: WorkerHealth, load: ModelLoader | None
+    settings: WorkerSettings,
+    registry: CollectorRegistry,
+    health: WorkerHealth,
+    tracer: Tracer,
+    load: ModelLoader | None,
 ) -> "Worker":
     # PyTorch takes seconds to import. A mistyped option is told, and a signal obeyed, without waiting for it.
     from oasst_worker.worker import Worker
@@ -81,7 +88,7 @@ def _make_worker(
         from oasst_worker.served_model import load_model
 
         load = load_model
-    return Worker(settings, load(settings), registry, health)
+    return Worker(settings, load(settings), registry, health, tracer)
 
 
 def _start_health_server(settings: WorkerSettings, health: WorkerHealth, registry: CollectorRegistry) -> HealthServer:
@@ -89,6 +96,13 @@ def _start_health_server(settings: WorkerSettings, health: WorkerHealth, registr
         return HealthServer(settings.metrics_listen, health, registry)
     except OSError as error:
         raise StartError(f"--metrics-listen {settings.metrics_listen}: {error.strerror or error}") from error
+
+
+def _start_tracer(settings: WorkerSettings) -> Tracer:
+    try:
+        return start_tracer(settings.otlp_endpoint, service="oasst-worker", instance=settings.worker_id)
+    except TracingError as error:
+        raise StartError(f"--otlp-endpoint: {error}") from error
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
@@ -103,14 +117,6 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 def _leave_early(signal_number: int, frame: FrameType | None) -> None:
     """Nothing is claimed before the model is loaded, so there is nothing to give back."""
     raise SystemExit(0)
-
-
-def _log_to_stderr(settings: WorkerSettings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
 
 
 def _tell(reason: str, exit_code: int) -> int:

@@ -15,12 +15,14 @@ from typing import TypeVar
 
 from oasst.jobs.v1.job_pb2 import Outcome
 from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError, failpoints
+from oasst_telemetry import Tracer
 
 from oasst_worker.choice import Choice
 from oasst_worker.intake import Intake, JobRefusedError
 from oasst_worker.loop import EngineLoop, StepReport, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
 from oasst_worker.running import RunningJob
+from oasst_worker.spans import JobSpans
 
 __all__ = ["Consumer"]
 
@@ -64,6 +66,7 @@ class Consumer:
         intake: Intake,
         metrics: WorkerMetrics,
         watchdog: StepWatchdog,
+        tracer: Tracer,
         *,
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -73,6 +76,7 @@ class Consumer:
         self._intake = intake
         self._metrics = metrics
         self._watchdog = watchdog
+        self._tracer = tracer
         # A lease that began this long ago is renewed, with news or without; and no try to reach the queue comes later.
         self._renew_after_s = lease_s / 3
         self._clock = clock
@@ -194,15 +198,16 @@ class Consumer:
 
     async def _take_in(self, claimed: ClaimedJob) -> None:
         self._metrics.record_claim(claimed)
+        spans = JobSpans(self._tracer, claimed, clock=self._clock)
         try:
             resumed = self._intake.accept(claimed)
         except JobRefusedError as error:
-            await self._refuse(claimed, error)
+            await self._refuse(claimed, error, spans)
             return
         lost = self._jobs.get(claimed.job_id)
         if lost is not None:  # Its lease had lapsed, unknown to us; this claim is its successor.
             self._drop(lost, PushStatus.FENCED)
-        job = RunningJob(claimed, resumed, now_s=self._clock())
+        job = RunningJob(claimed, resumed, spans, now_s=self._clock())
         self._jobs[job.job_id] = job
         for choice in job.choices:
             self._owners[choice] = job
@@ -218,14 +223,17 @@ class Consumer:
             claimed.end_position,
             claimed.job.n,
             claimed.waited_ms,
+            extra=spans.log_fields,
         )
 
-    async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError) -> None:
+    async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError, spans: JobSpans) -> None:
         outcome = Outcome(failed=error.failed)
         with suppress(FencedError):  # Cancelled meanwhile: it has ended either way.
             await self._reach("finish", lambda: self._claimer.finish(claimed, outcome), give_up=self._draining)
         self._metrics.jobs.labels("refused").inc()
-        logger.warning("job refused job_id=%s reason=%s message=%s", claimed.job_id, error.failed.reason, error)
+        spans.end("refused", error=error.failed.reason)
+        fields = (claimed.job_id, error.failed.reason, error)
+        logger.warning("job refused job_id=%s reason=%s message=%s", *fields, extra=spans.log_fields)
 
     # --- Pushing
 
@@ -276,17 +284,21 @@ class Consumer:
     def _finish(self, job: RunningJob) -> None:
         self._forget(job)
         self._metrics.record_end(job)
+        job.end_spans("finished" if job.failed is None else "failed")
+        extra = job.spans.log_fields
         if job.failed is None:
-            logger.info("job finished job_id=%s new_tokens=%d", job.job_id, job.num_new_tokens)
+            logger.info("job finished job_id=%s new_tokens=%d", job.job_id, job.num_new_tokens, extra=extra)
         else:
-            logger.error("job failed job_id=%s reason=%s", job.job_id, job.failed.reason)
+            logger.error("job failed job_id=%s reason=%s", job.job_id, job.failed.reason, extra=extra)
 
     def _drop(self, job: RunningJob, status: PushStatus) -> None:
         """The job is not ours any more: nothing of it is left here."""
         self._evict(job)
         self._forget(job)
         self._metrics.record_drop(status)
-        logger.info("job dropped job_id=%s status=%s new_tokens=%d", job.job_id, status.value, job.num_new_tokens)
+        job.end_spans(status.value)
+        fields = (job.job_id, status.value, job.num_new_tokens)
+        logger.info("job dropped job_id=%s status=%s new_tokens=%d", *fields, extra=job.spans.log_fields)
 
     def _evict(self, job: RunningJob) -> None:
         """The engine holds none of the job's choices."""
@@ -318,7 +330,9 @@ class Consumer:
             return
         for job in jobs:
             self._metrics.jobs.labels("released").inc()
-            logger.info("job released job_id=%s new_tokens=%d", job.job_id, job.num_new_tokens)
+            job.end_spans("released")
+            fields = (job.job_id, job.num_new_tokens)
+            logger.info("job released job_id=%s new_tokens=%d", *fields, extra=job.spans.log_fields)
 
     # --- The queue's moods, and room
 

@@ -12,6 +12,7 @@ from oasst_jobs import ClaimedJob, PushItem
 from oasst_worker import engine
 from oasst_worker.choice import Choice, ChoiceOutput
 from oasst_worker.intake import ResumedChoice
+from oasst_worker.spans import JobSpans
 
 __all__ = ["RunningJob"]
 
@@ -24,8 +25,9 @@ class RunningJob:
     All times are seconds of one monotonic clock.
     """
 
-    def __init__(self, claimed: ClaimedJob, choices: Iterable[ResumedChoice], *, now_s: float) -> None:
+    def __init__(self, claimed: ClaimedJob, choices: Iterable[ResumedChoice], spans: JobSpans, *, now_s: float) -> None:
         self.claimed = claimed
+        self.spans = spans
         self.renewed_s = now_s  # When the lease last began anew.
         self.choices: list[Choice] = []  # What belongs into the engine, until it has ended.
         self.failed: Failed | None = None
@@ -118,6 +120,17 @@ class RunningJob:
             entry=entry,
             outcome=self._outcome() if self.has_ended else None,
             renews=renews,
+        )
+
+    def end_spans(self, outcome: str) -> None:
+        """The job has left this worker: finished, failed, released, or by the status that lost it."""
+        self.spans.end(
+            outcome,
+            first_token_s=self._first_token_s,
+            last_token_s=self._last_token_s,
+            usage=self._usage(),
+            finishes=[self._finishes[index] for index in sorted(self._finishes)],
+            error=None if self.failed is None else self.failed.reason,
         )
 
     def _take_token(self, output: ChoiceOutput, token_id: int, now_s: float) -> None:

@@ -1,6 +1,7 @@
 """The worker's options: flags, or environment variables named OASST_WORKER_ and the flag. Read once, at the start."""
 
 import os
+import re
 import secrets
 import socket
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
+from oasst_telemetry import LogFormat
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -41,6 +43,16 @@ def _check_redis_url(url: str) -> str:
 def _check_failpoints(text: str) -> str:
     parse_failpoints(text, known=FAILPOINTS)
     return text
+
+
+def _standard_endpoint() -> str | None:
+    return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def _check_endpoint(endpoint: str | None) -> str | None:
+    if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+/?", endpoint):
+        raise ValueError("must be http://HOST:PORT, or https:// for TLS")
+    return endpoint
 
 
 class WorkerSettings(BaseSettings):
@@ -88,6 +100,12 @@ class WorkerSettings(BaseSettings):
         "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field(LogFormat.TEXT, description="How log lines are written.")
+    otlp_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = Field(
+        default_factory=_standard_endpoint,
+        description="Traces go to this OTLP receiver by gRPC: http://HOST:PORT, or https://. Unset: what"
+        " OTEL_EXPORTER_OTLP_ENDPOINT says, otherwise there are none.",
+    )
 
 
 def read_settings(arguments: Sequence[str]) -> WorkerSettings:

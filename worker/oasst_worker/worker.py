@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from oasst_jobs import Claimer, QueueClient, QueueUnavailableError, Reconciler, Sweeper, connect
+from oasst_telemetry import Tracer
 from prometheus_client import CollectorRegistry
 
 from oasst_worker.consumer import Consumer
@@ -34,11 +35,17 @@ class Worker:
     """A loaded model that serves the queue's jobs."""
 
     def __init__(
-        self, settings: WorkerSettings, model: "ServedModel", registry: CollectorRegistry, health: WorkerHealth
+        self,
+        settings: WorkerSettings,
+        model: "ServedModel",
+        registry: CollectorRegistry,
+        health: WorkerHealth,
+        tracer: Tracer,
     ) -> None:
         self._settings = settings
         self._model = model
         self._health = health
+        self._tracer = tracer
         self._metrics = WorkerMetrics(registry)
         self._loop = EngineLoop(model.engine, max_steps_ahead=settings.max_steps_ahead)
         self._watchdog = StepWatchdog(floor_s=settings.step_limit_s)
@@ -62,7 +69,13 @@ class Worker:
                 lease_ms=round(settings.lease_s * 1000),
             )
             consumer = Consumer(
-                claimer, self._loop, self._model.intake, self._metrics, self._watchdog, lease_s=settings.lease_s
+                claimer,
+                self._loop,
+                self._model.intake,
+                self._metrics,
+                self._watchdog,
+                self._tracer,
+                lease_s=settings.lease_s,
             )
             reconciler = Reconciler(client)
             self._stop_on_signals(consumer)

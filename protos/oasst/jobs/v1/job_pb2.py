@@ -27,7 +27,7 @@ from oasst.v1 import generation_pb2 as oasst_dot_v1_dot_generation__pb2
 from oasst.v1 import scoring_pb2 as oasst_dot_v1_dot_scoring__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17oasst/jobs/v1/job.proto\x12\roasst.jobs.v1\x1a\x13oasst/v1/chat.proto\x1a\x19oasst/v1/generation.proto\x1a\x16oasst/v1/scoring.proto\"\x93\x03\n\x03Job\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.oasst.v1.SamplingParams\x12*\n\x06limits\x18\x07 \x01(\x0b\x32\x1a.oasst.v1.GenerationLimits\x12\t\n\x01n\x18\x08 \x01(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12$\n\x08priority\x18\n \x01(\x0e\x32\x12.oasst.v1.Priority\x12\x15\n\rdropped_turns\x18\x0b \x01(\r\x12\x12\n\nrequest_id\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\x0c\x12(\n\x0bscore_items\x18\x0e \x03(\x0b\x32\x13.oasst.v1.ScoreItem\x12\x1c\n\x14score_token_logprobs\x18\x0f \x01(\x08\x42\x0b\n\t_logprobs\"f\n\x08LogEntry\x12\x14\n\x0c\x65nd_position\x18\x01 \x01(\x04\x12\x1f\n\x06\x64\x65ltas\x18\x04 \x03(\x0b\x32\x0f.oasst.v1.Delta\x12#\n\x06scores\x18\x05 \x03(\x0b\x32\x13.oasst.v1.ItemScore\"`\n\x07Outcome\x12&\n\x08\x66inished\x18\x01 \x01(\x0b\x32\x12.oasst.v1.FinishedH\x00\x12\"\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\x10.oasst.v1.FailedH\x00\x42\t\n\x07outcome\"\x90\x01\n\tJobUpdate\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0estart_position\x18\x02 \x01(\x04\x12(\n\x05\x65ntry\x18\x03 \x01(\x0b\x32\x17.oasst.jobs.v1.LogEntryH\x00\x12)\n\x07outcome\x18\x04 \x01(\x0b\x32\x16.oasst.jobs.v1.OutcomeH\x00\x42\x06\n\x04news\"8\n\x0bUpdateBatch\x12)\n\x07updates\x18\x01 \x03(\x0b\x32\x18.oasst.jobs.v1.JobUpdate\"\xbf\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x05 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x06 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x07 \x01(\x01\x12\x0f\n\x07version\x18\x08 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17oasst/jobs/v1/job.proto\x12\roasst.jobs.v1\x1a\x13oasst/v1/chat.proto\x1a\x19oasst/v1/generation.proto\x1a\x16oasst/v1/scoring.proto\"\xbc\x03\n\x03Job\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.oasst.v1.SamplingParams\x12*\n\x06limits\x18\x07 \x01(\x0b\x32\x1a.oasst.v1.GenerationLimits\x12\t\n\x01n\x18\x08 \x01(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12$\n\x08priority\x18\n \x01(\x0e\x32\x12.oasst.v1.Priority\x12\x15\n\rdropped_turns\x18\x0b \x01(\r\x12\x12\n\nrequest_id\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\x0c\x12(\n\x0bscore_items\x18\x0e \x03(\x0b\x32\x13.oasst.v1.ScoreItem\x12\x1c\n\x14score_token_logprobs\x18\x0f \x01(\x08\x12\x13\n\x0btraceparent\x18\x10 \x01(\t\x12\x12\n\ntracestate\x18\x11 \x01(\tB\x0b\n\t_logprobs\"f\n\x08LogEntry\x12\x14\n\x0c\x65nd_position\x18\x01 \x01(\x04\x12\x1f\n\x06\x64\x65ltas\x18\x04 \x03(\x0b\x32\x0f.oasst.v1.Delta\x12#\n\x06scores\x18\x05 \x03(\x0b\x32\x13.oasst.v1.ItemScore\"`\n\x07Outcome\x12&\n\x08\x66inished\x18\x01 \x01(\x0b\x32\x12.oasst.v1.FinishedH\x00\x12\"\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\x10.oasst.v1.FailedH\x00\x42\t\n\x07outcome\"\x90\x01\n\tJobUpdate\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0estart_position\x18\x02 \x01(\x04\x12(\n\x05\x65ntry\x18\x03 \x01(\x0b\x32\x17.oasst.jobs.v1.LogEntryH\x00\x12)\n\x07outcome\x18\x04 \x01(\x0b\x32\x16.oasst.jobs.v1.OutcomeH\x00\x42\x06\n\x04news\"8\n\x0bUpdateBatch\x12)\n\x07updates\x18\x01 \x03(\x0b\x32\x18.oasst.jobs.v1.JobUpdate\"\xbf\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x16\n\x0ekv_tokens_used\x18\x05 \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x06 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x07 \x01(\x01\x12\x0f\n\x07version\x18\x08 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'oasst.jobs.v1.job_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOB']._serialized_start=115
-  _globals['_JOB']._serialized_end=518
-  _globals['_LOGENTRY']._serialized_start=520
-  _globals['_LOGENTRY']._serialized_end=622
-  _globals['_OUTCOME']._serialized_start=624
-  _globals['_OUTCOME']._serialized_end=720
-  _globals['_JOBUPDATE']._serialized_start=723
-  _globals['_JOBUPDATE']._serialized_end=867
-  _globals['_UPDATEBATCH']._serialized_start=869
-  _globals['_UPDATEBATCH']._serialized_end=925
-  _globals['_WORKERSTATUS']._serialized_start=928
-  _globals['_WORKERSTATUS']._serialized_end=1119
+  _globals['_JOB']._serialized_end=559
+  _globals['_LOGENTRY']._serialized_start=561
+  _globals['_LOGENTRY']._serialized_end=663
+  _globals['_OUTCOME']._serialized_start=665
+  _globals['_OUTCOME']._serialized_end=761
+  _globals['_JOBUPDATE']._serialized_start=764
+  _globals['_JOBUPDATE']._serialized_end=908
+  _globals['_UPDATEBATCH']._serialized_start=910
+  _globals['_UPDATEBATCH']._serialized_end=966
+  _globals['_WORKERSTATUS']._serialized_start=969
+  _globals['_WORKERSTATUS']._serialized_end=1160
 # @@protoc_insertion_point(module_scope)

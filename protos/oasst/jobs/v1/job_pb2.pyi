@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Job(_message.Message):
-    __slots__ = ("version", "job_id", "tenant", "model", "prompt_token_ids", "sampling", "limits", "n", "logprobs", "priority", "dropped_turns", "request_id", "cache_salt", "score_items", "score_token_logprobs")
+    __slots__ = ("version", "job_id", "tenant", "model", "prompt_token_ids", "sampling", "limits", "n", "logprobs", "priority", "dropped_turns", "request_id", "cache_salt", "score_items", "score_token_logprobs", "traceparent", "tracestate")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,8 @@ class Job(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     SCORE_ITEMS_FIELD_NUMBER: _ClassVar[int]
     SCORE_TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     version: int
     job_id: str
     tenant: str
@@ -41,7 +43,9 @@ class Job(_message.Message):
     cache_salt: bytes
     score_items: _containers.RepeatedCompositeFieldContainer[_scoring_pb2.ScoreItem]
     score_token_logprobs: bool
-    def __init__(self, version: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., limits: _Optional[_Union[_generation_pb2.GenerationLimits, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., priority: _Optional[_Union[_chat_pb2.Priority, str]] = ..., dropped_turns: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., score_items: _Optional[_Iterable[_Union[_scoring_pb2.ScoreItem, _Mapping]]] = ..., score_token_logprobs: _Optional[bool] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, version: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., limits: _Optional[_Union[_generation_pb2.GenerationLimits, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., priority: _Optional[_Union[_chat_pb2.Priority, str]] = ..., dropped_turns: _Optional[int] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., score_items: _Optional[_Iterable[_Union[_scoring_pb2.ScoreItem, _Mapping]]] = ..., score_token_logprobs: _Optional[bool] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class LogEntry(_message.Message):
     __slots__ = ("end_position", "deltas", "scores")

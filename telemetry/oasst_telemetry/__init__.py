@@ -1,0 +1,23 @@
+"""What gateway and worker tell of themselves in the same way: spans and log lines.
+
+Nothing here knows a job or a model. OpenTelemetry is imported only once spans are to be exported.
+"""
+
+from oasst_telemetry.context import NO_TRACE, TraceContext
+from oasst_telemetry.logs import LogFormat, log_to_stderr
+from oasst_telemetry.tracing import NO_SPAN, NO_TRACER, Attributes, Span, SpanKind, Tracer, TracingError, start_tracer
+
+__all__ = [
+    "NO_SPAN",
+    "NO_TRACE",
+    "NO_TRACER",
+    "Attributes",
+    "LogFormat",
+    "Span",
+    "SpanKind",
+    "TraceContext",
+    "Tracer",
+    "TracingError",
+    "log_to_stderr",
+    "start_tracer",
+]

@@ -31,7 +31,8 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # Shorter than the attempts of a call: a gateway that is back is found before the call is given up.
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
     # A service of one's own is not behind the web proxy, not even where `http_proxy` is set.
     ("grpc.enable_http_proxy", 0),

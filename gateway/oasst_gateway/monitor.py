@@ -31,12 +31,15 @@ class QueueMonitor:
         metrics: GatewayMetrics,
         on_change: Callable[[bool], Awaitable[None]],
         interval_s: float = 1.0,
+        search_interval_s: float = 0.1,
     ) -> None:
+        """`search_interval_s` is the interval while no worker is known: short requests are refused as long as it is."""
         self._submitter = submitter
         self._model_name = model_name
         self._metrics = metrics
         self._on_change = on_change
         self._interval_s = interval_s
+        self._search_interval_s = search_interval_s
         self._is_available: bool | None = None  # None before the first look.
         self._came = asyncio.Event()
         self._has_workers = False
@@ -46,7 +49,7 @@ class QueueMonitor:
         """Watches until cancelled."""
         while True:
             await self._look()
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(self._interval_s if self._has_workers else self._search_interval_s)
 
     async def wait_available(self, timeout_s: float) -> None:
         """Returns once the queue has answered.
@@ -76,7 +79,8 @@ class QueueMonitor:
         else:
             statuses = [status for status, _ in load.workers if status.model == self._model_name]
             self._has_workers = bool(statuses)
-            self._speed.saw_speed(sum(status.tokens_per_second for status in statuses))
+            if self._has_workers:  # Otherwise the looks are too many for the speed, and tell nothing of it.
+                self._speed.saw_speed(sum(status.tokens_per_second for status in statuses))
             self._metrics.record_load(load)
             await self._tell(True)
 

@@ -20,6 +20,7 @@ from oasst_client import (
     UnavailableError,
 )
 from oasst_client._accumulate import Accumulator
+from oasst_client._channel import channel_options
 from oasst_client._continuation import Continuation
 from oasst_client._retry import Attempts
 
@@ -80,6 +81,14 @@ def test_delays_double_up_to_the_most(clock: Clock) -> None:
     assert [attempts.delay_after(AWAY) for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     with pytest.raises(UnavailableError):
         attempts.delay_after(AWAY)
+
+
+def test_a_connection_is_tried_again_before_a_call_is_given_up(clock: Clock) -> None:
+    """Or a gateway that is back would not be found in time."""
+    attempts = Attempts(RetryPolicy(), clock=clock, draw=lambda: 0.0)
+    shortest_s = sum(attempts.delay_after(AWAY) for _ in range(RetryPolicy().max_attempts - 1))
+    jitter = 1.2  # gRPC's own.
+    assert jitter * dict(channel_options())["grpc.max_reconnect_backoff_ms"] < 1000 * shortest_s
 
 
 def test_half_of_a_delay_is_drawn(clock: Clock) -> None:

@@ -14,9 +14,13 @@ from oasst_client import APIError, AsyncClient, AsyncCompletionStream, new_reque
 from faults.checker import FINISHED, Transcript
 from faults.verifiable import Prompt, Script
 
-__all__ = ["Load", "until"]
+__all__ = ["FaultMissedError", "Load", "until"]
 
 _POLL_S = 0.01
+
+
+class FaultMissedError(AssertionError):
+    """The streams that the fault was to meet had finished well: the machine was too slow, the run tells nothing."""
 
 
 class Load:
@@ -111,7 +115,12 @@ class Load:
         await until(lambda: all(each.num_seen >= num_tokens or each.end for each in waited_for), "streams to flow")
         ended = [each for each in waited_for if not each.is_flowing]
         if ended:
-            raise AssertionError(f"{len(ended)} streams ended before the fault: {ended[0].end}")
+            raise self.missed(f"{len(ended)} streams ended before the fault: {ended[0].end}")
+
+    def missed(self, message: str) -> AssertionError:
+        """The error for a fault that met too little; a broken promise if a stream has ended otherwise than well."""
+        ends = [transcript.end for transcript in self.transcripts if transcript.end]
+        return (FaultMissedError if set(ends) <= {FINISHED} else AssertionError)(message)
 
     async def ended(self, transcripts: Iterable[Transcript] | None = None, timeout_s: float = 60.0) -> None:
         """These streams have ended, well or not; one that stays silent for longer has no end, which is a defect."""

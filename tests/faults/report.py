@@ -20,9 +20,12 @@ class Summary:
     results: list[Result] = field(default_factory=list)
     # Seed and what broke.
     failures: list[tuple[int, str]] = field(default_factory=list)
+    # Runs that were repeated since their fault met too few streams.
+    num_missed: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """One more run is over."""
+        self.num_missed += outcome.num_missed
         if outcome.result is None:
             self.failures.append((outcome.run.seed, outcome.defect))
         else:
@@ -33,10 +36,11 @@ class Summary:
         runs = len(self.results) + len(self.failures)
         if not runs:
             return "not run on this machine"
+        repeated = f" ({self.num_missed} met nothing)" if self.num_missed else ""
         if not self.failures:
-            return f"held {runs}/{runs}"
+            return f"held {runs}/{runs}{repeated}"
         broken = ", ".join(str(seed) for seed, _ in sorted(self.failures))
-        return f"**held {len(self.results)}/{runs}**, broken with seed {broken}"
+        return f"**held {len(self.results)}/{runs}**, broken with seed {broken}{repeated}"
 
     @property
     def evidence(self) -> str:

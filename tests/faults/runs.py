@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from faults.load import FaultMissedError
 from faults.rows import ROWS
 from faults.table import Result, Row, run_row
 
@@ -16,6 +17,8 @@ __all__ = ["Outcome", "Record", "Run", "run_all", "runs_of"]
 
 # No row takes a quarter of it: what is not over by then hangs.
 _LIMIT_S = 300.0
+# So often a fault may come too late for its streams before that counts as a failure.
+_MOST_MISSED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,13 @@ class Outcome:
     # None if the promise was broken, in the way that `defect` tells.
     result: Result | None
     defect: str = ""
+    # Tries before this one whose fault met too few streams.
+    num_missed: int = 0
 
     def __str__(self) -> str:
         verdict = f"BROKEN {self.defect}" if self.result is None else "held"
+        if self.num_missed:
+            verdict += f", after {self.num_missed} that met nothing"
         return f"row {self.run.row} seed {self.run.seed} {self.took_s:.1f} s {verdict}"
 
 
@@ -68,7 +75,7 @@ class Record:
 
 def _outcome_of(entry: dict[str, object]) -> Outcome:
     result = entry["result"] and Result(**entry["result"])
-    return Outcome(Run(**entry["run"]), entry["took_s"], result, entry["defect"])
+    return Outcome(Run(**entry["run"]), entry["took_s"], result, entry["defect"], entry["num_missed"])
 
 
 def runs_of(rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
@@ -82,7 +89,7 @@ def runs_of(rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
 
 
 def run_all(runs: Iterable[Run], *, jobs: int, keep_failed_in: Path) -> Iterator[Outcome]:
-    """The runs' outcomes as they come, so many at a time. Rows that compare times run alone, after all others."""
+    """The runs' outcomes as they come, so many at a time. Rows that demand times run alone, after all others."""
     timed = {row.number for row in ROWS if row.is_timed}
     runs = list(runs)
     yield from _run_beside([run for run in runs if run.row not in timed], jobs, keep_failed_in)
@@ -102,11 +109,19 @@ def _run_beside(runs: Sequence[Run], jobs: int, keep_failed_in: Path) -> Iterato
 def _run(run: Run, keep_failed_in: Path) -> Outcome:
     row = next(row for row in ROWS if row.number == run.row)
     started_s = time.monotonic()
-    try:
-        result = asyncio.run(_run_in_time(row, run.seed, keep_failed_in))
-    except Exception as error:
-        return Outcome(run, time.monotonic() - started_s, None, f"{type(error).__name__}: {error}")
-    return Outcome(run, time.monotonic() - started_s, result)
+    num_missed = 0
+    while True:
+        result, defect = None, ""
+        try:
+            result = asyncio.run(_run_in_time(row, run.seed, keep_failed_in))
+        except FaultMissedError as error:
+            if num_missed < _MOST_MISSED:
+                num_missed += 1
+                continue
+            defect = f"{error}, {num_missed + 1} times"
+        except Exception as error:
+            defect = f"{type(error).__name__}: {error}"
+        return Outcome(run, time.monotonic() - started_s, result, defect, num_missed)
 
 
 async def _run_in_time(row: Row, seed: int, keep_failed_in: Path) -> Result:

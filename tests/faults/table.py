@@ -29,7 +29,7 @@ class Row:
     is_quick: bool
     # Whether this machine has what it takes.
     needs: Callable[[], bool]
-    # Whether it compares times with those of an undisturbed run, so that nothing else may run beside it.
+    # Whether it demands times that only an undisturbed machine keeps, so that nothing else may run beside it.
     is_timed: bool
     # More seeds than these would only cost time.
     max_seeds: int | None

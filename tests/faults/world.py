@@ -230,7 +230,7 @@ class World:
         """The fault happens now, and it meets at least so many streams in the middle. Returns the time."""
         num_flowing = len(self.load.flowing)
         if num_flowing < min_flowing:
-            raise AssertionError(f"{event}: only {num_flowing} streams flow, {min_flowing} should")
+            raise self.load.missed(f"{event}: only {num_flowing} streams flow, {min_flowing} should")
         return self.note(f"{event}; {num_flowing} streams flowing")
 
     # --- Looking at it

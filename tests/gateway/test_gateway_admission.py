@@ -10,8 +10,11 @@ from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
 from oasst_gateway.admission import Outlook, SpeedEstimate
+from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
-from oasst_jobs import Claimer, QueueClient
+from oasst_gateway.monitor import QueueMonitor
+from oasst_jobs import Claimer, QueueClient, QueueLimits, Submitter
+from prometheus_client import CollectorRegistry
 
 
 def test_a_wait_follows_from_the_tokens_ahead_and_the_speed() -> None:
@@ -123,6 +126,26 @@ async def test_whoever_comes_just_after_the_queue_was_full_is_not_even_read(
             return False
 
         await eventually(is_let_in)
+
+
+async def test_a_worker_that_comes_is_known_long_before_the_next_look_is_due(queue: QueueClient) -> None:
+    async def ignore(_: bool) -> None:
+        pass
+
+    monitor = QueueMonitor(
+        Submitter(queue, gateway_id="g", limits=QueueLimits()),
+        model_name="tiny",
+        metrics=GatewayMetrics(CollectorRegistry()),
+        on_change=ignore,
+        interval_s=3600,
+    )
+    looking = asyncio.create_task(monitor.run())
+    await monitor.wait_available(10)
+    assert not monitor.look_out().has_workers
+    worker = Claimer(queue, worker_id="w", model="tiny")
+    await worker.heartbeat(job_pb2.WorkerStatus(worker_id="w", model="tiny", tokens_per_second=10.0))
+    await eventually(lambda: monitor.look_out().has_workers)
+    looking.cancel()
 
 
 async def test_a_worker_of_another_model_is_no_worker(

@@ -85,7 +85,8 @@ def _is_asked(world: World, sequence_id: str) -> bool:
     "24",
     "a flood: far more requests at once than the queue may hold",
     "no more than the cap are accepted, the rest refused at once with a time to come back; accepted ones finish",
-    shape=Shape(gateway_options=("--max-waiting-jobs", "60"), step_s=0.004),
+    # Slow enough that the queue fills however slowly the crowd comes.
+    shape=Shape(gateway_options=("--max-waiting-jobs", "60"), worker_options=("--max-sequences", "8")),
 )
 async def flood(world: World) -> Evidence:
     load = world.load
@@ -136,6 +137,7 @@ async def run_out_of_time_in_the_queue(world: World) -> Evidence:
     "23",
     "callers leave in the middle and do not come back",
     "the engine is rid of them within two steps and a push; the others do not notice",
+    is_timed=True,
 )
 async def leave(world: World) -> Evidence:
     return await _cancel(world, num_streams=12, num_leaving=6)
@@ -146,6 +148,7 @@ async def leave(world: World) -> Evidence:
     "a storm of cancellations: 96 of 100 streams leave at once",
     "every slot is free within two steps and a push; the others do not notice",
     shape=Shape(worker_options=("--max-sequences", "128")),
+    is_timed=True,
 )
 async def cancel_all_at_once(world: World) -> Evidence:
     return await _cancel(world, num_streams=100, num_leaving=96)

@@ -186,7 +186,7 @@ class EngineLoop:
         batch = self._engine.last_batch
         num_decode_tokens = _num_decode_tokens(batch)
         return StepReport(
-            outputs=tuple(self._read(output) for output in outputs),
+            outputs=tuple(self._read(output) for output in outputs if isinstance(output, TokenOutput)),
             ended_s=ended_s,
             step_s=ended_s - started_s,
             num_sequences=len(batch.chunks),

@@ -64,8 +64,8 @@ images:                   ## Build the gateway's and the worker's image; needs D
 
 lock: .venv/dev           ## Pin what the images install, by hash
 	echo hatchling | $(LOCK) -o docker/build.txt -
-	$(LOCK) --extra gateway -o docker/gateway.txt pyproject.toml
-	$(LOCK) --extra worker -o docker/worker.txt pyproject.toml
+	$(LOCK) --extra gateway --extra trace -o docker/gateway.txt pyproject.toml
+	$(LOCK) --extra worker --extra trace -o docker/worker.txt pyproject.toml
 
 clean:                    ## Remove the environment and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

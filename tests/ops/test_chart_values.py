@@ -20,8 +20,9 @@ NO_BUILT_IN = {"enabled": False}
 # Options that follow from other values, or must be as the chart's probes, ports and mounts are.
 CLOSED = {
     "gateway": {"gateway-id", "listen", "metrics", "metrics-listen", "model", "model-name", "redis-url", "reuse-port"}
-    | {"drain-delay-s", "drain-grace-s", "resume-secret", "tls-cert", "tls-key", "tls-client-ca", "tenants", "jwt-key"},
-    "worker": {"device", "drain-s", "metrics-listen", "model", "model-name", "redis-url", "worker-id"},
+    | {"drain-delay-s", "drain-grace-s", "resume-secret", "tls-cert", "tls-key", "tls-client-ca", "tenants", "jwt-key"}
+    | {"otlp-endpoint"},
+    "worker": {"device", "drain-s", "metrics-listen", "model", "model-name", "otlp-endpoint", "redis-url", "worker-id"},
 }
 FOR_TESTS = {"failpoints"}
 
@@ -30,6 +31,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"worker": {"gpu": 1}}, "additional properties 'gpu' not allowed"),
     ({"worker": {"options": {"max-sequence": 8}}}, "additional properties 'max-sequence' not allowed"),
     ({"worker": {"options": {"device": "cpu"}}}, "additional properties 'device' not allowed"),
+    ({"traces": {"endpoint": "collector:4317"}}, "does not match pattern"),
     ({"worker": {"options": {"dtype": "int3"}}}, "value must be one of"),
     ({"gateway": {"replicas": 0}}, "minimum: got 0, want 1"),
     ({"gateway": {"image": {"digest": "sha256:1"}}}, "does not match pattern"),

@@ -41,6 +41,17 @@
 {{- end }}
 {{- end }}
 
+{{- define "oasst.egress.traces" -}}
+{{- with .Values.traces.endpoint -}}
+- ports:
+    - {port: {{ regexFind "[0-9]+$" . }}, protocol: TCP}
+  {{- with $.Values.networkPolicy.traces }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "oasst.ingress.metrics" -}}
 - from:
     {{- include "oasst.peers" .Values.networkPolicy.prometheus | nindent 4 }}

@@ -53,6 +53,13 @@ topologySpreadConstraints:
   {{- end }}
 {{- end }}
 
+{{- define "oasst.traces.env" -}}
+{{- with .root.Values.traces.endpoint }}
+- name: OASST_{{ upper $.component }}_OTLP_ENDPOINT
+  value: {{ . }}
+{{- end }}
+{{- end }}
+
 {{/* Options as environment variables: `max-open-chats: 9` becomes OASST_GATEWAY_MAX_OPEN_CHATS. */}}
 {{- define "oasst.options" -}}
 {{- $prefix := printf "OASST_%s_" (upper .component) -}}

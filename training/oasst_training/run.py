@@ -10,6 +10,7 @@ output_dir/
 import hashlib
 import math
 import shutil
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +47,11 @@ _CHANGEABLE_KEYS = {
     *("logging_steps", "eval_steps", "eval_size", "per_device_eval_batch_size", "eval_accumulation_steps"),
     *("save_steps", "save_total_limit"),
 }
+
+
+# gloo's thread drops a barrier's tensors after everybody was let through, and needs the interpreter's lock for it. The
+# end of the process group holds that lock and waits for the thread: for ever, if it comes in between.
+_BARRIER_ENDS_S = 0.2
 
 
 def run_recipe(recipe: Recipe, folders: Sequence[Path], *, resume: bool = False, deepspeed: bool = False) -> Path:
@@ -194,6 +200,8 @@ class _Run:
             if can_draw():
                 self._curve.draw(self._recipe.output_dir)
         self._accelerator.wait_for_everyone()
+        if self._accelerator.num_processes > 1:
+            time.sleep(_BARRIER_ENDS_S)
         self._accelerator.end_training()
         return output
 

@@ -10,11 +10,23 @@ from oasst.jobs.v1 import job_pb2
 from oasst.v1 import generation_pb2
 from oasst_jobs import JOB_VERSION, job_id_for
 from oasst_worker.detokenizer import Detokenizer
-from oasst_worker.engine import Batch, Engine, EngineConfig, Sample, TokenLogprob
+from oasst_worker.engine import Batch, Engine, EngineConfig, Sample, Scores, Target, TargetScore, TokenLogprob
 from oasst_worker.intake import Intake, ModelFacts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-__all__ = ["EOS", "MODEL", "ScriptedExecutor", "eventually", "expected_text", "make_engine", "make_intake", "make_job"]
+__all__ = [
+    "EOS",
+    "MAX_POSITIONS",
+    "MODEL",
+    "VOCAB_SIZE",
+    "ScriptedExecutor",
+    "eventually",
+    "expected_text",
+    "make_engine",
+    "make_intake",
+    "make_job",
+    "scripted_score",
+]
 
 MODEL = "scripted"
 EOS = 0
@@ -44,6 +56,11 @@ def expected_text(job_id: str, num_tokens: int, choice: int = 0) -> str:
     return "".join(letter(f"{job_id}/{choice}", index) for index in range(num_tokens))
 
 
+def scripted_score(target: Target) -> TargetScore:
+    """Greedy decoding gives even ids only."""
+    return TargetScore(-target.token_id / (1 + target.position), target.token_id % 2 == 0)
+
+
 class ScriptedExecutor:
     """Draws token i of a sequence as f(sequence id, i), unless a script says otherwise."""
 
@@ -66,14 +83,19 @@ class ScriptedExecutor:
             self._allowed = num_steps
             self._gate.notify()
 
-    def execute(self, batch: Batch) -> list[Sample]:
+    def execute(self, batch: Batch) -> list[Sample | Scores]:
         with self._gate:
             self._gate.wait_for(lambda: self._allowed > 0)
             self._allowed -= 1
         if self.failure is not None:
             raise self.failure
         self.num_steps += 1
-        return [self._draw(chunk.sequence) for chunk in batch.chunks if chunk.draws]
+        asking = [chunk for chunk in batch.chunks if chunk.draws or chunk.targets]
+        return [self._draw(chunk.sequence) if chunk.draws else self._score(chunk) for chunk in asking]
+
+    def _score(self, chunk) -> Scores:
+        is_broken = chunk.sequence.sequence_id in self.broken
+        return Scores(None if is_broken else [scripted_score(target) for target in chunk.targets])
 
     def _draw(self, sequence) -> Sample:
         if sequence.sequence_id in self.broken:

@@ -1,11 +1,14 @@
-"""Tiny random GPT-NeoX checkpoints, as transformers makes and saves them."""
+"""Tiny random GPT-NeoX checkpoints, as transformers makes and saves them; a queue, and workers on it."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import torch
+from oasst_jobs import QueueClient, connect
+from running_worker import RunningWorker
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from watched_queue import Queue
 
 TINY = {
     "vocab_size": 96,
@@ -43,3 +46,28 @@ def make_checkpoint(make_model, tmp_path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+async def queue(valkey_url: str) -> AsyncIterator[Queue]:
+    redis = connect(valkey_url)
+    yield Queue(QueueClient(redis))
+    await redis.aclose()
+
+
+@pytest.fixture
+async def start_worker(valkey_url: str) -> AsyncIterator[Callable[..., RunningWorker]]:
+    """Starts workers, each with its own connections, and ends them."""
+    workers: list[RunningWorker] = []
+    connections = []
+
+    def start(worker_id: str = "worker", *, lease_ms: int = 10_000, **settings) -> RunningWorker:
+        connections.append(connect(valkey_url))
+        workers.append(RunningWorker(QueueClient(connections[-1]), worker_id, lease_ms=lease_ms, **settings))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        await worker.die()
+    for connection in connections:
+        await connection.aclose()

@@ -59,7 +59,7 @@ def outputs_of(loop: EngineLoop, *choices: Choice) -> dict[Choice, list[ChoiceOu
     def have_ended() -> bool:
         for report in loop.take():
             for output in report.outputs:
-                outputs[output.choice].append(output)
+                outputs[output.part].append(output)
         return all(given and (given[-1].finish or given[-1].error) for given in outputs.values())
 
     eventually(have_ended)

@@ -7,8 +7,9 @@ from oasst.v1.generation_pb2 import FinishReason as WireReason
 
 from oasst_worker.detokenizer import ChoiceText
 from oasst_worker.engine import FinishReason, Sequence, TokenLogprob, TokenOutput
+from oasst_worker.parts import PartError
 
-__all__ = ["Choice", "ChoiceError", "ChoiceOutput"]
+__all__ = ["Choice", "ChoiceOutput"]
 
 _WIRE_REASONS = {
     FinishReason.END_OF_TEXT: WireReason.FINISH_REASON_END_OF_TEXT,
@@ -20,27 +21,23 @@ _SILENT_ENDS = frozenset({FinishReason.END_OF_TEXT, FinishReason.STOP_TOKEN})
 
 
 @dataclass(frozen=True, slots=True)
-class ChoiceError:
-    """Why a choice cannot go on."""
-
-    reason: str  # ErrorInfo.reason.
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
 class ChoiceOutput:
     """What one step gave one choice: a token with the text it made final, or an error."""
 
-    choice: "Choice"
+    part: "Choice"
     token_id: int | None = None  # None with an error only.
     text: str = ""
     logprob: TokenLogprob | None = None
     finish: ChoiceFinish | None = None
-    error: ChoiceError | None = None
+    error: PartError | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish is not None or self.error is not None
 
 
 class Choice:
-    """Belongs to the engine's thread once it was handed to the loop; compared by identity."""
+    """One answer to a prompt."""
 
     __slots__ = ("_text", "index", "sequence")
 
@@ -57,12 +54,15 @@ class Choice:
     def take(self, output: TokenOutput) -> ChoiceOutput:
         """The output as its caller is to see it. A finish here that the engine did not tell is a stop text."""
         if output.token_id is None:
-            return ChoiceOutput(self, error=ChoiceError("NUMERIC", output.error or "the token could not be computed"))
+            return self.fail(PartError("NUMERIC", output.error or "the token could not be computed"))
         text = "" if output.finish in _SILENT_ENDS else self._text.add(output.token_id)
         if output.finish is None and self._text.stop is None:
             return ChoiceOutput(self, output.token_id, text, output.logprob)
         text += self._text.finish()
         return ChoiceOutput(self, output.token_id, text, output.logprob, finish=self._finish(output))
+
+    def fail(self, error: PartError) -> ChoiceOutput:
+        return ChoiceOutput(self, error=error)
 
     def _finish(self, output: TokenOutput) -> ChoiceFinish:
         if output.finish is None or self._text.stop is not None:

@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from oasst.jobs.v1.job_pb2 import Outcome
-from oasst_jobs import ClaimedJob, Claimer, FencedError, PushStatus, QueueUnavailableError, failpoints
+from oasst_jobs import (
+    ClaimedJob,
+    Claimer,
+    FencedError,
+    PushStatus,
+    QueueUnavailableError,
+    failpoints,
+    num_prompt_tokens,
+)
 from oasst_telemetry import Tracer
 
 from oasst_worker.choice import Choice
+from oasst_worker.generating import GeneratingJob
+from oasst_worker.held import HeldJob
 from oasst_worker.intake import Intake, JobRefusedError
 from oasst_worker.loop import EngineLoop, StepReport, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
-from oasst_worker.running import RunningJob
+from oasst_worker.parts import Part
+from oasst_worker.scoring import ScoringJob
 from oasst_worker.spans import JobSpans
 
 __all__ = ["Consumer"]
@@ -34,6 +45,7 @@ _Answer = TypeVar("_Answer")
 _LISTEN_S = 1.0
 # More tokens than any job asks for: an idle worker takes the next job whatever its size.
 _ANY_SIZE = 2**50
+_SCORING_JOBS = 4  # Held at once.
 # KV cache kept free for the next tokens of each running choice, so that a claim does not preempt at once.
 _LOOKAHEAD_TOKENS = 64
 _MIN_BACKOFF_S = 0.05
@@ -81,14 +93,15 @@ class Consumer:
         self._renew_after_s = lease_s / 3
         self._clock = clock
         self.num_generated_tokens = 0  # Since the start.
-        self._jobs: dict[str, RunningJob] = {}
-        self._owners: dict[Choice, RunningJob] = {}  # Choices that belong in the engine.
+        self._jobs: dict[str, HeldJob] = {}
+        self._owners: dict[Part, HeldJob] = {}  # Parts that belong in the engine.
         self._drain_ends_s = float("inf")
         self._queue_is_reachable = True
         # Wake-ups. Each is set by whoever changes something, and cleared by the one task that waits for it.
         self._claim_now = asyncio.Event()
         self._news = asyncio.Event()
         self._room = asyncio.Event()
+        self._room_to_score = asyncio.Event()
         self._job_left = asyncio.Event()
         # One-way: no claims after the first, no pushes after the second.
         self._draining = asyncio.Event()
@@ -97,7 +110,7 @@ class Consumer:
     @property
     def num_sequences(self) -> int:
         """Choices that run or wait in the engine."""
-        return len(self._owners)
+        return sum(isinstance(part, Choice) for part in self._owners)
 
     @property
     def queue_is_reachable(self) -> bool:
@@ -127,14 +140,18 @@ class Consumer:
         self._note_more_room()
         try:
             async with asyncio.TaskGroup() as tasks:
-                listening = tasks.create_task(self._listen(), name="listen")
+                listening = [
+                    tasks.create_task(self._listen(self._room, is_scoring=False), name="listen"),
+                    tasks.create_task(self._listen(self._room_to_score, is_scoring=True), name="listen to score"),
+                ]
                 claiming = tasks.create_task(self._claim_until_draining(), name="claim")
                 tasks.create_task(self._push_until_closing(), name="push")
                 try:
                     await self._draining.wait()
                     # A claim under way is not cancelled: its jobs would be nobody's for the length of a lease.
                     await claiming
-                    listening.cancel()
+                    for task in listening:
+                        task.cancel()
                     await self._wait_until_drained()
                 finally:
                     # Tasks end by these, not by cancellation alone: inside redis-py, Python 3.11 may swallow one.
@@ -146,30 +163,38 @@ class Consumer:
 
     # --- Claiming
 
-    async def _listen(self) -> None:
+    async def _listen(self, room: asyncio.Event, *, is_scoring: bool) -> None:
         """Has the claiming task look whenever there may be work, while there is room for it."""
         while not self._draining.is_set():
-            await self._room.wait()
-            await self._reach("wait", lambda: self._claimer.wait_for_work(_LISTEN_S), give_up=self._draining)
+            await room.wait()
+            await self._reach(
+                "wait",
+                lambda: self._claimer.wait_for_work(_LISTEN_S, is_scoring=is_scoring),
+                give_up=self._draining,
+            )
             self._claim_now.set()
 
     async def _claim_until_draining(self) -> None:
         while not self._draining.is_set():
             await self._claim_now.wait()
             self._claim_now.clear()
-            while not self._draining.is_set() and await self._claim():
+            while not self._draining.is_set() and (await self._claim() or await self._claim(is_scoring=True)):
                 pass
 
-    async def _claim(self) -> bool:
+    async def _claim(self, *, is_scoring: bool = False) -> bool:
         """Takes in the next jobs there is room for; False once there is nothing more to take now."""
-        room = self._room_for()
+        room = self._room_for_scoring() if is_scoring else self._room_for_chats()
         if room is None:
             return False
         started_s = self._clock()
         claimed_jobs = await self._reach(
             "claim",
             lambda: self._claimer.claim(
-                max_jobs=room.jobs, max_tokens=room.tokens, max_choices=room.choices, is_idle=room.is_idle
+                max_jobs=room.jobs,
+                max_tokens=room.tokens,
+                max_choices=room.choices,
+                is_idle=room.is_idle,
+                is_scoring=is_scoring,
             ),
             give_up=self._draining,
         )
@@ -181,37 +206,49 @@ class Consumer:
             await self._take_in(claimed)
         return True
 
-    def _room_for(self) -> _Room | None:
-        """What may be claimed; None for nothing.
+    def _room_for_chats(self) -> _Room | None:
+        """What may be claimed to generate; None for nothing.
 
         An idle worker takes one job whatever its size: so one that can never fit is told so, and one that needs the
         whole worker gets it. Beside a job that is to run alone nothing is claimed.
         """
         if not self._jobs:
             return _ROOM_OF_IDLE
-        if any(job.claimed.is_solo for job in self._jobs.values()):
+        if self._has_solo():
             return None
         expected_tokens = sum(job.kv_tokens_expected(_LOOKAHEAD_TOKENS) for job in self._jobs.values())
         slots = self._loop.max_sequences - self.num_sequences
         tokens = self._loop.kv_tokens_total - expected_tokens
         return _Room(jobs=slots, tokens=tokens, choices=slots) if slots > 0 and tokens > 0 else None
 
+    def _room_for_scoring(self) -> _Room | None:
+        """What may be claimed to score; None for nothing.
+
+        A few small requests at a time, and the next ones only once they have ended: whatever is to run alone then finds
+        an idle worker, and what is lost with a worker is little.
+        """
+        if self._has_solo() or any(isinstance(job, ScoringJob) for job in self._jobs.values()):
+            return None
+        return _Room(jobs=_SCORING_JOBS, tokens=_ANY_SIZE, choices=_ANY_SIZE, is_idle=not self._jobs)
+
+    def _has_solo(self) -> bool:
+        return any(job.claimed.is_solo for job in self._jobs.values())
+
     async def _take_in(self, claimed: ClaimedJob) -> None:
         self._metrics.record_claim(claimed)
         spans = JobSpans(self._tracer, claimed, clock=self._clock)
         try:
-            resumed = self._intake.accept(claimed)
+            job = self._make_job(claimed, spans)
         except JobRefusedError as error:
             await self._refuse(claimed, error, spans)
             return
         lost = self._jobs.get(claimed.job_id)
         if lost is not None:  # Its lease had lapsed, unknown to us; this claim is its successor.
             self._drop(lost, PushStatus.FENCED)
-        job = RunningJob(claimed, resumed, spans, now_s=self._clock())
         self._jobs[job.job_id] = job
-        for choice in job.choices:
-            self._owners[choice] = job
-            self._loop.add(choice)
+        for part in job.parts:
+            self._owners[part] = job
+            self._loop.add(part)
         if job.has_ended:
             self._news.set()
         self._note_room()
@@ -219,12 +256,18 @@ class Consumer:
             "job claimed job_id=%s attempt=%d prompt_tokens=%d logged_tokens=%d choices=%d waited_ms=%d",
             job.job_id,
             claimed.attempt,
-            len(claimed.job.prompt_token_ids),
+            num_prompt_tokens(claimed.job),
             claimed.end_position,
             claimed.job.n,
             claimed.waited_ms,
             extra=spans.log_fields,
         )
+
+    def _make_job(self, claimed: ClaimedJob, spans: JobSpans) -> HeldJob:
+        now_s = self._clock()
+        if claimed.job.score_items:
+            return ScoringJob(claimed, self._intake.accept_scoring(claimed), spans, now_s=now_s)
+        return GeneratingJob(claimed, self._intake.accept(claimed), spans, now_s=now_s)
 
     async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError, spans: JobSpans) -> None:
         outcome = Outcome(failed=error.failed)
@@ -251,19 +294,19 @@ class Consumer:
     def _take(self, report: StepReport) -> None:
         self._metrics.record_step(report)
         self._watchdog.record(report.step_s)
-        self.num_generated_tokens += sum(output.token_id is not None for output in report.outputs)
+        self.num_generated_tokens += report.num_drawn_tokens
         for output in report.outputs:
-            job = self._owners.get(output.choice)
+            job = self._owners.get(output.part)
             if job is None:
                 continue  # Dropped since.
             job.take(output, now_s=report.ended_s)
             if output.error is not None:
                 self._evict(job)
-            elif output.finish is not None:
-                del self._owners[output.choice]
+            elif output.has_ended:
+                del self._owners[output.part]
                 self._note_more_room()
 
-    async def _push(self, jobs: Sequence[RunningJob]) -> None:
+    async def _push(self, jobs: Sequence[HeldJob]) -> None:
         """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
         started_s = self._clock()
         items = [job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs]
@@ -281,7 +324,7 @@ class Consumer:
             elif job.has_ended:
                 self._finish(job)
 
-    def _finish(self, job: RunningJob) -> None:
+    def _finish(self, job: HeldJob) -> None:
         self._forget(job)
         self._metrics.record_end(job)
         job.end_spans("finished" if job.failed is None else "failed")
@@ -291,7 +334,7 @@ class Consumer:
         else:
             logger.error("job failed job_id=%s reason=%s", job.job_id, job.failed.reason, extra=extra)
 
-    def _drop(self, job: RunningJob, status: PushStatus) -> None:
+    def _drop(self, job: HeldJob, status: PushStatus) -> None:
         """The job is not ours any more: nothing of it is left here."""
         self._evict(job)
         self._forget(job)
@@ -300,13 +343,13 @@ class Consumer:
         fields = (job.job_id, status.value, job.num_new_tokens)
         logger.info("job dropped job_id=%s status=%s new_tokens=%d", *fields, extra=job.spans.log_fields)
 
-    def _evict(self, job: RunningJob) -> None:
-        """The engine holds none of the job's choices."""
-        for choice in job.choices:
-            if self._owners.pop(choice, None) is not None:
-                self._loop.remove(choice)
+    def _evict(self, job: HeldJob) -> None:
+        """The engine holds none of the job's parts."""
+        for part in job.parts:
+            if self._owners.pop(part, None) is not None:
+                self._loop.remove(part)
 
-    def _forget(self, job: RunningJob) -> None:
+    def _forget(self, job: HeldJob) -> None:
         del self._jobs[job.job_id]
         self._job_left.set()
         self._note_more_room()
@@ -358,11 +401,12 @@ class Consumer:
         return None
 
     def _note_room(self) -> None:
-        """Lets the listening task listen only while there is room: a wake-up it takes is one that others miss."""
-        if self._room_for() is not None:
-            self._room.set()
-        else:
-            self._room.clear()
+        """Lets the listening tasks listen only while there is room: a wake-up they take is one that others miss."""
+        for event, room in ((self._room, self._room_for_chats()), (self._room_to_score, self._room_for_scoring())):
+            if room is None:
+                event.clear()
+            else:
+                event.set()
 
     def _note_more_room(self) -> None:
         """What did not fit before may fit now."""

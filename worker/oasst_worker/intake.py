@@ -1,4 +1,4 @@
-"""A claimed job is checked once more, and becomes choices that go on where its log ends.
+"""A claimed job is checked once more, and becomes parts of the engine that go on where its log ends.
 
 The gateway has validated every job, but whoever can write to Redis can write a job: what would hurt the engine is
 refused here, and fails alone.
@@ -18,6 +18,7 @@ from oasst_worker import engine
 from oasst_worker.choice import Choice
 from oasst_worker.detokenizer import ChoiceText, Detokenizer
 from oasst_worker.engine import GenerationParams, TokenOutput, finish_reason
+from oasst_worker.scoring import ScoredRun, scored_runs
 
 __all__ = ["Intake", "JobRefusedError", "ModelFacts", "ResumedChoice"]
 
@@ -27,6 +28,7 @@ _MAX_STOP_CHARACTERS = 64
 _MAX_STOP_TOKEN_IDS = 16
 _MAX_LOGIT_BIASES = 300
 _MAX_LOGPROBS = 20
+_MAX_ITEMS = 256
 # Field of SamplingParams -> smallest and largest value. A lower bound of 0 that stands in _POSITIVE is excluded.
 _RANGES = {
     "repetition_penalty": (0.0, math.inf),
@@ -70,7 +72,7 @@ class JobRefusedError(Exception):
 
 
 class Intake:
-    """Makes choices of jobs."""
+    """Makes parts of jobs."""
 
     def __init__(self, detokenizer: Detokenizer, model: ModelFacts) -> None:
         self._detokenizer = detokenizer
@@ -89,6 +91,20 @@ class Intake:
             self._resume(claimed.job, index, sequence, token_ids)
             for index, (sequence, token_ids) in enumerate(zip(sequences, logged_ids, strict=True))
         ]
+
+    def accept_scoring(self, claimed: ClaimedJob) -> list[ScoredRun]:
+        """What is still to be scored of the job.
+
+        Raises:
+            JobRefusedError: as `accept`.
+        """
+        job = claimed.job
+        _check_version(job)
+        _check(_scoring_requirements(job, self._model))
+        _check_room(max(len(item.token_ids) for item in job.score_items) - 1, self._model)
+        if sum(len(entry.scores) for entry in claimed.log) != claimed.end_position:
+            raise _invalid(f"the log does not hold the scores of {claimed.end_position} items")
+        return list(scored_runs(claimed))
 
     def _resume(self, job: Job, index: int, sequence: engine.Sequence, logged_ids: Sequence[int]) -> ResumedChoice:
         params = sequence.params
@@ -117,21 +133,32 @@ def _sequences(claimed: ClaimedJob, logged_ids: Sequence[Sequence[int]]) -> list
 
 
 def _check_job(job: Job, model: ModelFacts) -> None:
+    _check_version(job)
+    _check(_requirements(job, model))
+    _check_room(len(job.prompt_token_ids) + job.limits.max_new_tokens, model)
+
+
+def _check_version(job: Job) -> None:
     if job.version != JOB_VERSION:
         raise JobRefusedError(
             code_pb2.FAILED_PRECONDITION,
             "UNKNOWN_JOB_VERSION",
             f"the job's version is {job.version}; this worker knows {JOB_VERSION}",
         )
-    for is_true, requirement in _requirements(job, model):
+
+
+def _check(requirements: Iterable[tuple[bool, str]]) -> None:
+    for is_true, requirement in requirements:
         if not is_true:
             raise _invalid(requirement)
-    longest = len(job.prompt_token_ids) + job.limits.max_new_tokens
+
+
+def _check_room(longest: int, model: ModelFacts) -> None:
     if longest > model.kv_tokens:
         raise JobRefusedError(
             code_pb2.FAILED_PRECONDITION,
             "EXCEEDS_KV_CACHE",
-            f"prompt and new tokens need {longest} positions of KV cache; this worker has {model.kv_tokens}",
+            f"it needs {longest} positions of KV cache; this worker has {model.kv_tokens}",
         )
 
 
@@ -160,6 +187,16 @@ def _requirements(job: Job, model: ModelFacts) -> Iterable[tuple[bool, str]]:
     yield len(sampling.logit_bias) <= _MAX_LOGIT_BIASES, f"there must be at most {_MAX_LOGIT_BIASES} logit biases"
     yield _are_token_ids(sampling.logit_bias, model), f"logit bias ids must be below {model.vocab_size}"
     yield all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()), "logit biases must be -100 to 100"
+
+
+def _scoring_requirements(job: Job, model: ModelFacts) -> Iterable[tuple[bool, str]]:
+    yield len(job.score_items) <= _MAX_ITEMS, f"there must be at most {_MAX_ITEMS} items"
+    for item in job.score_items:
+        num_tokens = len(item.token_ids)
+        # The last one is never fed.
+        yield 2 <= num_tokens <= model.max_positions + 1, f"items must have 2 to {model.max_positions + 1} tokens"
+        yield 1 <= item.context_length < num_tokens, "some of an item's tokens must be context, and some not"
+        yield _are_token_ids(item.token_ids, model), f"token ids must be below {model.vocab_size}"
 
 
 def _are_token_ids(ids: Iterable[int], model: ModelFacts) -> bool:

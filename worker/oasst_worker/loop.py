@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from oasst_jobs import failpoints
 
-from oasst_worker.choice import Choice, ChoiceError, ChoiceOutput
-from oasst_worker.engine import Batch, Engine, TokenOutput
+from oasst_worker.engine import Batch, Engine, ScoreOutput, TokenOutput
+from oasst_worker.parts import Part, PartError, PartOutput
 
 __all__ = ["EngineLoad", "EngineLoop", "EngineStalledError", "StepReport", "StepWatchdog"]
 
@@ -36,18 +36,19 @@ class EngineLoad:
 class StepReport:
     """What one turn of the loop gave, and what it took."""
 
-    outputs: tuple[ChoiceOutput, ...]
+    outputs: tuple[PartOutput, ...]
     ended_s: float  # By the loop's clock.
     step_s: float = 0.0
     num_sequences: int = 0  # In the batch; 0 if no step was taken.
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    num_drawn_tokens: int = 0
 
 
 class EngineLoop:
     """Runs an engine in a thread of its own; nobody else touches the engine.
 
-    Others hand in choices, take reports, and are told by a callback when there are some. The loop runs ahead of
+    Others hand in parts of jobs, take reports, and are told by a callback when there are some. The loop runs ahead of
     them by at most `max_steps_ahead` reports, then waits: so a queue that cannot be reached holds the engine back
     without losing a token, and memory stays bounded.
 
@@ -71,7 +72,7 @@ class EngineLoop:
         self._on_report: Callable[[], object] = lambda: None
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._choices: dict[str, Choice] = {}  # Sequence id -> what the engine holds; this thread's own.
+        self._parts: dict[str, Part] = {}  # Sequence id -> what the engine holds; this thread's own.
         self._num_steps = 0
         self._step_in_progress: int | None = None
         # Guarded by `_changed`, which is notified whenever one of them changes.
@@ -103,13 +104,13 @@ class EngineLoop:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def add(self, choice: Choice) -> None:
-        """The choice runs from the next turn on. If the engine cannot take it, a report tells its error."""
-        self._command(lambda: self._admit(choice))
+    def add(self, part: Part) -> None:
+        """The part runs from the next turn on. If the engine cannot take it, a report tells its error."""
+        self._command(lambda: self._admit(part))
 
-    def remove(self, choice: Choice) -> None:
-        """The choice is gone from the next turn on. Reports made before may still hold outputs of it."""
-        self._command(lambda: self._evict(choice))
+    def remove(self, part: Part) -> None:
+        """The part is gone from the next turn on. Reports made before may still hold outputs of it."""
+        self._command(lambda: self._evict(part))
 
     def take(self) -> list[StepReport]:
         """All reports made since the last call, oldest first."""
@@ -160,19 +161,19 @@ class EngineLoop:
         if is_first:  # Whoever was told of an earlier one will find this one beside it.
             self._on_report()
 
-    def _admit(self, choice: Choice) -> None:
+    def _admit(self, part: Part) -> None:
         try:
-            self._engine.add(choice.sequence)
+            self._engine.add(part.sequence)
         except ValueError as error:
-            refused = ChoiceOutput(choice, error=ChoiceError("INTERNAL", str(error)))
+            refused = part.fail(PartError("INTERNAL", str(error)))
             self._report(StepReport((refused,), ended_s=self._clock()))
         else:
-            self._choices[choice.sequence.sequence_id] = choice
+            self._parts[part.sequence.sequence_id] = part
 
-    def _evict(self, choice: Choice) -> None:
-        sequence_id = choice.sequence.sequence_id
-        if self._choices.get(sequence_id) is choice:
-            del self._choices[sequence_id]
+    def _evict(self, part: Part) -> None:
+        sequence_id = part.sequence.sequence_id
+        if self._parts.get(sequence_id) is part:
+            del self._parts[sequence_id]
             self._engine.remove(sequence_id)
 
     def _step(self) -> StepReport:
@@ -186,24 +187,25 @@ class EngineLoop:
         batch = self._engine.last_batch
         num_decode_tokens = _num_decode_tokens(batch)
         return StepReport(
-            outputs=tuple(self._read(output) for output in outputs if isinstance(output, TokenOutput)),
+            outputs=tuple(map(self._read, outputs)),
             ended_s=ended_s,
             step_s=ended_s - started_s,
             num_sequences=len(batch.chunks),
             num_prefill_tokens=batch.num_tokens - num_decode_tokens,
             num_decode_tokens=num_decode_tokens,
+            num_drawn_tokens=sum(isinstance(each, TokenOutput) and each.token_id is not None for each in outputs),
         )
 
-    def _read(self, output: TokenOutput) -> ChoiceOutput:
-        """The output with its text. A choice that ended here, by its text or by an error, leaves the engine."""
-        choice = self._choices[output.sequence_id]
+    def _read(self, output: TokenOutput | ScoreOutput) -> PartOutput:
+        """The output as its job is to see it. A part that ended here, by its text or by an error, leaves the engine."""
+        part = self._parts[output.sequence_id]
         try:
-            read = choice.take(output)
-        except Exception:  # One choice's text must not end the others'.
-            logger.exception("reading a token failed sequence_id=%s", output.sequence_id)
-            read = ChoiceOutput(choice, error=ChoiceError("INTERNAL", "a token could not be turned into text"))
-        if read.finish is not None or read.error is not None:
-            self._evict(choice)
+            read = part.take(output)
+        except Exception:  # One part's text must not end the others'.
+            logger.exception("reading an output failed sequence_id=%s", output.sequence_id)
+            read = part.fail(PartError("INTERNAL", "what was computed could not be read"))
+        if read.has_ended:
+            self._evict(part)
         return read
 
     def _measure_load(self) -> EngineLoad:

@@ -5,8 +5,10 @@ from dataclasses import asdict, fields
 from oasst_jobs import ClaimedJob, PushStatus, SweepReport
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from oasst_worker.generating import GeneratingJob
+from oasst_worker.held import HeldJob
 from oasst_worker.loop import EngineLoad, StepReport
-from oasst_worker.running import RunningJob
+from oasst_worker.scoring import ScoringJob
 
 __all__ = ["WorkerMetrics"]
 
@@ -38,6 +40,7 @@ class WorkerMetrics:
         self.prefill_tokens = counter("prefill_tokens_total", "Prompt tokens computed, recomputed ones included.")
         self.decode_tokens = counter("decode_tokens_total", "Tokens computed one at a time.")
         self.generated_tokens = counter("generated_tokens_total", "Tokens drawn.")
+        self.scored_tokens = counter("scored_tokens_total", "Tokens of continuations whose likelihood was computed.")
         self.preemptions = counter("preemptions_total", "Sequences that gave their KV cache back to be computed again.")
         self.out_of_memory = counter(
             "out_of_memory_total", "Steps for which the device had no memory; they were tried again, smaller."
@@ -98,7 +101,7 @@ class WorkerMetrics:
         self.batch_size.observe(report.num_sequences)
         self.prefill_tokens.inc(report.num_prefill_tokens)
         self.decode_tokens.inc(report.num_decode_tokens)
-        self.generated_tokens.inc(sum(output.token_id is not None for output in report.outputs))
+        self.generated_tokens.inc(report.num_drawn_tokens)
 
     def record_sweep(self, report: SweepReport) -> None:
         """Adds what a sweep of this process set right in the queue."""
@@ -118,9 +121,15 @@ class WorkerMetrics:
         self.out_of_memory.inc(load.num_out_of_memory - self._load.num_out_of_memory)
         self._load = load
 
-    def record_end(self, job: RunningJob) -> None:
+    def record_end(self, job: HeldJob) -> None:
         """The job ended here, with an outcome."""
         self.jobs.labels("finished" if job.failed is None else "failed").inc()
+        if isinstance(job, ScoringJob):
+            self.scored_tokens.inc(job.num_scored_tokens)
+        elif isinstance(job, GeneratingJob):
+            self._record_times(job)
+
+    def _record_times(self, job: GeneratingJob) -> None:
         if job.prefill_s is not None:
             self.time_to_first_token_seconds.observe(job.prefill_s)
         later_tokens = job.num_new_tokens - job.claimed.job.n

@@ -2,7 +2,8 @@
 
     submit         the gateway's: oasst_gateway/spans.py
       queue        from the job's arrival to its first claim
-      chat MODEL   from a claim to the end, or the loss, of the job here; a job that lost its worker has several
+      chat MODEL   from a claim to the end, or the loss, of the job here; a job that lost its worker has several.
+                   `score MODEL` for one that scores
         prefill    from the claim to this worker's first token
         decode     from there to its last
 
@@ -38,7 +39,7 @@ class JobSpans:
             waiting = tracer.start("queue", kind=SpanKind.INTERNAL, parent=submitted, start_ns=arrived_ns)
             waiting.end(end_ns=self._claimed_ns)
         self._span = tracer.start(
-            f"chat {job.model}", kind=SpanKind.CONSUMER, parent=submitted, start_ns=self._claimed_ns
+            f"{_operation_of(job)} {job.model}", kind=SpanKind.CONSUMER, parent=submitted, start_ns=self._claimed_ns
         )
         if self._span.is_recorded:
             self._span.note(_describe_job(job) | _describe_claim(claimed))
@@ -71,14 +72,26 @@ class JobSpans:
         return self._epoch_ns + int(clock_s * 1e9)
 
 
+def _operation_of(job: Job) -> str:
+    return "score" if job.score_items else "chat"
+
+
 def _describe_job(job: Job) -> dict[str, str | bool | int | float | Sequence[str]]:
-    sampling = job.sampling
-    return {
-        "gen_ai.operation.name": "chat",
+    described: dict[str, str | bool | int | float | Sequence[str]] = {
+        "gen_ai.operation.name": _operation_of(job),
         "gen_ai.provider.name": "oasst",
         "gen_ai.request.model": job.model,
         "gen_ai.response.model": job.model,
         "gen_ai.response.id": job.request_id,
+    }
+    if job.score_items:
+        return described | {"oasst.job.items": len(job.score_items)}
+    return described | _describe_generation(job)
+
+
+def _describe_generation(job: Job) -> dict[str, str | bool | int | float | Sequence[str]]:
+    sampling = job.sampling
+    return {
         "gen_ai.request.max_tokens": job.limits.max_new_tokens,
         "gen_ai.request.choice.count": job.n,
         "gen_ai.request.temperature": sampling.temperature,

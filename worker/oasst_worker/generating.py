@@ -1,0 +1,146 @@
+"""A job that generates: its choices' tokens become its log."""
+
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+from oasst.jobs.v1.job_pb2 import LogEntry
+from oasst.v1.chat_pb2 import Finished, Timings, Usage
+from oasst.v1.generation_pb2 import Delta, TokenAlternative, TokenLogprob
+from oasst_jobs import ClaimedJob
+
+from oasst_worker import engine
+from oasst_worker.choice import ChoiceOutput
+from oasst_worker.held import HeldJob
+from oasst_worker.intake import ResumedChoice
+from oasst_worker.spans import JobSpans
+
+__all__ = ["GeneratingJob"]
+
+
+class GeneratingJob(HeldJob):
+    """Its positions are the tokens of all its choices."""
+
+    def __init__(self, claimed: ClaimedJob, choices: Sequence[ResumedChoice], spans: JobSpans, *, now_s: float) -> None:
+        running = [resumed for resumed in choices if resumed.finish is None]
+        super().__init__(claimed, [resumed.choice for resumed in running], spans, now_s=now_s)
+        self._num_cached_tokens: int | None = None  # Of the choice that found the fewest.
+        self._first_token_s: float | None = None
+        self._last_token_s: float | None = None
+        self._claimed_s = now_s
+        # Generated so far, for each choice that still runs.
+        self._num_tokens = {resumed.choice: resumed.num_logged_tokens for resumed in running}
+        self._deltas: dict[int, Delta] = {}  # Choice index -> what no item has carried yet.
+        self._finishes = {resumed.choice.index: resumed.finish for resumed in choices if resumed.finish is not None}
+
+    @property
+    def prefill_s(self) -> float | None:
+        """From the claim to this worker's first token; None before it."""
+        return None if self._first_token_s is None else self._first_token_s - self._claimed_s
+
+    @property
+    def decode_s(self) -> float | None:
+        """From this worker's first token to its last."""
+        if self._first_token_s is None or self._last_token_s is None:
+            return None
+        return self._last_token_s - self._first_token_s
+
+    @property
+    def has_ended(self) -> bool:
+        return self.failed is not None or not self._num_tokens
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._deltas) or self.has_ended
+
+    def kv_tokens_expected(self, lookahead_tokens: int) -> int:
+        job = self.claimed.job
+        most_tokens, least_tokens = job.limits.max_new_tokens, job.limits.min_new_tokens
+        return sum(
+            len(job.prompt_token_ids) + min(max(num_tokens + lookahead_tokens, least_tokens), most_tokens)
+            for num_tokens in self._num_tokens.values()
+        )
+
+    def take(self, output: ChoiceOutput, *, now_s: float) -> None:
+        if output.part not in self._num_tokens:
+            return
+        if output.error is not None:
+            self._fail(output.error)
+            self._num_tokens.clear()
+            return
+        if output.token_id is not None:
+            self._take_token(output, output.token_id, now_s)
+        if output.finish is not None:
+            self._finishes[output.part.index] = output.finish
+            del self._num_tokens[output.part]
+
+    def end_spans(self, outcome: str) -> None:
+        self.spans.end(
+            outcome,
+            first_token_s=self._first_token_s,
+            last_token_s=self._last_token_s,
+            usage=self._usage(),
+            finishes=[self._finishes[index] for index in sorted(self._finishes)],
+            error=None if self.failed is None else self.failed.reason,
+        )
+
+    def _take_token(self, output: ChoiceOutput, token_id: int, now_s: float) -> None:
+        position = self._num_tokens[output.part]
+        self._num_tokens[output.part] += 1
+        self.num_new_tokens += 1
+        cached_tokens = output.part.num_cached_tokens
+        if self._num_cached_tokens is None or cached_tokens < self._num_cached_tokens:
+            self._num_cached_tokens = cached_tokens
+        self._first_token_s = self._first_token_s or now_s
+        self._last_token_s = now_s
+        index = output.part.index
+        delta = self._deltas.setdefault(index, Delta(choice=index, position=position))
+        if delta.token_ids:  # From here on the text is not one token's alone.
+            if not delta.text_lengths:
+                delta.text_lengths.append(len(delta.text))
+            delta.text_lengths.append(len(output.text))
+        delta.text += output.text
+        delta.token_ids.append(token_id)
+        if output.logprob is not None:
+            delta.logprobs.append(_wire_logprob(output.logprob))
+
+    def _next_entry(self) -> LogEntry | None:
+        if not self._deltas:
+            return None
+        num_tokens = sum(len(delta.token_ids) for delta in self._deltas.values())
+        entry = LogEntry(end_position=self._end_position + num_tokens, deltas=self._deltas.values())
+        self._deltas.clear()
+        return entry
+
+    def _finished(self) -> Finished:
+        finishes = [self._finishes[index] for index in sorted(self._finishes)]
+        return Finished(finishes=finishes, usage=self._usage(), timings=self._timings())
+
+    def _usage(self) -> Usage:
+        job = self.claimed.job
+        return Usage(
+            prompt_tokens=len(job.prompt_token_ids),
+            cached_tokens=self._num_cached_tokens or 0,
+            completion_tokens=self._end_position,
+            dropped_turns=job.dropped_turns,
+        )
+
+    def _timings(self) -> Timings:
+        """A resumed job's timings are those of its last worker."""
+        return Timings(
+            queue=_duration(self.claimed.waited_ms / 1000),
+            prefill=_duration(self.prefill_s or 0.0),
+            decode=_duration(self.decode_s or 0.0),
+        )
+
+
+def _wire_logprob(logprob: engine.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(
+        logprob=logprob.logprob,
+        alternatives=[TokenAlternative(token_id=token_id, logprob=value) for token_id, value in logprob.alternatives],
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -9,7 +9,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from oasst.jobs.v1 import job_pb2
-from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2_grpc, scoring_pb2_grpc
+from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel
 from oasst_gateway.settings import GatewaySettings
@@ -79,7 +79,7 @@ async def start_gateway(model: ServedModel, valkey_url: str, **settings: object)
 
 
 class RuleWorker:
-    """Answers each claimed job with known tokens: token i of choice c is id 10 + i, its text "c.i ".
+    """Answers each claimed job with known tokens: token i of choice c is id 10 + i, its text "c.i ". Item i scores -i.
 
     It goes on only while `allowance` lasts, one per push, so that a test says how far it gets.
     """
@@ -110,16 +110,19 @@ class RuleWorker:
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
-                    for claimed in await self._claimer.claim(max_jobs=8, max_tokens=100_000):
-                        self.claimed.append(claimed)
-                        group.create_task(self._answer(claimed))
+                    for is_scoring in (False, True):
+                        jobs = await self._claimer.claim(max_jobs=8, max_tokens=200_000, is_scoring=is_scoring)
+                        for claimed in jobs:
+                            self.claimed.append(claimed)
+                            group.create_task(self._answer(claimed))
                     await self._claimer.wait_for_work(0.05)
                 except QueueUnavailableError:
                     await asyncio.sleep(0.05)
 
     async def _answer(self, claimed: ClaimedJob) -> None:
         job, position = claimed.job, claimed.end_position
-        while position < job.n * job.limits.max_new_tokens and self.failure is None:
+        num_positions = len(job.score_items) or job.n * job.limits.max_new_tokens
+        while position < num_positions and self.failure is None:
             if not await self._may_push(claimed, position):
                 return
             entry = _next_entry(job, position)
@@ -173,6 +176,8 @@ class RuleWorker:
 
 
 def _next_entry(job: job_pb2.Job, position: int) -> job_pb2.LogEntry:
+    if job.score_items:
+        return job_pb2.LogEntry(end_position=position + 1, scores=[scoring_pb2.ItemScore(logprob=-position)])
     index = position // job.n
     deltas = [
         generation_pb2.Delta(choice=choice, position=index, text=f"{choice}.{index} ", token_ids=[10 + index])

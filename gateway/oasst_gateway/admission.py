@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from oasst_jobs import QueueFullError, Submitted, Submitter, TenantFullError, TenantPolicy, TooMuchAheadError
 
 from oasst_gateway.errors import NoWorkerError, RefusedError
-from oasst_gateway.preparation import PreparedChat
+from oasst_gateway.preparation import PreparedJob
 from oasst_gateway.tenants import Tenant
 
 __all__ = ["Admission", "Outlook", "SpeedEstimate"]
@@ -106,7 +106,7 @@ class Admission:
         if self._full is not None and self._clock() < self._full_until_s:
             raise self._queue_full(self._full)
 
-    async def submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool = True) -> Submitted:
+    async def submit(self, prepared: PreparedJob, tenant: Tenant, *, is_watched: bool = True) -> Submitted:
         """The request is in the queue.
 
         Raises:
@@ -117,7 +117,7 @@ class Admission:
             self.check_open()
             return await self._submit(prepared, tenant, is_watched=is_watched)
 
-    async def _submit(self, prepared: PreparedChat, tenant: Tenant, *, is_watched: bool) -> Submitted:
+    async def _submit(self, prepared: PreparedJob, tenant: Tenant, *, is_watched: bool) -> Submitted:
         outlook = self._look_out()
         remaining_s = None if prepared.timeout_ms is None else prepared.timeout_ms / 1000
         if not outlook.has_workers and remaining_s is not None and remaining_s < self._worker_wait_s:

@@ -4,21 +4,17 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
 from oasst_jobs import (
-    Inbox,
     JobSnapshot,
     JobState,
     QueueUnavailableError,
     Submitted,
     Submitter,
-    Subscription,
     failpoints,
     job_id_for,
 )
@@ -27,34 +23,24 @@ from oasst_telemetry import Span
 from oasst_gateway.admission import Admission
 from oasst_gateway.chat import Chat
 from oasst_gateway.derived_secrets import DerivedSecrets
-from oasst_gateway.errors import GatewayLeavingError, RefusedError, UnknownChatError
+from oasst_gateway.errors import GatewayLeavingError, UnknownChatError
 from oasst_gateway.events import build_response
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
-from oasst_gateway.preparation import PreparedChat, prepare_chat
+from oasst_gateway.open_requests import OpenRequests
+from oasst_gateway.preparation import PreparedJob, prepare_chat
 from oasst_gateway.spans import describe_chat, submitting, trace_of
 from oasst_gateway.tenants import Tenant
 from oasst_gateway.validation import check_chat_name, check_watch
+from oasst_gateway.watches import Watch, Watches
 
 __all__ = ["Chats"]
 
 logger = logging.getLogger(__name__)
 
-_TOO_MANY_RETRY_S = 1.0
-_LEAVE_RETRY_S = 0.5
-_CLOSE_GRACE_S = 1.0
 # Larger requests are prepared in a thread: tokenizing them would hold up every other stream.
 _BIG_REQUEST_BYTES = 8 * 1024
-
-
-@dataclass(slots=True)
-class _Watch:
-    """One RPC's subscription, and what must be known of it when the RPC is over."""
-
-    subscription: Subscription
-    has_begun: bool = False  # The queue counts this gateway among the job's watchers, or may.
-    has_ended: bool = False  # The job has; nothing is left to take back.
 
 
 class Chats:
@@ -65,32 +51,26 @@ class Chats:
         *,
         model: ServedModel,
         submitter: Submitter,
-        inbox: Inbox,
+        watches: Watches,
+        open_requests: OpenRequests,
         monitor: QueueMonitor,
         admission: Admission,
         metrics: GatewayMetrics,
         secrets: DerivedSecrets,
-        max_open: int,
         default_grace_s: float,
         remind_interval_s: float = 5.0,
     ) -> None:
         self._model = model
         self._submitter = submitter
-        self._inbox = inbox
+        self._watches = watches
+        self._open_requests = open_requests
         self._monitor = monitor
         self._admission = admission
         self._metrics = metrics
         self._secrets = secrets
-        self._max_open = max_open
         self._default_grace_s = default_grace_s
         self._remind_interval_s = remind_interval_s
-        self._num_open = 0  # RPCs that follow a chat, or are about to.
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._chats: set[Chat] = set()
-        self._num_watching: Counter[str] = Counter()  # RPCs of this gateway that watch a job, by its id.
-        self._departures: dict[str, asyncio.Task[None]] = {}  # By job id.
-        self._is_leaving = False
 
     async def run(self) -> None:
         """Keeps watched jobs alive, and has quiet chats tell where they stand, until cancelled."""
@@ -98,10 +78,7 @@ class Chats:
             await asyncio.sleep(self._remind_interval_s)
             for chat in self._chats:
                 chat.remind()
-            try:
-                await self._submitter.keep_watching(list(self._num_watching))
-            except QueueUnavailableError as error:
-                logger.warning("watched jobs were not kept alive, trying again soon error=%s", error)
+            await self._watches.keep_alive()
 
     @asynccontextmanager
     async def open(
@@ -112,12 +89,12 @@ class Chats:
         Raises:
             InvalidRequestError, NotTrustedError, NoWorkerError, RefusedError, QueueError: the request was not accepted.
         """
-        with self._opened():
+        with self._open_requests.opened():
             self._admission.check_open()
             meter = ChatMeter(self._metrics, span)
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
-            async with self._watching(prepared.job.job_id) as watch:
+            async with self._watches.open(prepared.job.job_id) as watch:
                 accepted = await self._submit(prepared, tenant, span)
                 watch.has_begun = True
                 with self._following(watch, prepared.job, accepted, meter) as chat:
@@ -140,9 +117,9 @@ class Chats:
         """
         check_watch(request, self._model.limits)
         job_id = self._find(request.request_id, request.resume_token, tenant)
-        with self._opened():
+        with self._open_requests.opened():
             meter = ChatMeter(self._metrics, span, is_first=False)
-            async with self._watching(job_id, after=request.after) as watch:
+            async with self._watches.open(job_id, after=request.after) as watch:
                 snapshot = await self._submitter.attach(job_id)
                 if snapshot is None:
                     raise UnknownChatError
@@ -198,49 +175,10 @@ class Chats:
         logger.info("cancelled job_id=%s state=%s", job_id, state)
         return state
 
-    async def wait_idle(self, timeout_s: float) -> bool:
-        """Whether no chat is open any more, after at most `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
-
     def leave(self) -> None:
-        """No chat begins any more, open ones end now, and callers are told to go on elsewhere.
-
-        Their jobs go on as if they were still watched here.
-        """
-        self._is_leaving = True
+        """Open chats end now, and their callers are told to go on elsewhere."""
         for chat in self._chats:
             chat.leave(GatewayLeavingError())
-
-    async def aclose(self) -> None:
-        """Nothing runs in the background any more, nor begins to."""
-        self._is_leaving = True
-        if self._departures:
-            _, unfinished = await asyncio.wait(self._departures.values(), timeout=_CLOSE_GRACE_S)
-            for task in unfinished:
-                task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
-
-    @contextmanager
-    def _opened(self) -> Iterator[None]:
-        """One chat more is open as long as the context is."""
-        if self._is_leaving:
-            raise GatewayLeavingError
-        if self._num_open >= self._max_open:
-            message = f"this gateway already has its {self._max_open} open chats"
-            raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=_TOO_MANY_RETRY_S)
-        self._num_open += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._idle.set()
 
     async def _prepare(
         self,
@@ -249,7 +187,7 @@ class Chats:
         remaining_s: float | None,
         *,
         default_grace_s: float | None,
-    ) -> PreparedChat:
+    ) -> PreparedJob:
         prepare = functools.partial(
             prepare_chat,
             request,
@@ -262,31 +200,10 @@ class Chats:
         )
         return await asyncio.to_thread(prepare) if request.ByteSize() > _BIG_REQUEST_BYTES else prepare()
 
-    @asynccontextmanager
-    async def _watching(self, job_id: str, *, after: int = 0) -> AsyncIterator[_Watch]:
-        """This gateway watches the job as long as the context is open, and says so once nobody here does any more."""
-        async with self._inbox.subscribe(job_id, after=after) as subscription:
-            watch = _Watch(subscription)
-            self._num_watching[job_id] += 1
-            try:
-                if job_id in self._departures:
-                    # Were it still to come, it would take back what begins now.
-                    await asyncio.wait([self._departures[job_id]])
-                yield watch
-            except (QueueUnavailableError, asyncio.CancelledError):
-                watch.has_begun = True  # It may have: nobody knows what became of the call.
-                raise
-            finally:
-                self._num_watching[job_id] -= 1
-                if not self._num_watching[job_id]:
-                    del self._num_watching[job_id]
-                    if watch.has_begun and not watch.has_ended and not self._is_leaving:
-                        self._depart(job_id)
-
     @contextmanager
     def _following(
         self,
-        watch: _Watch,
+        watch: Watch,
         job: job_pb2.Job,
         accepted: chat_pb2.Accepted,
         meter: ChatMeter,
@@ -312,7 +229,7 @@ class Chats:
                     self._monitor.saw_finished(job, chat.outcome.finished)
 
     async def _submit(
-        self, prepared: PreparedChat, tenant: Tenant, span: Span, *, is_watched: bool = True
+        self, prepared: PreparedJob, tenant: Tenant, span: Span, *, is_watched: bool = True
     ) -> chat_pb2.Accepted:
         failpoints.reach("gateway.submitting")
         with submitting(prepared.job, span):
@@ -373,23 +290,3 @@ class Chats:
         if not self._secrets.is_resume_token(resume_token, job_id):
             raise UnknownChatError
         return job_id
-
-    def _depart(self, job_id: str) -> None:
-        task = asyncio.create_task(self._unwatch_until_heard(job_id))
-        self._departures[job_id] = task
-        task.add_done_callback(functools.partial(self._forget_departure, job_id))
-
-    def _forget_departure(self, job_id: str, departure: asyncio.Task[None]) -> None:
-        if self._departures.get(job_id) is departure:  # And not a later one.
-            del self._departures[job_id]
-
-    async def _unwatch_until_heard(self, job_id: str) -> None:
-        """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""
-        while job_id not in self._num_watching:
-            try:
-                state = await self._submitter.unwatch(job_id)
-            except QueueUnavailableError:
-                await asyncio.sleep(_LEAVE_RETRY_S)
-            else:
-                logger.info("left job_id=%s state=%s", job_id, state)
-                return

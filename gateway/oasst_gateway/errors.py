@@ -19,7 +19,6 @@ __all__ = [
     "RefusedError",
     "StartError",
     "UnauthenticatedError",
-    "UnimplementedRpcError",
     "UnknownChatError",
     "Violation",
 ]
@@ -100,13 +99,6 @@ class UnknownChatError(GatewayError):
 
     def __init__(self) -> None:
         super().__init__("no such request is known, or it ended longer ago than results are kept")
-
-
-class UnimplementedRpcError(GatewayError):
-    """The API has this RPC, this server does not."""
-
-    def __init__(self, rpc: str) -> None:
-        super().__init__(f"{rpc} is not implemented by this server")
 
 
 class ChatFailedError(GatewayError):

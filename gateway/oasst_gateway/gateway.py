@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, conn
 from oasst_telemetry import Tracer, TracingError, start_tracer
 from prometheus_client import CollectorRegistry
 
-from oasst_gateway.admission import Admission
+from oasst_gateway.admission import Admission, Outlook
 from oasst_gateway.authentication import make_authenticator
 from oasst_gateway.chats import Chats
 from oasst_gateway.derived_secrets import DerivedSecrets
@@ -23,10 +23,13 @@ from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor, watch_event_loop
+from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.probes import serving_probes
+from oasst_gateway.scores import Scores
 from oasst_gateway.server import TlsFiles, create_server
 from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
 from oasst_gateway.settings import GatewaySettings
+from oasst_gateway.watches import Watches
 
 __all__ = ["Addresses", "running_gateway"]
 
@@ -85,25 +88,42 @@ async def running_gateway(
         )
         await monitor.wait_available(settings.redis_wait_s)
         await client.check_server()
+        watches = Watches(submitter, inbox)
+        stack.push_async_callback(watches.aclose)
+        open_requests = OpenRequests(settings.max_open_chats)
+        derived_secrets = DerivedSecrets(_secret(settings))
         chats = Chats(
             model=model,
             submitter=submitter,
-            inbox=inbox,
+            watches=watches,
+            open_requests=open_requests,
             monitor=monitor,
             admission=Admission(submitter, look_out=monitor.look_out, worker_wait_s=settings.worker_wait_s),
             metrics=metrics,
-            secrets=DerivedSecrets(_secret(settings)),
-            max_open=settings.max_open_chats,
+            secrets=derived_secrets,
             default_grace_s=settings.detach_grace_s,
         )
-        stack.push_async_callback(chats.aclose)
+        scores = Scores(
+            model=model,
+            watches=watches,
+            open_requests=open_requests,
+            admission=Admission(
+                submitter,
+                # How fast workers score beside their chats is not known: nothing is refused for its deadline.
+                look_out=lambda: Outlook(has_workers=monitor.look_out().has_workers, tokens_per_s=None),
+                worker_wait_s=settings.worker_wait_s,
+            ),
+            metrics=metrics,
+            secrets=derived_secrets,
+            grace_s=settings.detach_grace_s,
+        )
         await stack.enter_async_context(_running(chats.run()))
         server, port = create_server(
             listen=settings.listen,
             tls=_tls_files(settings),
             chat_servicer=ChatServicer(chats),
             model_servicer=ModelServicer(model, submitter, monitor),
-            scoring_servicer=ScoringServicer(),
+            scoring_servicer=ScoringServicer(scores),
             health=health,
             interceptor=RpcInterceptor(authenticator, metrics, tracer),
             max_message_bytes=settings.max_message_bytes,
@@ -111,24 +131,36 @@ async def running_gateway(
             with_reflection=settings.tenants is None if settings.reflection is None else settings.reflection,
         )
         await server.start()
-        stack.push_async_callback(
-            _drain, server, chats, health, delay_s=settings.drain_delay_s, grace_s=settings.drain_grace_s
-        )
+        departure = _Departure(health, server, open_requests, watches, (chats, scores))
+        stack.push_async_callback(departure.run, delay_s=settings.drain_delay_s, grace_s=settings.drain_grace_s)
         yield Addresses(listen=_with_port(settings.listen, port), metrics=metrics_address)
 
 
-async def _drain(server: grpc.aio.Server, chats: Chats, health: Health, *, delay_s: float, grace_s: float) -> None:
-    """New callers go elsewhere, open chats have ended or been handed on, the server has stopped."""
-    await health.leave()
-    await asyncio.sleep(delay_s)
-    # Health watchers never end by themselves, so the server's own grace cannot tell when the last chat has ended.
-    stopping = asyncio.create_task(server.stop(grace_s + _FLUSH_S))
-    if not await chats.wait_idle(grace_s):
-        logger.warning("chats are still open after the grace, their callers are sent elsewhere grace_s=%g", grace_s)
-    chats.leave()
-    await chats.wait_idle(_FLUSH_S)
-    await server.stop(_FLUSH_S)
-    await stopping
+@dataclass(frozen=True, slots=True)
+class _Departure:
+    """How a gateway that was asked to stop goes."""
+
+    health: Health
+    server: grpc.aio.Server
+    open_requests: OpenRequests
+    watches: Watches
+    followers: Sequence[Chats | Scores]
+
+    async def run(self, *, delay_s: float, grace_s: float) -> None:
+        """New callers go elsewhere, open requests have ended or been handed on, the server has stopped."""
+        await self.health.leave()
+        await asyncio.sleep(delay_s)
+        # Health watchers never end by themselves: the server's own grace cannot tell when the last request has ended.
+        stopping = asyncio.create_task(self.server.stop(grace_s + _FLUSH_S))
+        if not await self.open_requests.wait_idle(grace_s):
+            logger.warning("requests are open after the grace, their callers are sent elsewhere grace_s=%g", grace_s)
+        self.open_requests.leave()
+        self.watches.leave()
+        for follower in self.followers:
+            follower.leave()
+        await self.open_requests.wait_idle(_FLUSH_S)
+        await self.server.stop(_FLUSH_S)
+        await stopping
 
 
 @asynccontextmanager

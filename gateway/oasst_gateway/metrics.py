@@ -62,6 +62,7 @@ class GatewayMetrics:
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
         self.generated_tokens = counter("generated_tokens_total", "Generated tokens handed to callers.")
+        self.scored_items = counter("scored_items_total", "Items whose scores were handed to callers.")
         self.tenant_requests = counter("tenant_requests_total", "Accepted requests, by tenant.", "tenant")
         self.tenant_prompt_tokens = counter(
             "tenant_prompt_tokens_total", "Prompt tokens of accepted requests, by tenant.", "tenant"
@@ -76,6 +77,12 @@ class GatewayMetrics:
         self.redis_up = gauge("redis_up", "1 while the queue answers.")
         self.waiting_jobs = gauge("queue_waiting_jobs", "Requests that wait for a worker, over all gateways.")
         self.waiting_tokens = gauge("queue_waiting_tokens", "Tokens that those requests ask for, prompts included.")
+        self.waiting_scoring_jobs = gauge(
+            "queue_waiting_scoring_jobs", "Requests to score that wait for a worker, over all gateways."
+        )
+        self.waiting_scoring_tokens = gauge(
+            "queue_waiting_scoring_tokens", "Tokens of the items of those requests, over all gateways."
+        )
         self.running_jobs = gauge("queue_running_jobs", "Requests that workers run, over all gateways.")
         self.dead_jobs = gauge(
             "queue_dead_jobs", "Requests set aside because workers died with them, over all gateways."
@@ -94,6 +101,8 @@ class GatewayMetrics:
         """The queue's gauges show `load`."""
         self.waiting_jobs.set(load.waiting_jobs)
         self.waiting_tokens.set(load.waiting_tokens)
+        self.waiting_scoring_jobs.set(load.waiting_scoring_jobs)
+        self.waiting_scoring_tokens.set(load.waiting_scoring_tokens)
         self.running_jobs.set(load.running_jobs)
         self.dead_jobs.set(load.dead_jobs)
         self.workers.set(len(load.workers))

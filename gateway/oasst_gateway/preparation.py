@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from oasst.jobs.v1 import job_pb2
 from oasst.prompt import Turn, drop_oldest, format_prompt
-from oasst.v1 import chat_pb2, generation_pb2
+from oasst.v1 import chat_pb2, generation_pb2, scoring_pb2
 from oasst_jobs import JOB_VERSION, job_id_for
 
 from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, NotTrustedError, Violation
@@ -16,13 +16,13 @@ from oasst_gateway.model import ModelLimits, ServedModel
 from oasst_gateway.presets import preset_max_new_tokens, resolve_sampling
 from oasst_gateway.tenants import Tenant
 from oasst_gateway.tokenizer import ControlTokenInTextError
-from oasst_gateway.validation import check_chat, duration_ms, split_system
+from oasst_gateway.validation import check_chat, check_score, duration_ms, split_system
 
-__all__ = ["PreparedChat", "prepare_chat"]
+__all__ = ["PreparedJob", "prepare_chat", "prepare_score"]
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedChat:
+class PreparedJob:
     """A job and what the gateway must know to watch over it."""
 
     job: job_pb2.Job
@@ -47,7 +47,7 @@ def prepare_chat(
     cache_salt: bytes = b"",
     remaining_s: float | None = None,
     default_grace_s: float | None = None,
-) -> PreparedChat:
+) -> PreparedJob:
     """The job of `request`, whose RPC has `remaining_s` left.
 
     Raises:
@@ -72,11 +72,43 @@ def prepare_chat(
         request_id=request_id,
         cache_salt=cache_salt,
     )
-    return PreparedChat(
+    return PreparedJob(
         job=job,
         digest=_digest(request),
         timeout_ms=_timeout_ms(request, remaining_s),
         grace_ms=_grace_ms(request, default_grace_s),
+    )
+
+
+def prepare_score(
+    request: scoring_pb2.ScoreRequest,
+    model: ServedModel,
+    *,
+    tenant: Tenant,
+    request_id: str,
+    cache_salt: bytes,
+    remaining_s: float | None,
+    grace_s: float,
+) -> PreparedJob:
+    """The job of `request`, whose RPC has `remaining_s` left, and which runs on for `grace_s` without it.
+
+    Raises:
+        InvalidRequestError: if a field is not as the API allows.
+    """
+    check_score(request, model_name=model.name, limits=model.limits)
+    job = job_pb2.Job(
+        version=JOB_VERSION,
+        job_id=job_id_for(tenant.name, request_id),
+        tenant=tenant.name,
+        model=model.name,
+        priority=chat_pb2.PRIORITY_BULK,
+        request_id=request_id,
+        cache_salt=cache_salt,
+        score_items=request.items,
+        score_token_logprobs=request.token_logprobs,
+    )
+    return PreparedJob(
+        job=job, digest=_digest(request), timeout_ms=_milliseconds(remaining_s), grace_ms=round(grace_s * 1000)
     )
 
 
@@ -86,16 +118,21 @@ def _check_trust(request: chat_pb2.ChatRequest, tenant: Tenant) -> None:
         raise NotTrustedError(form)
 
 
-def _digest(request: chat_pb2.ChatRequest) -> bytes:
+def _digest(request: chat_pb2.ChatRequest | scoring_pb2.ScoreRequest) -> bytes:
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
 def _timeout_ms(request: chat_pb2.ChatRequest, remaining_s: float | None) -> int | None:
     """The request's own timeout or what its RPC has left, the smaller."""
     timeouts_ms = [duration_ms(request.timeout)] if request.HasField("timeout") else []
-    if remaining_s is not None:
-        timeouts_ms.append(max(1, int(remaining_s * 1000)))
+    remaining_ms = _milliseconds(remaining_s)
+    if remaining_ms is not None:
+        timeouts_ms.append(remaining_ms)
     return min(timeouts_ms, default=None)
+
+
+def _milliseconds(remaining_s: float | None) -> int | None:
+    return None if remaining_s is None else max(1, int(remaining_s * 1000))
 
 
 def _grace_ms(request: chat_pb2.ChatRequest, default_s: float | None) -> int | None:

@@ -9,9 +9,9 @@ from oasst_jobs import Submitter
 
 from oasst_gateway.call import Call
 from oasst_gateway.chats import Chats
-from oasst_gateway.errors import UnimplementedRpcError
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
+from oasst_gateway.scores import Scores
 from oasst_gateway.validation import check_detokenize, check_model_name, check_tokenize
 
 __all__ = ["ChatServicer", "ModelServicer", "ScoringServicer"]
@@ -56,10 +56,13 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     """Log-likelihoods."""
 
+    def __init__(self, scores: Scores) -> None:
+        self._scores = scores
+
     async def Score(  # noqa: N802
         self, request: scoring_pb2.ScoreRequest, call: Call
     ) -> scoring_pb2.ScoreResponse:
-        raise UnimplementedRpcError("oasst.v1.ScoringService/Score")
+        return await self._scores.score(request, tenant=call.tenant, remaining_s=call.remaining_s, span=call.span)
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2
+from oasst_jobs import num_prompt_tokens
 from oasst_telemetry import NO_TRACE, Attributes, Span, SpanKind, TraceContext
 
-__all__ = ["describe_chat", "describe_end", "submitting", "trace_of"]
+__all__ = ["describe_chat", "describe_end", "describe_score", "submitting", "trace_of"]
 
 
 def trace_of(job: job_pb2.Job) -> TraceContext:
@@ -49,6 +50,18 @@ def describe_chat(job: job_pb2.Job) -> Attributes:
         "gen_ai.response.id": job.request_id,
         "gen_ai.usage.input_tokens": len(job.prompt_token_ids),
         "oasst.job.id": job.job_id,
+    }
+
+
+def describe_score(job: job_pb2.Job) -> Attributes:
+    """What the RPC's span tells of a request to score."""
+    return {
+        "gen_ai.operation.name": "score",
+        "gen_ai.provider.name": "oasst",
+        "gen_ai.request.model": job.model,
+        "gen_ai.usage.input_tokens": num_prompt_tokens(job),
+        "oasst.job.id": job.job_id,
+        "oasst.job.items": len(job.score_items),
     }
 
 

@@ -20,7 +20,6 @@ from oasst_gateway.errors import (
     NoWorkerError,
     RefusedError,
     UnauthenticatedError,
-    UnimplementedRpcError,
     UnknownChatError,
     Violation,
 )
@@ -131,10 +130,6 @@ def _unknown_chat(error: UnknownChatError) -> RpcStatus:
     return RpcStatus(grpc.StatusCode.NOT_FOUND, "CHAT_NOT_FOUND", str(error))
 
 
-def _unimplemented(error: UnimplementedRpcError) -> RpcStatus:
-    return RpcStatus(grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED", str(error))
-
-
 def _internal(error: Exception) -> RpcStatus:
     return RpcStatus(grpc.StatusCode.INTERNAL, UNFORESEEN, "the gateway failed; its log says why")
 
@@ -149,7 +144,6 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., RpcStatus]], ...] = (
     (GatewayLeavingError, _leaving),
     (NoWorkerError, _no_worker),
     (RefusedError, _refused),
-    (UnimplementedRpcError, _unimplemented),
     (RequestConflictError, _conflict),
     (PoisonedPromptError, _poisoned),
     (QueueUnavailableError, _queue_unavailable),

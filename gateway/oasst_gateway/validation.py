@@ -12,7 +12,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 from oasst.presets import PRESETS
 from oasst.prompt import Speaker, Turn, TurnOrderError, check_turns
-from oasst.v1 import chat_pb2, generation_pb2, model_pb2
+from oasst.v1 import chat_pb2, generation_pb2, model_pb2, scoring_pb2
 
 from oasst_gateway.errors import PROMPT_TOO_LONG, InvalidRequestError, Violation
 from oasst_gateway.model import ModelLimits
@@ -22,6 +22,7 @@ __all__ = [
     "check_chat_name",
     "check_detokenize",
     "check_model_name",
+    "check_score",
     "check_tokenize",
     "check_watch",
     "duration_ms",
@@ -37,6 +38,8 @@ MAX_DETACH_GRACE_S: Final = 3600
 MAX_TIMEOUT_S: Final = 7 * 24 * 3600
 MAX_BATCH: Final = 256  # Texts or sequences of one Tokenize or Detokenize.
 MAX_BATCH_CHARS: Final = 1_000_000
+MAX_SCORE_ITEMS: Final = 256
+MAX_SCORE_TOKENS: Final = 131_072  # Of all items of one request.
 
 # So many are told; more would outgrow the metadata that clients accept.
 _MAX_VIOLATIONS: Final = 16
@@ -118,6 +121,15 @@ def check_tokenize(request: model_pb2.TokenizeRequest, *, model_name: str) -> No
         _check_model_name(request.model, "model", model_name),
         _check_batch("texts", len(request.texts)),
         _check_batch_chars(request.texts),
+    )
+
+
+def check_score(request: scoring_pb2.ScoreRequest, *, model_name: str, limits: ModelLimits) -> None:
+    """Every field of `request` is as the API allows."""
+    _raise_if_any(
+        _check_request_id(request.request_id, required=False),
+        _check_model_name(request.model, "model", model_name),
+        _check_score_items(request.items, limits),
     )
 
 
@@ -327,3 +339,22 @@ def _check_batch_chars(texts: Iterable[str]) -> Iterator[Violation]:
 def _check_sequences(sequences: Sequence[model_pb2.TokenSequence], limits: ModelLimits) -> Iterator[Violation]:
     for index, sequence in enumerate(sequences[:MAX_BATCH]):
         yield from _check_token_ids(f"sequences[{index}].ids", sequence.ids, limits)
+
+
+def _check_score_items(items: Sequence[scoring_pb2.ScoreItem], limits: ModelLimits) -> Iterator[Violation]:
+    if not 1 <= len(items) <= MAX_SCORE_ITEMS:
+        yield Violation("items", f"must have 1 to {MAX_SCORE_ITEMS} entries, has {len(items)}")
+        return
+    num_tokens = sum(len(item.token_ids) for item in items)
+    if num_tokens > MAX_SCORE_TOKENS:
+        yield Violation("items", f"must have at most {MAX_SCORE_TOKENS} token ids in all, have {num_tokens}")
+        return
+    # The last token is scored and never fed.
+    most = limits.max_positions + 1
+    for index, item in enumerate(items):
+        size = len(item.token_ids)
+        if not 2 <= size <= most:
+            yield Violation(f"items[{index}].token_ids", f"must have 2 to {most} ids, has {size}")
+        elif not 1 <= item.context_length < size:
+            yield Violation(f"items[{index}].context_length", f"must be from 1 to {size - 1}, less than all its ids")
+        yield from _check_token_ids(f"items[{index}].token_ids", item.token_ids[:most], limits)

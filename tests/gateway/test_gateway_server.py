@@ -9,7 +9,7 @@ from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, re
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.presets import PRESETS
-from oasst.v1 import model_pb2, scoring_pb2
+from oasst.v1 import model_pb2
 from oasst_gateway.errors import StartError
 from oasst_gateway.model import ServedModel
 from oasst_jobs import QueueClient
@@ -62,14 +62,6 @@ async def test_half_a_character_becomes_the_replacement_character(gateway: Gatew
     half = model_pb2.TokenSequence(ids=ids[:1])
     (text,) = (await gateway.model.Detokenize(model_pb2.DetokenizeRequest(sequences=[half]))).texts
     assert text == "\ufffd"
-
-
-async def test_rpcs_still_to_come_name_themselves(gateway: Gateway) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await gateway.scoring.Score(scoring_pb2.ScoreRequest())
-    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert "oasst.v1.ScoringService/Score" in (refused.value.details() or "")
-    assert details_of(refused.value).reason == "UNIMPLEMENTED"
 
 
 async def test_health_is_told_for_each_service(gateway: Gateway) -> None:

@@ -11,11 +11,11 @@ from oasst.v1 import chat_pb2, generation_pb2, model_pb2
 from oasst_gateway.authentication import DEFAULT_TENANT
 from oasst_gateway.errors import InvalidRequestError
 from oasst_gateway.model import ServedModel
-from oasst_gateway.preparation import PreparedChat, prepare_chat
+from oasst_gateway.preparation import PreparedJob, prepare_chat
 from oasst_gateway.validation import duration_ms
 from oasst_jobs import QueueClient
 
-Prepare = Callable[[chat_pb2.ChatRequest], PreparedChat]
+Prepare = Callable[[chat_pb2.ChatRequest], PreparedJob]
 
 PROMPTER, ASSISTANT, SYSTEM = chat_pb2.ROLE_PROMPTER, chat_pb2.ROLE_ASSISTANT, chat_pb2.ROLE_SYSTEM
 

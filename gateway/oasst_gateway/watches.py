@@ -1,0 +1,99 @@
+"""Which jobs this gateway watches, told to the queue: a job that nobody watches any more begins its grace."""
+
+import asyncio
+import functools
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from oasst_jobs import Inbox, QueueUnavailableError, Submitter, Subscription
+
+__all__ = ["Watch", "Watches"]
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_RETRY_S = 0.5
+_CLOSE_GRACE_S = 1.0
+
+
+@dataclass(slots=True)
+class Watch:
+    """One RPC's subscription, and what must be known of it when the RPC is over."""
+
+    subscription: Subscription
+    has_begun: bool = False  # The queue counts this gateway among the job's watchers, or may.
+    has_ended: bool = False  # The job has; nothing is left to take back.
+
+
+class Watches:
+    """All watches of this gateway."""
+
+    def __init__(self, submitter: Submitter, inbox: Inbox) -> None:
+        self._submitter = submitter
+        self._inbox = inbox
+        self._num_watching: Counter[str] = Counter()  # RPCs of this gateway that watch a job, by its id.
+        self._departures: dict[str, asyncio.Task[None]] = {}  # By job id.
+        self._is_leaving = False
+
+    @asynccontextmanager
+    async def open(self, job_id: str, *, after: int = 0) -> AsyncIterator[Watch]:
+        """This gateway watches the job as long as the context is open, and says so once nobody here does any more."""
+        async with self._inbox.subscribe(job_id, after=after) as subscription:
+            watch = Watch(subscription)
+            self._num_watching[job_id] += 1
+            try:
+                if job_id in self._departures:
+                    # Were it still to come, it would take back what begins now.
+                    await asyncio.wait([self._departures[job_id]])
+                yield watch
+            except (QueueUnavailableError, asyncio.CancelledError):
+                watch.has_begun = True  # It may have: nobody knows what became of the call.
+                raise
+            finally:
+                self._num_watching[job_id] -= 1
+                if not self._num_watching[job_id]:
+                    del self._num_watching[job_id]
+                    if watch.has_begun and not watch.has_ended and not self._is_leaving:
+                        self._depart(job_id)
+
+    async def keep_alive(self) -> None:
+        """The queue knows what is watched here, for a while longer."""
+        try:
+            await self._submitter.keep_watching(list(self._num_watching))
+        except QueueUnavailableError as error:
+            logger.warning("watched jobs were not kept alive, trying again soon error=%s", error)
+
+    def leave(self) -> None:
+        """From now on jobs go on as if they were still watched here: their callers go on elsewhere."""
+        self._is_leaving = True
+
+    async def aclose(self) -> None:
+        """Nothing runs in the background any more, nor begins to."""
+        self._is_leaving = True
+        if self._departures:
+            _, unfinished = await asyncio.wait(self._departures.values(), timeout=_CLOSE_GRACE_S)
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+
+    def _depart(self, job_id: str) -> None:
+        task = asyncio.create_task(self._unwatch_until_heard(job_id))
+        self._departures[job_id] = task
+        task.add_done_callback(functools.partial(self._forget_departure, job_id))
+
+    def _forget_departure(self, job_id: str, departure: asyncio.Task[None]) -> None:
+        if self._departures.get(job_id) is departure:  # And not a later one.
+            del self._departures[job_id]
+
+    async def _unwatch_until_heard(self, job_id: str) -> None:
+        """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""
+        while job_id not in self._num_watching:
+            try:
+                state = await self._submitter.unwatch(job_id)
+            except QueueUnavailableError:
+                await asyncio.sleep(_LEAVE_RETRY_S)
+            else:
+                logger.info("left job_id=%s state=%s", job_id, state)
+                return

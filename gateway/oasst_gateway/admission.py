@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from oasst_jobs import QueueFullError, Submitted, Submitter, TenantFullError, TenantPolicy, TooMuchAheadError
+from oasst_jobs import (
+    QueueFullError,
+    Submitted,
+    Submitter,
+    TenantFullError,
+    TenantPolicy,
+    TooMuchAheadError,
+    failpoints,
+)
 
 from oasst_gateway.errors import NoWorkerError, RefusedError
 from oasst_gateway.preparation import PreparedJob
@@ -115,7 +123,10 @@ class Admission:
         """
         async with self._turn:
             self.check_open()
-            return await self._submit(prepared, tenant, is_watched=is_watched)
+            failpoints.reach("gateway.submitting")
+            submitted = await self._submit(prepared, tenant, is_watched=is_watched)
+            failpoints.reach("gateway.submitted")
+            return submitted
 
     async def _submit(self, prepared: PreparedJob, tenant: Tenant, *, is_watched: bool) -> Submitted:
         outlook = self._look_out()

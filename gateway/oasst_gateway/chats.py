@@ -15,7 +15,6 @@ from oasst_jobs import (
     QueueUnavailableError,
     Submitted,
     Submitter,
-    failpoints,
     job_id_for,
 )
 from oasst_telemetry import Span
@@ -231,10 +230,8 @@ class Chats:
     async def _submit(
         self, prepared: PreparedJob, tenant: Tenant, span: Span, *, is_watched: bool = True
     ) -> chat_pb2.Accepted:
-        failpoints.reach("gateway.submitting")
         with submitting(prepared.job, span):
             submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
-        failpoints.reach("gateway.submitted")
         job = submitted.job
         if span.is_recorded:
             span.note(describe_chat(job))

@@ -8,7 +8,7 @@ import uuid
 
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import scoring_pb2
-from oasst_jobs import Subscription, failpoints
+from oasst_jobs import Subscription
 from oasst_telemetry import Span
 
 from oasst_gateway.admission import Admission
@@ -99,10 +99,8 @@ class Scores:
         return await asyncio.to_thread(prepare) if request.ByteSize() > _BIG_REQUEST_BYTES else prepare()
 
     async def _submit(self, prepared: PreparedJob, tenant: Tenant, span: Span) -> job_pb2.Job:
-        failpoints.reach("gateway.submitting")
         with submitting(prepared.job, span):
             submitted = await self._admission.submit(prepared, tenant)
-        failpoints.reach("gateway.submitted")
         job = submitted.job
         if span.is_recorded:
             span.note(describe_score(job))

@@ -262,3 +262,27 @@ def test_a_device_without_memory_for_some_batches_gives_the_same_tokens():
     cramped, engine = tokens(CrampedRunner(model, num_blocks=1024))
     assert engine.num_out_of_memory > 2
     assert cramped == tokens(ModelRunner(model, num_blocks=1024))[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "make_linear", "tolerance"),
+    [
+        (torch.float32, build_linear, 1e-4),
+        (torch.bfloat16, build_linear, 0.1),
+        (torch.float32, build_quantized_linear, 1e-2),
+    ],
+)
+def test_all_layers_in_one_call_give_what_they_give_one_by_one(dtype, make_linear, tolerance, shape, monkeypatch):
+    tokens = list(range(1, 101))
+    at_once = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
+    assert at_once.has_compiled_layers
+    monkeypatch.setattr("oasst_worker.model.neox.CompiledLayers", refuse)
+    one_by_one = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
+    assert not one_by_one.has_compiled_layers
+    logits, expected = (ModelRunner(model, num_blocks=16).prompt_logits(tokens) for model in (at_once, one_by_one))
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * expected.std().item())
+
+
+def refuse(*_):
+    raise RuntimeError("not here")

@@ -90,9 +90,9 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         """Names prompts in the harness's cache of requests."""
         return f"oasst-grpc--{self._model.name}".replace("/", "__")
 
-    def get_model_info(self) -> dict[str, Any]:
-        """What the harness's results say of the model."""
-        return {"model_name": self._model.name, "model_source": "oasst-grpc"}
+    @property
+    def model_name(self) -> str:
+        return self._model.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """The ids of a text; as with transformers' tokenizer, control tokens spelled out in it are control tokens.

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ _LETTERS = ("A", "B", "C", "D")
 Row = dict[str, Any]
 
 
-def write_leaderboard_data(folder: Path, subjects: Iterable[str], *, num_documents: int = 4) -> None:
-    """A data set of each kind in `folder`: `num_documents` to evaluate, and 30 to draw shots from."""
+def write_leaderboard_data(folder: Path, *, num_documents: int = 4) -> None:
+    """A data set of each kind but MMLU's in `folder`: `num_documents` to evaluate, and 30 to draw shots from."""
     draw = random.Random(7)
 
     def rows(make: Any, number: int) -> list[Row]:
@@ -26,7 +25,6 @@ def write_leaderboard_data(folder: Path, subjects: Iterable[str], *, num_documen
     _write(folder / "allenai/ai2_arc", {"ARC-Challenge": {"train": rows(_arc, shots), "test": rows(_arc, few)}})
     hellaswag = {"train": rows(_hellaswag, shots), "validation": rows(_hellaswag, few)}
     _write(folder / "Rowan/hellaswag", {"default": hellaswag})
-    _write(folder / "cais/mmlu", {each: {"dev": rows(_mmlu, 5), "test": rows(_mmlu, few)} for each in subjects})
     truthfulqa = {"multiple_choice": {"validation": rows(_truthfulqa, few)}}
     _write(folder / "truthfulqa/truthful_qa", truthfulqa)
     winogrande = {"train": rows(_winogrande, shots), "validation": rows(_winogrande, few)}
@@ -66,14 +64,6 @@ def _hellaswag(draw: random.Random, index: int) -> Row:
         "ctx_b": "it",
         "endings": [f"goes to the {place} [title] and sleeps there." for place in draw.sample(_PLACES, 4)],
         "label": str(draw.randrange(4)),
-    }
-
-
-def _mmlu(draw: random.Random, index: int) -> Row:
-    return {
-        "question": f"Which place does the {draw.choice(_ANIMALS)} like best?",
-        "choices": draw.sample(_PLACES, 4),
-        "answer": draw.randrange(4),
     }
 
 

@@ -1,8 +1,8 @@
 """The lm-evaluation-harness on a whole service: its scores are those of its own model on the same checkpoint."""
 
+import functools
 import json
-import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,14 @@ import pytest
 from leaderboard_data import write_leaderboard_data
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from oasst_cli.__main__ import app
 from oasst_cli.checkpoint import demo_checkpoint
 from oasst_cli.eval.model import OasstLM
+from typer.testing import CliRunner
 
-TASKS = ("ARC", "HellaSwag", "MMLU", "TruthfulQA", "Winogrande", "GSM8K")
+# Without MMLU, whose 57 subjects take long to load.
+TASKS = ("ARC", "HellaSwag", "TruthfulQA", "Winogrande", "GSM8K")
 PROMPT = "<|prompter|>What is a meme?<|endoftext|><|assistant|>A meme is an idea"
 TEXTS = [
     "A meme is an idea, a joke or a habit that spreads from person to person by being copied and changed.",
@@ -39,7 +43,7 @@ def theirs() -> HFLM:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_leaderboard_data(folder, ["anatomy"])
+    write_leaderboard_data(folder)
     return folder
 
 
@@ -47,17 +51,21 @@ def requests_of(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instanc
     return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
 
 
-def run(module: str, *arguments: object, folder: Path, up: Any) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "OASST_ADDRESS": up.address,
-        "OASST_CONFIG": str(folder / "none.toml"),
-        "HF_HOME": str(folder / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "160",
-    }
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+@pytest.fixture
+def here(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The harness works in the folder of the small data sets, off the net, and reads only the tasks it needs."""
+    monkeypatch.chdir(data)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    # It describes the whole machine, in seconds.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: results.update(lm_eval_version="any"))
+    return data
+
+
+def run_eval(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
 # ------------------------------------------------------------------------------------------------- equal to its own
@@ -88,7 +96,7 @@ def test_whole_texts_are_rolled_over_as_the_harness_own_model_does(ours, theirs)
 
 def test_answers_are_those_of_the_harness_own_model(ours, theirs):
     wanted = {"until": ["\n", " of"], "max_gen_toks": 24, "do_sample": False}
-    contexts = [text[:40] for text in TEXTS] + ["<|prompter|>What is a meme?<|endoftext|><|assistant|>"]
+    contexts = [text[:40] for text in TEXTS if text != PROMPT] + [PROMPT.removesuffix("A meme is an idea")]
     requests = requests_of("generate_until", [(context, dict(wanted)) for context in contexts])
     answers = ours.generate_until(requests)
     assert answers == theirs.generate_until(requests)
@@ -98,7 +106,7 @@ def test_answers_are_those_of_the_harness_own_model(ours, theirs):
 # ------------------------------------------------------------------------------------------------------ from outside
 
 
-def test_the_harness_own_command_line_finds_the_model_by_its_name(up, data, tmp_path):
+def test_the_harness_own_command_line_finds_the_model_by_its_name(up, here, tmp_path, monkeypatch):
     task = {
         "task": "meme",
         "dataset_path": "json",
@@ -113,20 +121,27 @@ def test_the_harness_own_command_line_finds_the_model_by_its_name(up, data, tmp_
     document = {"question": PROMPT, "choices": [", a joke or a habit", ", a whale or a goat"]}
     (tmp_path / "meme.jsonl").write_text(json.dumps(document) + "\n")
     (tmp_path / "meme.yaml").write_text(json.dumps(task))
-    arguments = ("--model", "oasst-grpc", "--model_args", f"address={up.address}", "--tasks", tmp_path / "meme.yaml")
-    result = run("oasst_cli.eval", "run", *arguments, "--output_path", tmp_path / "out", folder=data, up=up)
-    assert result.returncode == 0, result.stderr
+    arguments = [
+        "--model",
+        "oasst-grpc",
+        "--model_args",
+        f"address={up.address}",
+        "--tasks",
+        str(tmp_path / "meme.yaml"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["lm-eval", "run", *arguments, "--output_path", str(tmp_path / "out")])
+    runpy.run_module("oasst_cli.eval", run_name="__main__")
     (told,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(told.read_text())["results"]["meme"]["acc,none"] == 1.0
 
 
-def test_a_suite_is_run_and_told_beside_the_card(up, data, tmp_path):
-    only = [part for name in TASKS if name != "MMLU" for part in ("--only", name)]
+def test_a_suite_is_run_and_told_beside_the_card(up, here, tmp_path):
+    only = [part for name in TASKS for part in ("--only", name)]
     told = tmp_path / "told.json"
-    result = run("oasst_cli", "eval", *only, "--limit", 2, "--out", told, folder=data, up=up)
-    assert result.returncode == 0, result.stderr
+    result = run_eval(*only, "--limit", 2, "--out", told, "--address", up.address)
+    assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
-    assert [rows[name][1] for name in TASKS if name != "MMLU"] == ["25", "10", "0", "5", "5"]
+    assert [rows[name][1] for name in TASKS] == ["25", "10", "0", "5", "5"]
     assert rows["ARC"][2] == "2"
     assert rows["GSM8K"][6] == "3.03"
     assert "only the first 2 documents" in result.stdout
@@ -135,7 +150,8 @@ def test_a_suite_is_run_and_told_beside_the_card(up, data, tmp_path):
     assert configs["gsm8k"]["generation_kwargs"]["until"] == [":", "Question:", "Question"]
 
 
-def test_data_that_cannot_be_had_is_told_by_its_task(up, tmp_path):
-    result = run("oasst_cli", "eval", "--only", "arc", folder=tmp_path, up=up)
-    assert result.returncode == 1
-    assert "the data of ARC cannot be loaded" in result.stderr.splitlines()[-1]
+def test_data_that_cannot_be_had_is_told_by_its_task(up, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_eval("--only", "arc", "--address", up.address)
+    assert result.exit_code == 1
+    assert "the data of ARC cannot be loaded" in result.stderr

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from oasst_client import ChatOptions, Client, Priority, ScoreItem, new_request_id, render_transcript
+from oasst_client import ChatOptions, Client, OasstError, Priority, ScoreItem, new_request_id, render_transcript
 from tqdm import tqdm
 
 from oasst_cli.options import connected
@@ -216,7 +217,8 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
             except BaseException:
                 for future, each in zip(under_way, options, strict=True):
                     if not future.cancel() and not future.done():
-                        self._client.cancel(each["request_id"])
+                        with suppress(OasstError):  # It has ended by itself, or never began.
+                            self._client.cancel(each["request_id"])
                 raise
         return answers
 

@@ -46,6 +46,11 @@ train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, 
 bench: .venv/dev          ## Measure engine, whole path and start; prints ratios
 	$(BIN)/python -m bench
 
+bench-peers: .venv/dev    ## Measure beside other systems; SHAPES=160m DTYPES=int8 SYSTEMS= CONCURRENT=8 ROUNDS=1
+	$(BIN)/python -m bench.peers $(if $(SHAPES),--shapes $(SHAPES)) $(if $(DTYPES),--dtypes $(DTYPES)) \
+		$(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(CONCURRENT),--concurrent $(CONCURRENT)) \
+		$(if $(ROUNDS),--rounds $(ROUNDS))
+
 chart: .venv/dev .venv/helm ## Check the chart, its rules and the images; prints a table of profiles and checks
 	@command -v promtool >/dev/null || { echo "make chart needs promtool: apt-get install prometheus" >&2; exit 1; }
 	$(BIN)/pytest tests/ops --matrix
@@ -86,4 +91,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz faults soak lint format proto docs train-demo bench chart generated observe images lock clean help
+.PHONY: run test fuzz faults soak lint format proto docs train-demo bench bench-peers chart generated observe images lock clean help

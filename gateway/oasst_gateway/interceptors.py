@@ -51,16 +51,23 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._authenticator = authenticator
         self._metrics = metrics
         self._tracer = tracer
+        self._handlers: dict[str, Any] = {}  # Wrapped, by RPC: once for all its calls.
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
         rpc = handler_call_details.method
+        if rpc in self._handlers:
+            return self._handlers[rpc]
+        handler = await continuation(handler_call_details)
         if handler is None or not rpc.startswith(_OURS):
             return handler
+        self._handlers[rpc] = handler = self._wrap_handler(rpc, handler)
+        return handler
+
+    def _wrap_handler(self, rpc: str, handler: Any) -> Any:
         # Without a deserializer the behavior is handed the bytes, and can tell what is wrong with them.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(

@@ -83,6 +83,18 @@ async def test_while_a_push_is_under_way_later_steps_are_merged_into_the_next(qu
     assert len(log.entries) <= 2
 
 
+async def test_tokens_that_come_faster_than_anyone_reads_are_pushed_together(queue, start_worker):
+    start_worker()
+    started_s = asyncio.get_running_loop().time()
+    job_id = await queue.submit(make_job("quick", max_new_tokens=900))
+    log = await queue.ended(job_id)
+    elapsed_s = asyncio.get_running_loop().time() - started_s
+    assert text_of(log) == expected_text(job_id, 900)
+    # The first token and the end do not wait.
+    assert len(log.entries) <= elapsed_s / 0.02 + 3
+    assert len(log.entries[0].deltas[0].token_ids) < 900
+
+
 async def test_another_worker_goes_on_where_a_dead_one_stopped(queue, start_worker):
     first = start_worker("first", lease_ms=LEASE_MS)
     first.executor.allow(5)

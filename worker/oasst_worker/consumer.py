@@ -49,6 +49,8 @@ _SCORING_JOBS = 4  # Held at once.
 # KV cache kept free for the next tokens of each running choice, so that a claim does not preempt at once.
 _LOOKAHEAD_TOKENS = 64
 _MIN_BACKOFF_S = 0.05
+# Between two pushes of tokens that nobody waits for in particular: more often than anyone can see costs only work.
+_PUSH_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Consumer:
         self._owners: dict[Part, HeldJob] = {}  # Parts that belong in the engine.
         self._drain_ends_s = float("inf")
         self._queue_is_reachable = True
+        self._pushed_s = float("-inf")  # When the last push began.
         # Wake-ups. Each is set by whoever changes something, and cleared by the one task that waits for it.
         self._claim_now = asyncio.Event()
         self._news = asyncio.Event()
@@ -281,15 +284,28 @@ class Consumer:
     # --- Pushing
 
     async def _push_until_closing(self) -> None:
+        delay_s = 0.0
         while not self._closing.is_set():
-            await _wait_at_most(self._news, self._renew_after_s / 4)
+            await _wait_at_most(self._news, delay_s or self._renew_after_s / 4)
             self._news.clear()
             for report in self._loop.take():
                 self._take(report)
-            due_s = self._clock() - self._renew_after_s
-            jobs = [job for job in self._jobs.values() if job.has_news or job.renewed_s < due_s]
-            if jobs:
+            jobs = self._jobs_to_push()
+            delay_s = self._push_delay_s(jobs)
+            if jobs and not delay_s:
+                self._pushed_s = self._clock()
                 await self._push(jobs)
+
+    def _jobs_to_push(self) -> list[HeldJob]:
+        """Those with news, and those whose lease is to be renewed."""
+        due_s = self._clock() - self._renew_after_s
+        return [job for job in self._jobs.values() if job.has_news or job.renewed_s < due_s]
+
+    def _push_delay_s(self, jobs: Sequence[HeldJob]) -> float:
+        """How long these can wait for more to come; 0 if they must not."""
+        if any(job.is_urgent for job in jobs):
+            return 0.0
+        return max(0.0, self._pushed_s + _PUSH_INTERVAL_S - self._clock()) if jobs else 0.0
 
     def _take(self, report: StepReport) -> None:
         self._metrics.record_step(report)

@@ -48,6 +48,11 @@ class HeldJob(ABC):
     def has_news(self) -> bool:
         """The next item carries more than the renewal of the lease."""
 
+    @property
+    def is_urgent(self) -> bool:
+        """Somebody waits for its first news, or for its end."""
+        return self.has_ended or (self.has_news and not self._has_logged)
+
     @abstractmethod
     def kv_tokens_expected(self, lookahead_tokens: int) -> int:
         """Positions of KV cache that it keeps from others once each choice has generated `lookahead_tokens` more."""

@@ -1,0 +1,45 @@
+"""oasst-serve's engine alone."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from oasst_worker.engine import EngineConfig
+from oasst_worker.model.config import load_config
+from oasst_worker.runtime import RuntimeOptions, build_executor
+
+from bench.engine import generate_greedily
+from bench.peers.answering import Generate, Setup, serve
+
+
+def load(setup: Setup) -> Generate:
+    folder = Path(setup.checkpoint)
+    runner = build_executor(folder, _options(setup))
+    config = EngineConfig(
+        eos_token_id=0,  # Ignored by what is generated here.
+        max_positions=load_config(folder).max_positions,
+        max_sequences=setup.max_sequences,
+    )
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        # A new engine knows no prefix: the prompts of the round before are computed again.
+        return generate_greedily(runner, config, prompts, new_tokens)[0]
+
+    return generate
+
+
+def _options(setup: Setup) -> RuntimeOptions:
+    quantize = {"quantize": "int8"} if setup.dtype == "int8" else {}
+    unknown = quantize.keys() - {field.name for field in fields(RuntimeOptions)}
+    if unknown:
+        raise NotImplementedError("oasst-serve has no int8 weights yet")
+    return RuntimeOptions(
+        device="cpu",
+        dtype="float32" if setup.dtype == "fp32" else "bfloat16",
+        threads=setup.threads,
+        max_sequences=setup.max_sequences,
+        **quantize,
+    )
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from oasst_gateway.spans import describe_end
 
-__all__ = ["ChatMeter", "GatewayMetrics"]
+__all__ = ["ChatMeter", "FleetMetrics", "GatewayMetrics"]
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
@@ -106,6 +106,18 @@ class GatewayMetrics:
         self.running_jobs.set(load.running_jobs)
         self.dead_jobs.set(load.dead_jobs)
         self.workers.set(len(load.workers))
+
+
+class FleetMetrics:
+    """What the parent of several gateway processes counts itself, in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.processes = Gauge(
+            "oasst_gateway_processes", "Ready processes behind the port, with `--processes`.", registry=registry
+        )
+        self.restarts = Counter(
+            "oasst_gateway_process_restarts_total", "Processes that died and were replaced.", registry=registry
+        )
 
 
 class ChatMeter:

@@ -135,6 +135,8 @@ class ChatMeter:
         self._metrics = metrics
         self._span = span
         self._is_first = is_first
+        # Buckets of latencies name the last trace that fell into them, where OpenMetrics is asked for.
+        self._exemplar = {"trace_id": span.context.trace_id} if span.context.is_sampled else None
         self._clock = clock
         self._started_s = clock()
         self._first_token_s: float | None = None
@@ -154,9 +156,9 @@ class ChatMeter:
             self._first_token_s = now_s
             self._span.mark("first token")
             if self._is_first:
-                self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s)
+                self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s, self._exemplar)
         else:
-            self._metrics.inter_token_seconds.observe(now_s - self._last_token_s)
+            self._metrics.inter_token_seconds.observe(now_s - self._last_token_s, self._exemplar)
         self._last_token_s = now_s
         self._num_tokens += num_tokens
         self._metrics.generated_tokens.inc(num_tokens)
@@ -167,7 +169,7 @@ class ChatMeter:
             self._span.note(describe_end(finished))
         if not self._is_first:
             return
-        self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)
+        self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9, self._exemplar)
         if self._first_token_s is not None and self._num_tokens > 1:
             per_token_s = (self._clock() - self._first_token_s) / (self._num_tokens - 1)
-            self._metrics.time_per_output_token_seconds.observe(per_token_s)
+            self._metrics.time_per_output_token_seconds.observe(per_token_s, self._exemplar)

@@ -41,6 +41,9 @@ _LOOK_INTERVAL_S = 1.0
 _MAX_SILENT_LOOKS = 10
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
+# The signals, where they came before the process could handle them: it had no chat open yet.
+_GOOD_ENDS = (0, -signal.SIGTERM, -signal.SIGINT)
+_EXIT_NOT_STARTED = 1
 _PR_SET_PDEATHSIG = 1
 
 
@@ -121,7 +124,7 @@ class _Fleet:
             return code
         codes = await asyncio.gather(*self._runs)
         turning.cancel()
-        return next((code for code in codes if code), 0)
+        return next((code for code in codes if code not in _GOOD_ENDS), 0)
 
     def _start_all(self) -> list["_Keeper"]:
         keepers = [_Keeper(self._start_one, self._gathered, self._metrics) for _ in range(self._settings.processes)]
@@ -206,19 +209,22 @@ class _Keeper:
         """The exit code of the last process: once retired, or once one ended before any has served."""
         backoff_s = _FIRST_BACKOFF_S
         while True:
-            self._process = process = await self._start()
-            if self._retired.is_set():
-                process.send(signal.SIGTERM)
             started_s = time.monotonic()
-            code = await self._watch(process)
+            try:
+                self._process = process = await self._start()
+            except OSError as error:  # No memory, or no process more, for now.
+                logger.error("process not started error=%s", error)
+                code = _EXIT_NOT_STARTED
+            else:
+                if self._retired.is_set():
+                    process.send(signal.SIGTERM)
+                code = await self._watch(process)
             if self._retired.is_set() or not self.served.is_set():
                 return code
             if time.monotonic() - started_s > _MAX_BACKOFF_S:
                 backoff_s = _FIRST_BACKOFF_S
             self._metrics.restarts.inc()
-            logger.error(
-                "process died, another follows process=%s exit_code=%d backoff_s=%g", process.name, code, backoff_s
-            )
+            logger.error("process died, another follows exit_code=%d backoff_s=%g", code, backoff_s)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._retired.wait(), backoff_s)
                 return code

@@ -1,7 +1,8 @@
 """The engine: schedule, execute, update, every step."""
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
@@ -69,13 +70,17 @@ class Engine:
             ...
     """
 
-    def __init__(self, executor: Executor, config: EngineConfig) -> None:
-        """
+    def __init__(
+        self, executor: Executor, config: EngineConfig, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`clock` tells seconds, by which it learns what steps cost.
+
         Raises:
             ValueError: if the configuration contradicts itself.
         """
         self.config = config
         self._executor = executor
+        self._clock = clock
         self._scheduler = Scheduler(
             BlockPool(executor.num_blocks, executor.block_size),
             max_sequences=config.max_sequences,
@@ -169,11 +174,13 @@ class Engine:
         """
         batch = self._scheduler.schedule()
         while batch.chunks:
+            started_s = self._clock()
             try:
                 results = self._executor.execute(batch)
             except OutOfDeviceMemoryError as error:
                 batch = self._schedule_smaller(batch, error)
             else:
+                self._scheduler.cost.record(batch.num_tokens, self._clock() - started_s)
                 break
         self.last_batch = batch
         return self._update(batch, results) if batch.chunks else []

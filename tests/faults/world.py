@@ -250,6 +250,15 @@ class World:
         """How often each token was computed: sequence id and index of the token."""
         return Counter((chunk[0], chunk[3]) for step in self.steps() for chunk in step.chunks if chunk[3] is not None)
 
+    def longest_standstill_s(self) -> float:
+        """The longest time between two steps of an engine that had a sequence to go on with."""
+        longest_s = 0.0
+        for name in {step.worker for step in self.steps()}:
+            for before, after in itertools.pairwise(self.steps(name)):
+                if {chunk[0] for chunk in before.chunks} & {chunk[0] for chunk in after.chunks}:
+                    longest_s = max(longest_s, after.at_s - before.at_s)
+        return longest_s
+
     def busiest_worker(self) -> ServiceProcess:
         """The running worker with most sequences in its last step."""
         last = {step.worker: len(step.chunks) for step in self.steps() if self.workers[step.worker].is_running}

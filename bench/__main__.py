@@ -19,6 +19,7 @@ from rich.table import Table
 from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import engine_table, measure_engine
 from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
+from bench.goodput import goodput_table, measure_goodput, measure_share, share_table
 from bench.path import measure_path, path_table
 from bench.prefix import measure_prefix, prefix_table
 from bench.queue import measure_queue, queue_table
@@ -27,6 +28,11 @@ from bench.training import TRAINED_SHAPES, measure_training, training_table
 
 # Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
 GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
+
+# Streams, seconds of a step, tokens of each stream.
+SHARED_LOADS = ((1, 0.01, 400), (64, 0.025, 200), (256, 0.05, 200))
+# Multiples of what a worker can do.
+OVERLOADS = (0.5, 1.0, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,16 @@ def _flood(options: Options) -> Measured:
     return [row], [flood_table(row)]
 
 
+def _share(options: Options) -> Measured:
+    rows = [measure_share(streams, step_s=step_s, tokens=tokens) for streams, step_s, tokens in SHARED_LOADS]
+    return rows, [share_table(rows)]
+
+
+def _goodput(options: Options) -> Measured:
+    rows = measure_goodput(OVERLOADS)
+    return rows, [goodput_table(rows)]
+
+
 def _queue(options: Options) -> Measured:
     figures = measure_queue(streams=(1, 8, 32, 128), waiting_jobs=tuple(options.waiting), rounds=options.rounds)
     return [figures], [queue_table(figures)]
@@ -103,6 +119,8 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "path": _path,
     "gateway": _gateway,
     "flood": _flood,
+    "share": _share,
+    "goodput": _goodput,
     "queue": _queue,
     "start": _start,
     "training": _training,

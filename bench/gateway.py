@@ -33,7 +33,18 @@ from rich.table import Table
 
 from bench.checkpoints import DEMO
 
-__all__ = ["FloodRow", "GatewayRow", "flood_table", "gateway_table", "measure_flood", "measure_gateway"]
+__all__ = [
+    "MODEL",
+    "FloodRow",
+    "GatewayRow",
+    "first_line",
+    "flood_table",
+    "gateway_table",
+    "measure_flood",
+    "measure_gateway",
+    "running_gateway",
+    "start",
+]
 
 MODEL = "measured"
 CHAT_STREAM = "/oasst.v1.ChatService/ChatStream"
@@ -67,12 +78,12 @@ def measure_gateway(streams: int, tokens: int, step_s: float) -> GatewayRow:
     """All streams at once, from the first token of the first to the end of the last."""
     numbers = [str(streams), str(tokens), str(step_s)]
     with contextlib.ExitStack() as exits:
-        bare = _start(exits, sys.executable, "-m", "bench.gateway", "bare", *numbers)
-        address = _first_line(bare)
+        bare = start(exits, sys.executable, "-m", "bench.gateway", "bare", *numbers)
+        address = first_line(bare)
         cpu_s, _, num_messages = asyncio.run(_read_all(psutil.Process(bare.pid), address, streams, tokens))
         bare_us = cpu_s / num_messages * 1e6
     with running_gateway() as (process, address, url), contextlib.ExitStack() as exits:
-        _start(exits, sys.executable, "-m", "bench.gateway", "feed", url, *numbers)
+        start(exits, sys.executable, "-m", "bench.gateway", "feed", url, *numbers)
         cpu_s, elapsed_s, num_messages = asyncio.run(_read_all(process, address, streams, tokens))
     num_tokens = streams * tokens
     return GatewayRow(
@@ -100,14 +111,14 @@ def running_gateway(*options: str) -> Iterator[tuple[psutil.Process, str, str]]:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="oasst-bench-")))
         socket = folder / "valkey.sock"
         valkey = [find_server(), "--port", "0", "--unixsocket", socket, "--dir", folder, "--appendonly", "yes"]
-        _start(exits, *map(str, valkey), "--save", "", "--logfile", str(folder / "valkey.log"))
+        start(exits, *map(str, valkey), "--save", "", "--logfile", str(folder / "valkey.log"))
         url = f"unix://{socket}"
-        gateway = _start(
+        gateway = start(
             exits,
             *(sys.executable, "-m", "oasst_gateway", "--model", str(DEMO), "--model-name", MODEL, "--redis-url", url),
             *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--log-level", "warning", *options),
         )
-        yield psutil.Process(gateway.pid), json.loads(_first_line(gateway))["listen"], url
+        yield psutil.Process(gateway.pid), json.loads(first_line(gateway))["listen"], url
 
 
 def gateway_table(rows: list[GatewayRow]) -> Table:
@@ -142,13 +153,13 @@ def flood_table(row: FloodRow) -> Table:
     return table
 
 
-def _start(exits: contextlib.ExitStack, *command: str) -> subprocess.Popen[str]:
+def start(exits: contextlib.ExitStack, *command: str) -> subprocess.Popen[str]:
     process = exits.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     exits.callback(process.terminate)
     return process
 
 
-def _first_line(process: subprocess.Popen[str]) -> str:
+def first_line(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline() if process.stdout else ""
     if not line:
         raise RuntimeError(f"it did not start: exit code {process.wait()}")

@@ -90,17 +90,20 @@ class ScriptedExecutor:
         if self.failure is not None:
             raise self.failure
         self.num_steps += 1
-        asking = [chunk for chunk in batch.chunks if chunk.draws or chunk.targets]
-        return [self._draw(chunk.sequence) if chunk.draws else self._score(chunk) for chunk in asking]
+        results: list[Sample | Scores] = []
+        for chunk in batch.chunks:
+            results += [self._draw(chunk.sequence, number) for number in range(chunk.num_draws)]
+            results += [self._score(chunk)] if chunk.targets else []
+        return results
 
     def _score(self, chunk) -> Scores:
         is_broken = chunk.sequence.sequence_id in self.broken
         return Scores(None if is_broken else [scripted_score(target) for target in chunk.targets])
 
-    def _draw(self, sequence) -> Sample:
+    def _draw(self, sequence, num_drafts: int) -> Sample:
         if sequence.sequence_id in self.broken:
             return Sample(None)
-        index = sequence.num_output_tokens
+        index = sequence.num_output_tokens + num_drafts
         if sequence.sequence_id in self.scripts:
             token_id = self.scripts[sequence.sequence_id][index]
         else:

@@ -1,8 +1,6 @@
 """The engine's decisions, on an executor that needs no tensors: a token is a function of the tokens before it."""
 
 import random
-import zlib
-from array import array
 
 import pytest
 from oasst_worker.engine import (
@@ -14,68 +12,8 @@ from oasst_worker.engine import (
     OutOfDeviceMemoryError,
     Sample,
     Sequence,
-    TokenOutput,
 )
-
-EOS = 0
-VOCABULARY = 50
-
-
-def next_token(token_ids) -> int:
-    return zlib.crc32(array("q", token_ids).tobytes()) % VOCABULARY
-
-
-class ScriptedExecutor:
-    """Keeps a cache of token ids instead of keys and values, and draws only from what the cache holds."""
-
-    prefill_tile = 4
-
-    def __init__(self, num_blocks: int, block_size: int = 4, *, is_position_exact: bool = True) -> None:
-        self.is_position_exact = is_position_exact
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.cache: list[int | None] = [None] * (num_blocks * block_size)
-        self.broken: set[str] = set()
-        self.batches: list[Batch] = []
-
-    def execute(self, batch: Batch) -> list[Sample]:
-        self.batches.append(batch)
-        samples = []
-        for chunk in batch.chunks:
-            places = [
-                block * self.block_size + offset for block in chunk.sequence.blocks for offset in range(self.block_size)
-            ][: chunk.end]
-            for position in range(chunk.start, chunk.end):
-                self.cache[places[position]] = chunk.sequence.token_ids[position]
-            if chunk.draws:
-                if chunk.sequence.sequence_id in self.broken:
-                    samples.append(Sample(None))
-                else:
-                    samples.append(Sample(next_token([self.cache[place] for place in places])))
-        return samples
-
-
-def make_engine(num_blocks=64, *, is_position_exact=True, **config) -> tuple[Engine, ScriptedExecutor]:
-    executor = ScriptedExecutor(num_blocks, is_position_exact=is_position_exact)
-    settings = {"eos_token_id": EOS, "max_positions": 128, "max_sequences": 8, "step_tokens": 16} | config
-    return Engine(executor, EngineConfig(**settings)), executor
-
-
-def expected_tokens(prompt, params) -> list[int]:
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < params.max_new_tokens:
-        tokens.append(next_token(tokens))
-        if tokens[-1] == EOS and not params.ignore_eos:
-            break
-    return tokens[len(prompt) :]
-
-
-def run_to_end(engine: Engine) -> dict[str, list[TokenOutput]]:
-    outputs: dict[str, list[TokenOutput]] = {}
-    while engine.has_work():
-        for output in engine.step():
-            outputs.setdefault(output.sequence_id, []).append(output)
-    return outputs
+from token_cache_executor import EOS, VOCABULARY, TokenCacheExecutor, expected_tokens, make_engine, run_to_end
 
 
 def test_a_sequence_runs_to_its_length():
@@ -214,7 +152,7 @@ def test_a_budget_too_small_for_its_sequences_is_refused():
         make_engine(step_tokens=11)
 
 
-def num_computed_tokens(executor: ScriptedExecutor) -> int:
+def num_computed_tokens(executor: TokenCacheExecutor) -> int:
     return sum(batch.num_tokens for batch in executor.batches)
 
 
@@ -302,7 +240,7 @@ def test_sequences_of_different_salts_share_nothing():
 
 
 def test_where_positions_are_not_exact_only_whole_tiles_of_prompts_are_used_again():
-    engine = Engine(ScriptedExecutor(64, block_size=2, is_position_exact=False), EngineConfig(EOS, max_positions=128))
+    engine = Engine(TokenCacheExecutor(64, block_size=2, is_position_exact=False), EngineConfig(EOS, max_positions=128))
     prompt = list(range(1, 11))
     answer = generate(engine, Sequence("first turn", prompt, PARAMS))
     second = Sequence("second turn", [*prompt, *answer], PARAMS)
@@ -348,7 +286,7 @@ def test_sequences_that_begin_alike_generate_what_they_would_alone(seed, is_posi
     assert engine.kv_tokens_used == 0
 
 
-class CrampedExecutor(ScriptedExecutor):
+class CrampedExecutor(TokenCacheExecutor):
     """Has memory for batches of so many tokens only, as long as it is cramped."""
 
     limit = 10**6

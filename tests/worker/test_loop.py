@@ -116,6 +116,16 @@ def test_a_stop_text_ends_the_choice_and_frees_the_engine(make_loop, executor):
     assert loop.load.num_running == loop.load.kv_tokens_used == 0
 
 
+def test_what_a_step_gave_behind_a_stop_text_is_dropped(make_loop, executor):
+    choice = choice_of("guessed", stop=["ab" * 6 + "a"], max_new_tokens=60)
+    loop, choice = make_loop(speculate=8), scripted(executor, choice, [A, B] * 30)
+    loop.add(choice)
+    outputs = outputs_of(loop, choice)[choice]
+    assert [output.token_id for output in outputs] == [A, B] * 6 + [A]
+    assert loop.load.num_accepted_tokens > 0
+    assert executor.num_steps + loop.load.num_accepted_tokens > 13  # The last step gave more than was wanted.
+
+
 def test_text_held_for_a_stop_comes_with_the_last_token(make_loop, executor):
     loop, choice = make_loop(), scripted(executor, choice_of("held", stop=["bcb"], max_new_tokens=3), [A, B, C])
     loop.add(choice)

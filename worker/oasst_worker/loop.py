@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -30,6 +30,8 @@ class EngineLoad:
     num_prompt_tokens: int = 0  # Of sequences that ran.
     num_cached_tokens: int = 0  # Those of them that were in the KV cache already.
     num_out_of_memory: int = 0  # Steps for which the device had no memory at first.
+    num_drafted_tokens: int = 0  # Guessed ahead.
+    num_accepted_tokens: int = 0  # Those of them that were right.
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,19 +188,26 @@ class EngineLoop:
         self._step_in_progress = None
         batch = self._engine.last_batch
         num_decode_tokens = _num_decode_tokens(batch)
+        num_drafted_tokens = sum(len(chunk.drafts) for chunk in batch.chunks)
         return StepReport(
-            outputs=tuple(map(self._read, outputs)),
+            outputs=tuple(self._read(outputs)),
             ended_s=ended_s,
             step_s=ended_s - started_s,
             num_sequences=len(batch.chunks),
-            num_prefill_tokens=batch.num_tokens - num_decode_tokens,
+            num_prefill_tokens=batch.num_tokens - num_decode_tokens - num_drafted_tokens,
             num_decode_tokens=num_decode_tokens,
             num_drawn_tokens=sum(isinstance(each, TokenOutput) and each.token_id is not None for each in outputs),
         )
 
-    def _read(self, output: TokenOutput | ScoreOutput) -> PartOutput:
+    def _read(self, outputs: Iterable[TokenOutput | ScoreOutput]) -> Iterator[PartOutput]:
+        """The outputs as their jobs are to see them, none behind the end of its part."""
+        for output in outputs:
+            part = self._parts.get(output.sequence_id)
+            if part is not None:
+                yield self._read_one(part, output)
+
+    def _read_one(self, part: Part, output: TokenOutput | ScoreOutput) -> PartOutput:
         """The output as its job is to see it. A part that ended here, by its text or by an error, leaves the engine."""
-        part = self._parts[output.sequence_id]
         try:
             read = part.take(output)
         except Exception:  # One part's text must not end the others'.
@@ -218,12 +227,14 @@ class EngineLoop:
             engine.num_prompt_tokens,
             engine.num_cached_tokens,
             engine.num_out_of_memory,
+            engine.num_drafted_tokens,
+            engine.num_accepted_tokens,
         )
 
 
 def _num_decode_tokens(batch: Batch) -> int:
     """Tokens computed for sequences that had everything else computed: chunks of one token."""
-    return sum(chunk.num_tokens == 1 for chunk in batch.chunks)
+    return sum(chunk.end - chunk.start == 1 for chunk in batch.chunks)
 
 
 class EngineStalledError(RuntimeError):

@@ -49,6 +49,8 @@ class WorkerMetrics:
             "prefix_lookup_tokens_total", "Prompt tokens of sequences that began to run: what could have been reused."
         )
         self.prefix_hit_tokens = counter("prefix_hit_tokens_total", "Those of them that were in the KV cache already.")
+        self.drafted_tokens = counter("drafted_tokens_total", "Tokens guessed ahead of what was drawn.")
+        self.accepted_tokens = counter("accepted_tokens_total", "Those of them that were right: each saved a step.")
         self.running_sequences = gauge("running_sequences", "Sequences that hold KV cache.")
         self.waiting_sequences = gauge("waiting_sequences", "Sequences that wait inside the engine.")
         self.max_sequences = gauge("max_sequences", "Sequences that may run at once.")
@@ -119,6 +121,8 @@ class WorkerMetrics:
         self.prefix_lookup_tokens.inc(load.num_prompt_tokens - self._load.num_prompt_tokens)
         self.prefix_hit_tokens.inc(load.num_cached_tokens - self._load.num_cached_tokens)
         self.out_of_memory.inc(load.num_out_of_memory - self._load.num_out_of_memory)
+        self.drafted_tokens.inc(load.num_drafted_tokens - self._load.num_drafted_tokens)
+        self.accepted_tokens.inc(load.num_accepted_tokens - self._load.num_accepted_tokens)
         self._load = load
 
     def record_end(self, job: HeldJob) -> None:

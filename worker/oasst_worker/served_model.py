@@ -20,6 +20,9 @@ __all__ = ["ServedModel", "load_model"]
 
 logger = logging.getLogger(__name__)
 
+# Tokens guessed ahead at most, where rows of a step are known not to change each other.
+_CPU_SPECULATION = 8
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -72,18 +75,22 @@ def _build_engine(
     options = RuntimeOptions(
         device=settings.device,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         threads=settings.threads,
         kv_tokens=settings.kv_tokens,
         max_sequences=settings.max_sequences,
     )
     try:
+        executor = build_executor(folder, options, banned_token_ids=banned_token_ids)
+        is_on_cpu = executor.device.type == "cpu"
         return Engine(
-            build_executor(folder, options, banned_token_ids=banned_token_ids),
+            executor,
             EngineConfig(
                 eos_token_id=config.eos_token_id,
                 max_positions=config.max_positions,
                 max_sequences=settings.max_sequences,
                 step_tokens=settings.step_tokens,
+                speculate=_CPU_SPECULATION * is_on_cpu if settings.speculate is None else settings.speculate,
             ),
         )
     except ValueError as error:

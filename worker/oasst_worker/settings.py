@@ -87,10 +87,21 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU."
     )
+    quantize: Literal["int8"] | None = Field(
+        None,
+        description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
     max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")
     kv_tokens: int | None = Field(None, ge=1, description="Positions of KV cache. Unset: what memory allows.")
     step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, prompts and decoding together.")
+    speculate: int | None = Field(
+        None,
+        ge=0,
+        le=32,
+        description="Tokens guessed ahead for a choice in a step, at most; the answer stays the same. 0: none."
+        " Unset: 8 on a CPU, 0 on a GPU.",
+    )
     max_steps_ahead: int = Field(32, ge=1, description="Steps the engine may be ahead of the queue.")
     lease_s: float = Field(4.0, ge=0.1, le=120, description="How long a silent worker keeps its jobs.")
     step_limit_s: float = Field(20.0, gt=0, description="A step that takes longer, and 10x the usual, ends the worker.")

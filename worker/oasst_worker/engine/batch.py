@@ -12,15 +12,27 @@ __all__ = ["Batch", "Chunk", "Executor", "OutOfDeviceMemoryError", "Sample", "Sc
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens [start, end) of one sequence, whose keys and values this step computes."""
+    """The tokens [start, end) of one sequence, whose keys and values this step computes, and guesses of the next.
+
+        |  computed  |<- start .. end ->|<- drafts ->|
+        |<--------- token_ids --------->|
+
+    A chunk with drafts draws at its last token and at each draft, as if the drafts before had been drawn.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        return self.end - self.start
+        """Rows of the step, drafts included."""
+        return self.end - self.start + len(self.drafts)
+
+    @property
+    def num_draws(self) -> int:
+        return 1 + len(self.drafts) if self.draws else 0
 
     @property
     def draws(self) -> bool:
@@ -105,7 +117,8 @@ class Executor(Protocol):
     def execute(self, batch: Batch) -> Items[Sample | Scores]:
         """Keys and values of every chunk are in the cache.
 
-        Returns, in order, a sample for each chunk that draws and scores for each that has targets.
+        Returns, in order, the samples of each chunk that draws (one, and one for each draft, each drawn as if the
+        drafts before it were the sequence's tokens) and scores for each that has targets.
 
         Raises:
             OutOfDeviceMemoryError: if a smaller batch may succeed. Nothing is drawn; what was written is written again.

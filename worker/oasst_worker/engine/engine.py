@@ -1,6 +1,7 @@
 """The engine: schedule, execute, update, every step."""
 
 import logging
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +24,7 @@ class EngineConfig:
     max_positions: int  # Prompt and generated tokens of one sequence.
     max_sequences: int = 32  # Running at once.
     step_tokens: int = 512  # Budget of one step, decoding and prefill together.
+    speculate: int = 0  # The most tokens guessed ahead for one sequence in a step; 0 guesses none.
 
 
 class FinishReason(Enum):
@@ -80,6 +82,7 @@ class Engine:
             step_tokens=config.step_tokens,
             prefill_tile=executor.prefill_tile,
             is_position_exact=executor.is_position_exact,
+            speculate=config.speculate,
         )
         self._sequences: dict[str, Sequence] = {}
         self.last_batch = Batch(())
@@ -119,6 +122,16 @@ class Engine:
     def num_cached_tokens(self) -> int:
         """Those among them whose keys and values were in the cache already."""
         return self._scheduler.num_cached_tokens
+
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Tokens guessed ahead, of all sequences that ever ran."""
+        return self._scheduler.speculator.num_drafted
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Those among them that were right."""
+        return self._scheduler.speculator.num_accepted
 
     def has_work(self) -> bool:
         return bool(self._sequences)
@@ -173,21 +186,23 @@ class Engine:
         return self._scheduler.schedule()
 
     def _update(self, batch: Batch, results: Items[Sample | Scores]) -> list[TokenOutput | ScoreOutput]:
-        asking = [chunk for chunk in batch.chunks if chunk.draws or chunk.targets]
-        self._scheduler.record_computed(batch)
+        self._scheduler.record_good_step()
+        of_chunks = iter(results)
         outputs: list[TokenOutput | ScoreOutput] = []
-        for chunk, result in zip(asking, results, strict=True):
-            if isinstance(result, Sample):
-                outputs.append(self._append(chunk, result))
-            elif (output := self._score(chunk, result)) is not None:
+        for chunk in batch.chunks:
+            if chunk.draws:
+                outputs += self._take_samples(chunk, [next(of_chunks) for _ in range(chunk.num_draws)])
+                continue
+            self._scheduler.record_computed(chunk)
+            if chunk.targets and (output := self._take_scores(chunk, next(of_chunks))) is not None:
                 outputs.append(output)
         return outputs
 
-    def _score(self, chunk: Chunk, scores: Scores) -> ScoreOutput | None:
+    def _take_scores(self, chunk: Chunk, scores: Sample | Scores) -> ScoreOutput | None:
         """Keeps the chunk's scores; tells them all once the sequence has ended."""
         sequence = chunk.sequence
-        if not isinstance(sequence, ScoringSequence):
-            raise TypeError(f"sequence {sequence.sequence_id} draws, and was scored")
+        if not isinstance(sequence, ScoringSequence) or not isinstance(scores, Scores):
+            raise TypeError(f"sequence {sequence.sequence_id} was to be scored, not drawn from")
         if scores.of_targets is None:
             self._scheduler.forget(sequence)
             self.remove(sequence.sequence_id)
@@ -199,22 +214,36 @@ class Engine:
         self.remove(sequence.sequence_id)
         return ScoreOutput(sequence.sequence_id, sequence.continuation_scores())
 
-    def _append(self, chunk: Chunk, sample: Sample) -> TokenOutput:
+    def _take_samples(self, chunk: Chunk, samples: Items[Sample | Scores]) -> list[TokenOutput]:
+        """Appends what was drawn, as far as the drafts were right; a sequence that ends by it is gone."""
         sequence = chunk.sequence
-        if sample.token_id is None:
+        outputs = list(self._append(chunk, samples))
+        self._scheduler.record_computed(chunk, num_accepted=len(outputs) - 1)
+        if outputs[-1].error is not None:
             self._scheduler.forget(sequence)
+        if outputs[-1].finish is not None:
             self.remove(sequence.sequence_id)
-            return TokenOutput(sequence.sequence_id, None, finish=FinishReason.ERROR, error=_NOT_FINITE)
-        sequence.append(sample.token_id)
-        finish = finish_reason(
-            sequence.params,
-            sample.token_id,
-            num_output_tokens=sequence.num_output_tokens,
-            eos_token_id=self.config.eos_token_id,
-        )
-        if finish is not None:
-            self.remove(sequence.sequence_id)
-        return TokenOutput(sequence.sequence_id, sample.token_id, sample.logprob, finish)
+        return outputs
+
+    def _append(self, chunk: Chunk, samples: Items[Sample | Scores]) -> Iterator[TokenOutput]:
+        sequence = chunk.sequence
+        # A draft that is right is the token it was drawn as, and the sample behind it was drawn after the right tokens.
+        for sample, draft in zip(samples, (*chunk.drafts, None), strict=True):
+            if not isinstance(sample, Sample):
+                raise TypeError(f"sequence {sequence.sequence_id} was to be drawn from, not scored")
+            if sample.token_id is None:
+                yield TokenOutput(sequence.sequence_id, None, finish=FinishReason.ERROR, error=_NOT_FINITE)
+                return
+            sequence.append(sample.token_id)
+            finish = finish_reason(
+                sequence.params,
+                sample.token_id,
+                num_output_tokens=sequence.num_output_tokens,
+                eos_token_id=self.config.eos_token_id,
+            )
+            yield TokenOutput(sequence.sequence_id, sample.token_id, sample.logprob, finish)
+            if finish is not None or sample.token_id != draft:
+                return
 
 
 def finish_reason(

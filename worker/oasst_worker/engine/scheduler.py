@@ -7,13 +7,14 @@ from zero again.
 
 from collections import deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.engine.limits import StepLimits
 from oasst_worker.engine.scoring import ScoringSequence
 from oasst_worker.engine.sequence import Sequence
+from oasst_worker.engine.speculation import Speculator
 
 __all__ = ["Scheduler"]
 
@@ -41,6 +42,8 @@ class Scheduler:
       while.
     - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is
       preempted first. Beside sequences that generate it gets one tile a step, so that it never rests and hardly shows.
+    - Where a step is small, what sequences that decode may say next is guessed and computed with it, if there are
+      blocks to spare.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Scheduler:
         step_tokens: int,
         prefill_tile: int,
         is_position_exact: bool,
+        speculate: int = 0,
     ) -> None:
         """
         Raises:
@@ -68,6 +72,8 @@ class Scheduler:
         # Prompt tokens of all sequences that ever ran, and those among them that were there already.
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
+        self.speculator = Speculator(max_drafts=speculate)
+        self._speculates = speculate > 0
         self._pool = pool
         self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
         self._prefill_tile = prefill_tile
@@ -106,6 +112,7 @@ class Scheduler:
             self._stop(sequence)
         else:
             lane.waiting.remove(sequence)
+        self.speculator.forget(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing of the sequence is used again by others."""
@@ -121,6 +128,8 @@ class Scheduler:
         budget = self._schedule_running(self._scoring, budget, chunks)
         if has_room:  # Else the blocks are for those that generate.
             self._admit(self._scoring, budget, chunks)
+        if self._speculates:
+            self._speculate(chunks)
         return Batch(tuple(chunks.values()))
 
     def shrink(self, failed: Batch) -> bool:
@@ -134,19 +143,24 @@ class Scheduler:
             self._preempt(self._youngest)
         return True
 
-    def record_computed(self, batch: Batch) -> None:
-        """The batch's keys and values are in the cache, for whoever begins alike."""
+    def record_good_step(self) -> None:
+        """The device had memory for the batch."""
         self._limits.record_good_step()
-        block_size = self._pool.block_size
-        for chunk in batch.chunks:
-            sequence = chunk.sequence
-            sequence.num_computed = chunk.end
-            blocks = range(chunk.start // block_size, self._num_reusable(sequence, chunk.end) // block_size)
-            if blocks:
-                keys = sequence.keys(block_size)
-                for index in blocks:
-                    self._pool.publish(sequence.blocks[index], keys[index])
-                    self._lane_of(sequence).expected.pop(keys[index], None)
+
+    def record_computed(self, chunk: Chunk, *, num_accepted: int = 0) -> None:
+        """The chunk's keys and values are in the cache, for whoever begins alike, as are those of the drafts that were
+        accepted: they stand in the sequence by now.
+        """
+        sequence, block_size = chunk.sequence, self._pool.block_size
+        sequence.num_computed = chunk.end + num_accepted
+        blocks = range(chunk.start // block_size, self._num_reusable(sequence, sequence.num_computed) // block_size)
+        if blocks:
+            keys = sequence.keys(block_size)
+            for index in blocks:
+                self._pool.publish(sequence.blocks[index], keys[index])
+                self._lane_of(sequence).expected.pop(keys[index], None)
+        if chunk.drafts:
+            self.speculator.record(sequence, num_drafted=len(chunk.drafts), num_accepted=num_accepted)
 
     def _num_reusable(self, sequence: Sequence, num_tokens: int) -> int:
         """Of its first tokens, those whose keys and values are the same in every sequence that begins alike."""
@@ -245,6 +259,24 @@ class Scheduler:
                 return -freed
         chunks[sequence] = Chunk(sequence, sequence.num_computed, end)
         return end - sequence.num_computed - freed
+
+    def _speculate(self, chunks: dict[Sequence, Chunk]) -> None:
+        """Chunks that decode get drafts, oldest first, as far as these are worth their rows."""
+        num_rows = sum(chunk.num_tokens for chunk in chunks.values())
+        for sequence, chunk in chunks.items():
+            if chunk.num_tokens > 1 or not chunk.draws:
+                continue
+            drafts = self.speculator.draft(sequence, num_rows=num_rows)
+            if drafts and self._grow_to_spare(sequence, chunk.end + len(drafts)):
+                chunks[sequence] = replace(chunk, drafts=drafts)
+                num_rows += len(drafts)
+
+    def _grow_to_spare(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Room for so many tokens, as long as a block for each that runs stays free: a guess preempts nobody."""
+        missing = self._pool.blocks_for(num_tokens) - len(sequence.blocks)
+        if missing > 0 and missing + self.num_running > self._pool.num_free:
+            return False
+        return self._pool.grow(sequence.blocks, num_tokens)
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         end = min(sequence.num_tokens, sequence.num_computed + budget)

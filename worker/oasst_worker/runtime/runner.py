@@ -1,7 +1,9 @@
 """Executes the engine's batches on one device."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -44,11 +46,12 @@ class ModelRunner:
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
         self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
+        self.device = model.device
 
     def execute(self, batch: Batch) -> Items[Sample | Scores]:
         """Keys and values of every chunk are in the cache.
 
-        Returns, in order, a sample for each chunk that draws and scores for each that has targets.
+        Returns, in order, the samples of each chunk that draws and scores for each that has targets.
 
         Raises:
             OutOfDeviceMemoryError: if the device has no memory left for the batch.
@@ -77,13 +80,13 @@ class ModelRunner:
         results: list[Sample | Scores] = []
         for chunk in batch.chunks:
             if chunk.draws:
-                results.append(next(samples))
+                results += islice(samples, chunk.num_draws)
             elif chunk.targets:
                 results.append(next(scores))
         return results
 
     def _sample(self, batch: Batch, logits: Tensor) -> list[Sample]:
-        rows = [self._sampling_row(chunk) for chunk in batch.chunks if chunk.draws]
+        rows = [row for chunk in batch.chunks if chunk.draws for row in self._sampling_rows(chunk)]
         return _samples(self._sampler.sample(logits, rows)) if rows else []
 
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
@@ -97,16 +100,23 @@ class ModelRunner:
         inputs = make_inputs(batch, device=self._model.device, every_row=every_row)
         return self._model.forward(inputs, self._cache)
 
-    def _sampling_row(self, chunk: Chunk) -> SamplingRow:
+    def _sampling_rows(self, chunk: Chunk) -> Iterator[SamplingRow]:
+        """Of the chunk's last token, and of each draft as if those before it had been drawn."""
         sequence, params = chunk.sequence, chunk.sequence.params
-        may_end = sequence.num_output_tokens >= params.min_new_tokens
-        return SamplingRow(
-            params,
-            uniform_for(params.seed, params.choice, sequence.num_output_tokens) if params.temperature else 0.0,
-            seen_ids=sequence.token_ids if params.repetition_penalty != 1 else (),
-            output_counts=sequence.output_counts,
-            banned_ids=() if may_end else (self._model.config.eos_token_id,),
-        )
+        has_repetition_penalty = params.repetition_penalty != 1
+        has_count_penalty = params.presence_penalty or params.frequency_penalty
+        for num_drafts in range(chunk.num_draws):
+            drafts = chunk.drafts[:num_drafts]
+            position = sequence.num_output_tokens + num_drafts
+            counts = sequence.output_counts
+            may_end = position >= params.min_new_tokens
+            yield SamplingRow(
+                params,
+                uniform_for(params.seed, params.choice, position) if params.temperature else 0.0,
+                seen_ids=(*sequence.token_ids, *drafts) if has_repetition_penalty else (),
+                output_counts=Counter(counts) + Counter(drafts) if drafts and has_count_penalty else counts,
+                banned_ids=() if may_end else (self._model.config.eos_token_id,),
+            )
 
 
 def _samples(sampled: Sampled) -> list[Sample]:

@@ -21,13 +21,14 @@ def make_inputs(batch: Batch, *, device: torch.device, every_row: bool = False) 
         num_prompt_rows = max(0, min(chunk.end, sequence.num_prompt_tokens) - chunk.start)
         spans.append(AttentionSpan(first_row, chunk.num_tokens, chunk.start, num_prompt_rows, blocks))
         token_ids += sequence.token_ids[chunk.start : chunk.end]
-        for position in range(chunk.start, chunk.end):
+        token_ids += chunk.drafts
+        for position in range(chunk.start, chunk.start + chunk.num_tokens):
             positions.append(position)
             cells.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
         if every_row:
             drawing_rows += range(first_row, len(token_ids))
         elif chunk.draws:
-            drawing_rows.append(len(token_ids) - 1)
+            drawing_rows += range(len(token_ids) - chunk.num_draws, len(token_ids))
     rows = torch.tensor([token_ids, positions, cells], dtype=torch.int64).to(device, non_blocking=True)
     return StepInputs(
         token_ids=rows[0],

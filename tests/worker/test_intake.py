@@ -78,7 +78,7 @@ def test_a_job_of_the_last_release_is_run(monkeypatch):
 
 
 def test_a_job_that_can_never_fit_the_kv_cache_is_told_both_numbers():
-    with pytest.raises(JobRefusedError, match="need 116 positions of KV cache; this worker has 64") as refused:
+    with pytest.raises(JobRefusedError, match="needs 116 positions of KV cache; this worker has 64") as refused:
         make_intake(kv_tokens=64).accept(claim(make_job("big", prompt_tokens=100)))
     assert refused.value.failed.reason == "EXCEEDS_KV_CACHE"
 

@@ -7,7 +7,7 @@ from oasst_client import APIError, AsyncClient, OverloadedError, RetryPolicy, ne
 from oasst_gateway.tenants import ApiKey, draw_api_key
 
 from faults.checker import FINISHED, Transcript
-from faults.load import until
+from faults.load import FaultMissedError, until
 from faults.proofs import recovery, require_ends
 from faults.table import Evidence, row
 from faults.verifiable import Prompt
@@ -201,6 +201,8 @@ async def run_out_of_time_in_the_queue(world: World) -> Evidence:
     late = [load.ask(timeout_s=timeout_s) for _ in range(6)]
     await load.ended(late)
     told_s = world.note("all are told") - asked_s
+    if any(transcript.end == "DEADLINE_UNREACHABLE" for transcript in late):
+        raise FaultMissedError("the worker was so slow that requests were refused instead of left to wait")
     require_ends(late, "DEADLINE_EXCEEDED")
     if told_s > timeout_s + 1.0:
         raise AssertionError(f"they were told after {told_s:.2f} s that {timeout_s:.2f} s are over")

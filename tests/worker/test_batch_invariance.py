@@ -1,5 +1,6 @@
 """On the CPU a sequence's logits do not depend, to the last bit, on what else runs or on how it came to run."""
 
+import itertools
 import random
 
 import pytest
@@ -116,7 +117,7 @@ def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_token
     """Logits of each sequence, and the engine that ran them."""
     runner = RecordingRunner(model, num_blocks)
     config = EngineConfig(eos_token_id=0, max_positions=512, max_sequences=NUM_SEQUENCES, step_tokens=step_tokens)
-    engine = Engine(runner, config)
+    engine = Engine(runner, config, clock=itertools.count().__next__)  # Every step takes as long: schedules repeat.
     waiting = sorted(jobs, key=lambda name: (arrivals or {}).get(name, 0))
     step = 0
     while waiting or engine.has_work():

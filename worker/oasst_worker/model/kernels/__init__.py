@@ -1,4 +1,4 @@
-"""Kernels in C, compiled when a worker starts, in a few seconds, by the machine's own compiler.
+"""Kernels in C, compiled when a worker starts, in a second or two, by the machine's own compiler.
 
 They are made for the very processor they run on, and nothing of them is left behind: the library is compiled in a
 temporary folder, loaded, and the folder removed. Where there is no compiler the plain path serves.

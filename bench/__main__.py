@@ -18,14 +18,20 @@ from rich.table import Table
 
 from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import engine_table, measure_engine
+from bench.evals import evals_table, measure_evals
 from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
 from bench.goodput import goodput_table, measure_goodput, measure_share, share_table
+from bench.interference import interference_table, measure_interference
 from bench.path import measure_path, path_table
 from bench.prefix import measure_prefix, prefix_table
 from bench.queue import measure_queue, queue_table
 from bench.scoring import measure_scoring, scoring_table
+from bench.speculation import measure_speculation, read_chats, speculation_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
+
+# Requests to score, as many as a checkpoint does in seconds.
+EVALUATED = {"demo": 64, "160m": 16}
 
 # Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
 GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
@@ -47,6 +53,7 @@ class Options:
     concurrent: list[int]
     waiting: list[int]
     training_steps: int
+    answers: Path | None
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -71,6 +78,22 @@ def _prefix(options: Options) -> Measured:
         for name, path in options.checkpoints.items()
     ]
     return rows, [prefix_table(rows)]
+
+
+def _speculation(options: Options) -> Measured:
+    if options.answers is None:
+        raise SystemExit("speculation is measured on recorded answers: --answers FILE, a report of oasst-model-eval")
+    chats = read_chats(options.answers)
+    measured = (
+        measure_speculation(name, path, chats, rounds=options.rounds) for name, path in options.checkpoints.items()
+    )
+    rows = [row for rows in measured for row in rows]
+    return rows, [speculation_table(rows)]
+
+
+def _interference(options: Options) -> Measured:
+    rows = measure_interference("160m", options.checkpoints["160m"], options.concurrent, rounds=options.rounds)
+    return rows, [interference_table(rows)]
 
 
 def _path(options: Options) -> Measured:
@@ -123,9 +146,20 @@ def _training(options: Options) -> Measured:
     return rows, [training_table(rows)]
 
 
+def _evals(options: Options) -> Measured:
+    rows = [
+        row
+        for name, path in options.checkpoints.items()
+        for row in measure_evals(name, path, num_requests=EVALUATED[name], rounds=options.rounds)
+    ]
+    return rows, [evals_table(rows)]
+
+
 PARTS: dict[str, Callable[[Options], Measured]] = {
     "engine": _engine,
     "prefix": _prefix,
+    "interference": _interference,
+    "speculation": _speculation,
     "path": _path,
     "gateway": _gateway,
     "flood": _flood,
@@ -135,6 +169,7 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "scoring": _scoring,
     "start": _start,
     "training": _training,
+    "evals": _evals,
 }
 
 
@@ -147,9 +182,12 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 100_000], help="jobs that wait, for queue")
     parser.add_argument("--training-steps", type=int, default=12)
+    parser.add_argument("--answers", type=Path, help="a sampling report of oasst-model-eval, for speculation")
     parser.add_argument("--json", type=Path, help="also writes the figures to this file")
     arguments = vars(parser.parse_args())
-    parts, json_file = arguments.pop("parts") or PARTS, arguments.pop("json")
+    parts, json_file = arguments.pop("parts"), arguments.pop("json")
+    if not parts:  # All there is something to measure with.
+        parts = [part for part in PARTS if part != "speculation" or arguments["answers"]]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -164,6 +164,7 @@ def _never_drawn(folder: Path, vocab_size: int) -> list[int]:
 
 
 def complete_with_demo_tokenizer(folder: Path) -> None:
+    """`folder` has a tokenizer: the demo's, where it had none."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / name).exists():
             shutil.copy(DEMO / name, folder / name)

@@ -33,6 +33,7 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers, each with the whole model.")] = 1,
     gateways: Annotated[int, typer.Option(min=1, help="Gateways, at the listen port and those after it.")] = 1,
+    gateway_processes: Annotated[int, typer.Option(min=1, help="Processes of each gateway, behind its port.")] = 1,
     listen: Annotated[
         str | None,
         typer.Option(
@@ -53,6 +54,9 @@ def up(
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the workers' weights.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Holds the workers' weights in 8 bits; on a CPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="What the workers compute on.")] = None,
     as_json: Annotated[
@@ -76,11 +80,13 @@ def up(
             model=model or str(demo_checkpoint()),
             workers=workers,
             gateways=gateways,
+            gateway_processes=gateway_processes,
             host=host,
             port=port,
             redis_url=redis_url,
             state_dir=state_dir,
             dtype=dtype,
+            quantize=quantize,
             device=device,
         )
     except NoDemoError as error:

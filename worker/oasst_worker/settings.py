@@ -87,6 +87,10 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU."
     )
+    quantize: Literal["int8"] | None = Field(
+        None,
+        description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
     max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")
     kv_tokens: int | None = Field(None, ge=1, description="Positions of KV cache. Unset: what memory allows.")

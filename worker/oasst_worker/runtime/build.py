@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
+from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime.runner import ModelRunner
@@ -33,6 +34,7 @@ class UnsupportedOptionError(ValueError):
 class RuntimeOptions:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantize: str | None = None  # int8: weights of the linear layers, on a CPU.
     threads: int | None = None  # None is PyTorch's choice: one per core.
     kv_tokens: int | None = None  # Positions of KV cache; None is what memory allows.
     max_sequences: int = 32
@@ -50,7 +52,8 @@ def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: I
     dtype = _choose_dtype(options.dtype, device, config)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = NeoX(config, load_weights(folder, config, dtype=dtype, device=device))
+    make_linear = _choose_linear(options.quantize, device)
+    model = NeoX(config, load_weights(folder, config, dtype=dtype, device=device), make_linear)
     if device.type == "cpu" and not model.is_row_exact():
         _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", dtype)
     kv_tokens = options.kv_tokens or _default_kv_tokens(config, device, dtype, options.max_sequences)
@@ -74,6 +77,14 @@ def _choose_dtype(name: str, device: torch.device, config: NeoXConfig) -> torch.
     if name == "float16" and device.type == "cpu":
         raise UnsupportedOptionError("--dtype float16 needs a GPU; use float32 or bfloat16 on a CPU")
     return _DTYPES[name]
+
+
+def _choose_linear(quantize: str | None, device: torch.device) -> Callable[..., Linear]:
+    if quantize is None:
+        return build_linear
+    if device.type != "cpu":
+        raise UnsupportedOptionError(f"--quantize {quantize} needs --device cpu; leave it out on {device.type}")
+    return build_quantized_linear
 
 
 def _default_kv_tokens(config: NeoXConfig, device: torch.device, dtype: torch.dtype, max_sequences: int) -> int:

@@ -87,6 +87,12 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU."
     )
+    split: Literal["auto", "none", "tensor"] = Field(
+        "auto", description="tensor: every matrix over several processes, a GPU each. auto: where there are several."
+    )
+    num_ranks: int | None = Field(
+        None, ge=1, le=64, description="Processes of a split model. Unset: one for each GPU; needed on a CPU."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
     max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")
     kv_tokens: int | None = Field(None, ge=1, description="Positions of KV cache. Unset: what memory allows.")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,18 +21,18 @@ def peers_checkpoint(shape: str, folder: Path) -> Path:
     path = folder / shape
     if not (path / _COMPLETE).exists():
         random_checkpoint(shape, folder)
-        _name_settings_as_before(path / "config.json")
+        rope = json.loads((path / "config.json").read_text())["rope_parameters"]
+        # Names of transformers 4, which the peers' converters read.
+        before = {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
+        _change(path / "config.json", before)
         _word_for_each_id().save_pretrained(path)
+        _change(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         (path / _COMPLETE).touch()
     return path
 
 
-def _name_settings_as_before(config_file: Path) -> None:
-    """The rotary settings also by their names of transformers 4, which the peers' converters read."""
-    config = json.loads(config_file.read_text())
-    rope = config["rope_parameters"]
-    config |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+def _change(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings, indent=2) + "\n")
 
 
 def _word_for_each_id() -> PreTrainedTokenizerFast:

@@ -36,8 +36,9 @@ class Environment:
 OURS_ENVIRONMENT = Environment("ours")
 TRANSFORMERS = Environment("transformers")
 CTRANSLATE2 = Environment("ctranslate2")
-OPENVINO = Environment("openvino")
-VLLM = Environment("vllm", uninstall=("torchvision",))
+# Their builds of these find no library of PyTorch's builds for CPUs, and stop transformers when it looks for them.
+OPENVINO = Environment("openvino", uninstall=("torchvision",))
+VLLM = Environment("vllm", uninstall=("torchvision", "torchaudio", "torchcodec"))
 LLAMA_CPP = Environment(
     "llama_cpp",
     source="llama-cpp-python==0.3.36",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.peers.environments import OURS_ENVIRONMENT, TRANSFORMERS, Environment
+from bench.peers.environments import CTRANSLATE2, LLAMA_CPP, OPENVINO, OURS_ENVIRONMENT, TRANSFORMERS, VLLM, Environment
 
 __all__ = ["DTYPES", "OURS", "REFERENCE", "SYSTEMS", "System"]
 
@@ -27,5 +27,11 @@ SYSTEMS = {
     REFERENCE: System("transformers generate", "transformers_static", TRANSFORMERS, _TRANSFORMERS_INT8),
     "transformers-cb": System(
         "transformers continuous batching", "transformers_continuous", TRANSFORMERS, _TRANSFORMERS_INT8
+    ),
+    "ctranslate2": System("CTranslate2", "ctranslate2_generator", CTRANSLATE2),
+    "llama.cpp": System("llama.cpp", "llama_cpp_batch", LLAMA_CPP),
+    "openvino": System("OpenVINO GenAI", "openvino_continuous", OPENVINO),
+    "vllm": System(
+        "vLLM (CPU)", "vllm_offline", VLLM, {"int8": "vLLM needs a checkpoint that another tool has quantized"}
     ),
 }

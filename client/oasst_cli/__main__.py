@@ -14,6 +14,7 @@ from oasst_cli.cancel import cancel
 from oasst_cli.chat import chat
 from oasst_cli.complete import complete
 from oasst_cli.doctor import doctor
+from oasst_cli.eval.command import evaluate
 from oasst_cli.exits import EXIT_CODES, exit_of
 from oasst_cli.models import models
 from oasst_cli.plan.command import plan
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for command in (up, chat, complete, cancel, models, top, tokenize, doctor, bench, report, plan):
     app.command(epilog=EXIT_CODES)(command)
+app.command("eval", epilog=EXIT_CODES)(evaluate)
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ class StackOptions:
     # None: one that is removed at the end.
     state_dir: Path | None
     dtype: str | None = None
+    quantize: str | None = None
     device: str | None = None
 
 
@@ -98,6 +99,8 @@ def _worker_services(options: StackOptions, redis_url: str) -> list[Service]:
     flags = ["--model", options.model]
     if options.dtype:
         flags += ["--dtype", options.dtype]
+    if options.quantize:
+        flags += ["--quantize", options.quantize]
     if options.device:
         flags += ["--device", options.device]
     if options.workers > 1:

@@ -54,6 +54,9 @@ def up(
     dtype: Annotated[
         str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the workers' weights.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Holds the workers' weights in 8 bits; on a CPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="What the workers compute on.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Prints one line of JSON once all serve: addresses, ports, processes.")
@@ -81,6 +84,7 @@ def up(
             redis_url=redis_url,
             state_dir=state_dir,
             dtype=dtype,
+            quantize=quantize,
             device=device,
         )
     except NoDemoError as error:

@@ -290,6 +290,7 @@ class AsyncClient:
         model: str = "",
         token_logprobs: bool = False,
         timeout_s: float | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> tuple[ItemScore, ...]:
         """How likely each continuation is after its context. Arguments and errors as for `Client.score`."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -297,8 +298,10 @@ class AsyncClient:
             await self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
         )
         slots = asyncio.Semaphore(scoring.REQUESTS_AT_ONCE)
+        num_scored = 0
 
         async def score(request: scoring_pb2.ScoreRequest) -> list[ItemScore]:
+            nonlocal num_scored
             async with slots:
                 remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
                 try:
@@ -306,7 +309,11 @@ class AsyncClient:
                 except asyncio.CancelledError:
                     await self._cancel_quietly(request.request_id)
                     raise
-            return scoring.scores_from(response, request)
+            scores = scoring.scores_from(response, request)
+            num_scored += len(scores)
+            if on_progress:
+                on_progress(num_scored)
+            return scores
 
         under_way = [asyncio.ensure_future(score(request)) for request in requests]
         try:
@@ -328,9 +335,10 @@ class AsyncClient:
     async def tokenize(
         self, *texts: str, model: str = "", parse_control_tokens: bool = False
     ) -> tuple[tuple[int, ...], ...]:
-        """The token ids of each text."""
-        request = wire.tokenize_request(texts, model, parse_control_tokens)
-        return tuple(tuple(each.ids) for each in (await self._query(self._model.Tokenize, request)).sequences)
+        """The token ids of each text. Any number of texts, as for `Client.tokenize`."""
+        requests = wire.tokenize_requests(texts, model, parse_control_tokens)
+        responses = [await self._query(self._model.Tokenize, request) for request in requests]
+        return tuple(tuple(each.ids) for response in responses for each in response.sequences)
 
     async def detokenize(
         self, *sequences: Sequence[int], model: str = "", skip_control_tokens: bool = False
@@ -346,7 +354,7 @@ class AsyncClient:
     async def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
-        ids = [each for part in scoring.split_texts(pairs) for each in await self.tokenize(*part, model=model)]
+        ids = await self.tokenize(*scoring.texts_of(pairs), model=model)
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = (await self.model(model)).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, ids, end_of_text=end_of_text)

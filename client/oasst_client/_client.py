@@ -319,6 +319,7 @@ class Client:
         model: str = "",
         token_logprobs: bool = False,
         timeout_s: float | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> tuple[ItemScore, ...]:
         """How likely each continuation is after its context, in the order of the items.
 
@@ -330,6 +331,7 @@ class Client:
             model: the model's name as `models()` tells it; left out, the server's only model.
             token_logprobs: also returns each token's log-probability.
             timeout_s: how long all of it may take, retries included.
+            on_progress: called with the number of items scored so far, each time it has grown.
 
         Raises:
             APIError: a request was refused or failed; the others are cancelled then.
@@ -354,8 +356,13 @@ class Client:
 
         with ThreadPoolExecutor(scoring.REQUESTS_AT_ONCE, thread_name_prefix="score") as pool:
             under_way = [pool.submit(score, request) for request in requests]
+            scores: list[ItemScore] = []
             try:
-                return tuple(each for future in under_way for each in future.result())
+                for future in under_way:
+                    scores += future.result()
+                    if on_progress:
+                        on_progress(len(scores))
+                return tuple(scores)
             except BaseException:
                 is_given_up.set()
                 self._cancel_scores(requests, under_way)
@@ -371,13 +378,14 @@ class Client:
         return wire.model_from(self._query(self._model.GetModel, model_pb2.GetModelRequest(name=name)).model)
 
     def tokenize(self, *texts: str, model: str = "", parse_control_tokens: bool = False) -> tuple[tuple[int, ...], ...]:
-        """The token ids of each text.
+        """The token ids of each text. Any number of texts: they travel in several requests.
 
         >>> client.tokenize("Hi", "you")
         ((72, 105), (121, 111, 117))
         """
-        request = wire.tokenize_request(texts, model, parse_control_tokens)
-        return tuple(tuple(each.ids) for each in self._query(self._model.Tokenize, request).sequences)
+        requests = wire.tokenize_requests(texts, model, parse_control_tokens)
+        responses = (self._query(self._model.Tokenize, request) for request in requests)
+        return tuple(tuple(each.ids) for response in responses for each in response.sequences)
 
     def detokenize(
         self, *sequences: Sequence[int], model: str = "", skip_control_tokens: bool = False
@@ -397,7 +405,7 @@ class Client:
     def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
-        ids = [each for part in scoring.split_texts(pairs) for each in self.tokenize(*part, model=model)]
+        ids = self.tokenize(*scoring.texts_of(pairs), model=model)
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = self.model(model).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, ids, end_of_text=end_of_text)

@@ -1,11 +1,11 @@
 """From items to score to requests that a server takes, and back: pure, used by both shells."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from oasst.v1 import scoring_pb2
 
+from oasst_client._batches import batches
 from oasst_client._errors import ProtocolError
 from oasst_client._request_id import new_request_id
 from oasst_client._types import ItemScore, ScoreItem, ScoreItemLike
@@ -16,11 +16,9 @@ __all__ = [
     "scores_from",
     "split_pairs",
     "split_requests",
-    "split_texts",
+    "texts_of",
     "token_items",
 ]
-
-T = TypeVar("T")
 
 # Requests of one call that are under way together: enough that a worker never waits for the next one.
 REQUESTS_AT_ONCE = 4
@@ -28,10 +26,6 @@ REQUESTS_AT_ONCE = 4
 # Of one request. Smaller than what a server takes: less is done again where one is lost.
 _ITEMS_PER_REQUEST = 64
 _TOKENS_PER_REQUEST = 32_768
-
-# Of one call to tokenize: what a server takes.
-_TEXTS_PER_CALL = 256
-_CHARS_PER_CALL = 500_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +63,9 @@ def split_pairs(items: Sequence[ScoreItemLike]) -> list[TextPair]:
     return pairs
 
 
-def split_texts(pairs: Sequence[TextPair]) -> Iterator[Sequence[str]]:
-    """Context and whole of each pair in turn, in calls that a server takes."""
-    texts = [text for pair in pairs for text in (pair.context, pair.whole)]
-    yield from _split(texts, [len(text) for text in texts], most=_TEXTS_PER_CALL, most_cost=_CHARS_PER_CALL)
+def texts_of(pairs: Sequence[TextPair]) -> list[str]:
+    """Context and whole of each pair in turn."""
+    return [text for pair in pairs for text in (pair.context, pair.whole)]
 
 
 def token_items(
@@ -96,7 +89,7 @@ def split_requests(items: Sequence[ScoreItem], *, model: str, token_logprobs: bo
     Raises:
         ValueError: a value no request can carry.
     """
-    parts = _split(
+    parts = batches(
         items, [len(item.token_ids) for item in items], most=_ITEMS_PER_REQUEST, most_cost=_TOKENS_PER_REQUEST
     )
     return [
@@ -119,15 +112,3 @@ def scores_from(response: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreR
 
 def _item_proto(item: ScoreItem) -> scoring_pb2.ScoreItem:
     return scoring_pb2.ScoreItem(token_ids=item.token_ids, context_length=item.context_length)
-
-
-def _split(values: Sequence[T], costs: Iterable[int], *, most: int, most_cost: int) -> Iterator[Sequence[T]]:
-    """Runs of values, each of at most `most` values and `most_cost` in all; one value alone may cost more."""
-    start, total = 0, 0
-    for index, cost in enumerate(costs):
-        if index > start and (index - start == most or total + cost > most_cost):
-            yield values[start:index]
-            start, total = index, 0
-        total += cost
-    if start < len(values):
-        yield values[start:]

@@ -1,11 +1,12 @@
 """Between this package's values and the protobuf messages: pure, used by both shells."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message as ProtoMessage
 from oasst.v1 import chat_pb2, generation_pb2, model_pb2
 
+from oasst_client._batches import batches
 from oasst_client._errors import ProtocolError, error_from_failed
 from oasst_client._request_id import new_request_id
 from oasst_client._types import (
@@ -52,7 +53,7 @@ __all__ = [
     "state_from",
     "submit_request",
     "timings_from",
-    "tokenize_request",
+    "tokenize_requests",
     "usage_from",
     "watch_request",
 ]
@@ -61,6 +62,10 @@ _SAMPLING_FIELDS = tuple(field.name for field in generation_pb2.SamplingParams.D
 _LIMIT_FIELDS = tuple(field.name for field in generation_pb2.GenerationLimits.DESCRIPTOR.fields)
 _REQUEST_FIELDS = ("request_id", "model", "n", "logprobs", "truncation", "priority", "detach_grace")
 _OPTION_NAMES = frozenset(ChatOptions.__annotations__)
+
+# Of one request to tokenize: what a server takes.
+_TEXTS_PER_CALL = 256
+_CHARS_PER_CALL = 500_000
 
 
 # ---------------------------------------------------------------------------------------------------- to the server
@@ -121,8 +126,12 @@ def cancel_request(request_id: str, resume_token: str) -> chat_pb2.CancelChatReq
     return chat_pb2.CancelChatRequest(request_id=request_id, resume_token=resume_token)
 
 
-def tokenize_request(texts: Sequence[str], model: str, parse_control_tokens: bool) -> model_pb2.TokenizeRequest:
-    return model_pb2.TokenizeRequest(model=model, texts=texts, parse_control_tokens=parse_control_tokens)
+def tokenize_requests(
+    texts: Sequence[str], model: str, parse_control_tokens: bool
+) -> Iterator[model_pb2.TokenizeRequest]:
+    """Requests that hold all the texts, in order."""
+    for part in batches(texts, map(len, texts), most=_TEXTS_PER_CALL, most_cost=_CHARS_PER_CALL):
+        yield model_pb2.TokenizeRequest(model=model, texts=part, parse_control_tokens=parse_control_tokens)
 
 
 def detokenize_request(

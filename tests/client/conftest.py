@@ -184,6 +184,8 @@ class ScriptedServer(
         return model_pb2.GetModelResponse(model=self.ListModels(request, context).models[0])
 
     def Tokenize(self, request, context):
+        if len(request.texts) > 256:
+            self.refuse(context, code_pb2.INVALID_ARGUMENT, "texts must be 1 to 256")
         return model_pb2.TokenizeResponse(
             sequences=[model_pb2.TokenSequence(ids=text.encode()) for text in request.texts]
         )

@@ -155,6 +155,8 @@ async def test_queries_answer_as_the_synchronous_ones_do(client, async_client):
     assert await async_client.models() == client.models()
     assert await async_client.model() == client.model()
     assert await async_client.tokenize("Hi") == client.tokenize("Hi")
+    many = [str(number) for number in range(600)]
+    assert await async_client.tokenize(*many) == client.tokenize(*many) == tuple(tuple(each.encode()) for each in many)
     assert await async_client.detokenize([72]) == client.detokenize([72])
     assert await async_client.load() == client.load()
     assert await async_client.cancel("known") == client.cancel("known")

@@ -166,3 +166,19 @@ def test_a_fake_server_keeps_what_it_was_asked():
         scores = client.score(items_of(1, 2), token_logprobs=True)
     assert scores == (ItemScore(-1.0, False, (-1.0,)), ItemScore(-2.0, False, (-1.0, -1.0)))
     assert list(chain.from_iterable(list(item.token_ids) for item in server.score_requests[0].items)) == [1] * 5
+
+
+def test_progress_is_told_as_requests_are_answered(server):
+    sync_progress: list[int] = []
+    with Client(server.address) as client:
+        client.score(items_of(*[1] * 150), on_progress=sync_progress.append)
+    assert sync_progress == [64, 128, 150]
+
+    async def score_async() -> list[int]:
+        progress: list[int] = []
+        async with AsyncClient(server.address) as client:
+            await client.score(items_of(*[1] * 150), on_progress=progress.append)
+        return progress
+
+    async_progress = asyncio.run(score_async())
+    assert (len(async_progress), async_progress[-1]) == (3, 150)

@@ -112,7 +112,7 @@ class Load:
     async def flows(self, transcripts: Iterable[Transcript] | None = None, *, num_tokens: int = 1) -> None:
         """Every one of these streams is in the middle, with so many tokens at least."""
         waited_for = list(self.transcripts if transcripts is None else transcripts)
-        await until(lambda: all(each.num_seen >= num_tokens or each.end for each in waited_for), "streams to flow")
+        await until(lambda: all(each.num_seen >= num_tokens or each.end for each in waited_for), "streams to flow", 90)
         ended = [each for each in waited_for if not each.is_flowing]
         if ended:
             raise self.missed(f"{len(ended)} streams ended before the fault: {ended[0].end}")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from faults.checker import FINISHED, Transcript
+from faults.load import FaultMissedError
 from faults.world import World
 
 __all__ = ["recovery", "require_ends", "require_none_taken_away", "require_some_resumed", "tokens_computed_again"]
@@ -41,9 +42,16 @@ async def require_some_resumed(world: World) -> dict[str, float]:
 
 
 async def require_none_taken_away(world: World) -> dict[str, float]:
-    """No worker that lived lost a job, and no token was computed twice."""
+    """No worker that lived lost a job, and no token was computed twice.
+
+    A worker that the machine itself kept from running was not healthy: such a run tells nothing.
+    """
     fenced = await world.metric("oasst_worker_fenced_pushes_total")
     again = tokens_computed_again(world)
     if fenced or again:
-        raise AssertionError(f"healthy workers lost {fenced:g} jobs, {again} tokens were computed again")
+        message = f"healthy workers lost {fenced:g} jobs, {again} tokens were computed again"
+        still_s = world.longest_standstill_s()
+        if still_s > world.shape.lease_s / 2:
+            raise FaultMissedError(f"{message}; one had stood still for {still_s:.1f} s")
+        raise AssertionError(message)
     return {"jobs taken from live workers": 0, "tokens computed again": 0}

@@ -120,8 +120,15 @@ def _run(run: Run, keep_failed_in: Path) -> Outcome:
                 continue
             defect = f"{error}, {num_missed + 1} times"
         except Exception as error:
-            defect = f"{type(error).__name__}: {error}"
+            defect = _told(error)
         return Outcome(run, time.monotonic() - started_s, result, defect, num_missed)
+
+
+def _told(error: Exception) -> str:
+    """The error in a line; of several at once the first."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
 
 
 async def _run_in_time(row: Row, seed: int, keep_failed_in: Path) -> Result:

@@ -146,8 +146,10 @@ class World:
         self.load.transcripts.clear()
         self._floor = await self._lasting_keys()
 
-    async def start_worker(self, name: str, *options: str, step_s: float | None = None) -> ServiceProcess:
-        """A worker of this name serves, linked to the queue."""
+    async def start_worker(
+        self, name: str, *options: str, step_s: float | None = None, packages: Path | None = None
+    ) -> ServiceProcess:
+        """A worker of this name serves, linked to the queue; with these packages instead of the world's."""
         shape = self.shape
         link = await self._link(name, str(self.folder / "valkey.sock"))
         command = [
@@ -157,10 +159,10 @@ class World:
             *("--redis-url", f"redis://{link.address}/0", "--metrics-listen", "127.0.0.1:0"),
             *("--lease-s", str(shape.lease_s), *shape.worker_options, *options),
         ]
-        self.workers[name] = await self._run(name, "worker", command)
+        self.workers[name] = await self._run(name, "worker", command, packages)
         return self.workers[name]
 
-    async def start_gateway(self, name: str, *options: str) -> ServiceProcess:
+    async def start_gateway(self, name: str, *options: str, packages: Path | None = None) -> ServiceProcess:
         """A gateway of this name serves, linked to queue and callers; at its old address if it was there before."""
         link = await self._link(name, str(self.folder / "valkey.sock"))
         command = [
@@ -169,7 +171,7 @@ class World:
             *("--metrics-listen", "127.0.0.1:0", "--resume-secret", "the same on all gateways"),
             *(*self.shape.gateway_options, *options),
         ]
-        self.gateways[name] = gateway = await self._run(name, "gateway", command)
+        self.gateways[name] = gateway = await self._run(name, "gateway", command, packages)
         to_gateway = await self._link(f"to {name}", gateway.listen)
         to_gateway.target = gateway.listen
         return gateway
@@ -179,9 +181,9 @@ class World:
             self.links[name] = await self._exits.enter_async_context(linked(target))
         return self.links[name]
 
-    async def _run(self, name: str, role: str, command: list[str]) -> ServiceProcess:
+    async def _run(self, name: str, role: str, command: list[str], packages: Path | None) -> ServiceProcess:
         log = self.folder / f"{name}.log"
-        paths = [str(path) for path in (self.shape.packages, _TESTS) if path]
+        paths = [str(path) for path in (packages or self.shape.packages, _TESTS) if path]
         environment = {"PYTHONPATH": os.pathsep.join(paths)}
         if role in self.shape.clocks:
             environment |= self.clock.environment
@@ -248,6 +250,15 @@ class World:
         """How often each token was computed: sequence id and index of the token."""
         return Counter((chunk[0], chunk[3]) for step in self.steps() for chunk in step.chunks if chunk[3] is not None)
 
+    def longest_standstill_s(self) -> float:
+        """The longest time between two steps of an engine that had a sequence to go on with."""
+        longest_s = 0.0
+        for name in {step.worker for step in self.steps()}:
+            for before, after in itertools.pairwise(self.steps(name)):
+                if {chunk[0] for chunk in before.chunks} & {chunk[0] for chunk in after.chunks}:
+                    longest_s = max(longest_s, after.at_s - before.at_s)
+        return longest_s
+
     def busiest_worker(self) -> ServiceProcess:
         """The running worker with most sequences in its last step."""
         last = {step.worker: len(step.chunks) for step in self.steps() if self.workers[step.worker].is_running}
@@ -266,6 +277,11 @@ class World:
         """Where the request is in its life; None if the queue does not know it."""
         snapshot = await self.queue.status(self.job_id(transcript))
         return None if snapshot is None else snapshot.state
+
+    async def job_versions(self) -> Counter[int]:
+        """How many jobs there are of each version."""
+        keys = [f"{self.root}:job:{self.job_id(transcript)}" for transcript in self.load.transcripts]
+        return Counter([int(await self._redis.hget(key, "version")) for key in keys])
 
     async def metric(self, name: str, **labels: str) -> float:
         """The metric's sum over all processes that run."""

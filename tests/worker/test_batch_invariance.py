@@ -7,7 +7,7 @@ import torch
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
 from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.linear import CompiledLinear, PackedLinear, PlainLinear, TiledLinear, is_row_exact
+from oasst_worker.model.linear import PackedLinear, PlainQuantizedLinear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
@@ -30,7 +30,7 @@ def compiled_attention(config, *, dtype, device):
     return CompiledAttention(config, dtype=dtype)
 
 
-def make_model(dtype: torch.dtype, make_attention=build_attention, **shape) -> NeoX:
+def make_model(dtype: torch.dtype, make_attention=build_attention, make_linear=build_linear, **shape) -> NeoX:
     fields = {"parallel_residual": True} | shape
     hidden, vocab = fields["hidden_size"], fields["vocab_size"]
     config = NeoXConfig(
@@ -83,7 +83,8 @@ def make_model(dtype: torch.dtype, make_attention=build_attention, **shape) -> N
             final_norm_bias=random_tensor(hidden),
             head=random_tensor(vocab, hidden),
         ),
-        make_attention=make_attention,
+        make_linear,
+        make_attention,
     )
 
 
@@ -199,9 +200,18 @@ def test_with_beginnings_that_were_computed_for_others(scene):
     assert_same_bits(logits, expected | alone)
 
 
-@pytest.mark.parametrize("make_attention", [compiled_attention, PlainAttention])
-def test_in_bf16_too(make_attention):
-    model = make_model(torch.bfloat16, make_attention, **SHAPES["heads of 40, odd vocabulary"])
+@pytest.mark.parametrize(
+    ("dtype", "make_attention", "make_linear"),
+    [
+        (torch.bfloat16, compiled_attention, build_linear),
+        (torch.bfloat16, PlainAttention, PackedLinear),
+        (torch.bfloat16, compiled_attention, build_quantized_linear),
+        (torch.float32, compiled_attention, build_quantized_linear),
+        (torch.float32, PlainAttention, PlainQuantizedLinear),
+    ],
+)
+def test_in_bf16_and_int8_too(dtype, make_attention, make_linear):
+    model = make_model(dtype, make_attention, make_linear, **SHAPES["heads of 40, odd vocabulary"])
     jobs = dict(list(make_jobs(model.config.vocab_size).items())[:10])
     alone = {}
     for name, job in jobs.items():
@@ -252,49 +262,3 @@ def test_a_device_without_memory_for_some_batches_gives_the_same_tokens():
     cramped, engine = tokens(CrampedRunner(model, num_blocks=1024))
     assert engine.num_out_of_memory > 2
     assert cramped == tokens(ModelRunner(model, num_blocks=1024))[0]
-
-
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("shape", [(192, 64), (1000, 80), (64, 256), (301, 40)])
-@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
-def test_a_linear_layers_rows_do_not_depend_on_each_other(kind, shape, activation):
-    weight, bias = torch.randn(*shape), torch.randn(shape[0])
-    assert is_row_exact(kind(weight, bias, activation), shape[1], torch.float32)
-
-
-@pytest.mark.parametrize("num_residuals", [0, 1, 2])
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
-def test_a_fast_linear_layer_equals_the_plain_one(kind, activation, num_residuals):
-    weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(700, 64)
-    residuals = torch.randn(num_residuals, 700, 96)
-    expected = PlainLinear(weight, bias, activation)(x, *residuals)
-    for rows in (1, 2, 33, 512, 700):
-        outcome = kind(weight, bias, activation)(x[:rows], *residuals[:, :rows])
-        torch.testing.assert_close(outcome, expected[:rows], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (301, 40), (64, 1000)])
-def test_the_compiled_linear_layer_takes_any_shape_and_gives_the_same_bits_on_any_number_of_threads(shape):
-    weight, x = torch.randn(*shape) / shape[1] ** 0.5, torch.randn(45, shape[1])
-    linear = CompiledLinear(weight, None)
-    expected = linear(x)
-    torch.testing.assert_close(expected, PlainLinear(weight, None)(x), rtol=1e-5, atol=1e-5)
-    threads = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2, 5):
-            torch.set_num_threads(num_threads)
-            assert torch.equal(linear(x), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_the_compiled_linear_layer_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="do not fit 8 -> 4"):
-        CompiledLinear(torch.randn(4, 8), None)(torch.randn(2, 7))
-    with pytest.raises(RuntimeError, match="bfloat16"):
-        CompiledLinear(torch.randn(4, 8).bfloat16(), None)
-
-
-def test_the_check_of_rows_finds_a_layer_whose_rows_do_depend():
-    assert not is_row_exact(lambda x: x + x.sum() * 1e-6, 64, torch.float32)

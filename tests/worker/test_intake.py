@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oasst.jobs.v1.job_pb2 import Job, LogEntry
 from oasst.v1.generation_pb2 import Delta
-from oasst_jobs import ClaimedJob
+from oasst_jobs import JOB_VERSION, ClaimedJob
 from oasst_worker.engine import FinishReason, TokenOutput
 from oasst_worker.intake import JobRefusedError
 from oasst_worker.loop import EngineLoop
@@ -72,8 +72,13 @@ def test_what_would_hurt_the_engine_is_refused_with_a_reason(spoil, reason, mess
     assert refused.value.failed.reason == reason
 
 
+def test_a_job_of_the_last_release_is_run(monkeypatch):
+    monkeypatch.setattr("oasst_worker.intake.JOB_VERSION", JOB_VERSION + 1)
+    assert make_intake().accept(claim(make_job("older")))
+
+
 def test_a_job_that_can_never_fit_the_kv_cache_is_told_both_numbers():
-    with pytest.raises(JobRefusedError, match="need 116 positions of KV cache; this worker has 64") as refused:
+    with pytest.raises(JobRefusedError, match="needs 116 positions of KV cache; this worker has 64") as refused:
         make_intake(kv_tokens=64).accept(claim(make_job("big", prompt_tokens=100)))
     assert refused.value.failed.reason == "EXCEEDS_KV_CACHE"
 

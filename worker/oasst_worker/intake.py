@@ -22,6 +22,7 @@ from oasst_worker.scoring import ScoredRun, scored_runs
 
 __all__ = ["Intake", "JobRefusedError", "ModelFacts", "ResumedChoice"]
 
+_OLDEST_JOB_VERSION = 1
 _MAX_CHOICES = 128
 _MAX_STOPS = 4
 _MAX_STOP_CHARACTERS = 64
@@ -139,11 +140,12 @@ def _check_job(job: Job, model: ModelFacts) -> None:
 
 
 def _check_version(job: Job) -> None:
-    if job.version != JOB_VERSION:
+    # Older ones too: a fleet is replaced while jobs of the last release wait.
+    if not _OLDEST_JOB_VERSION <= job.version <= JOB_VERSION:
         raise JobRefusedError(
             code_pb2.FAILED_PRECONDITION,
             "UNKNOWN_JOB_VERSION",
-            f"the job's version is {job.version}; this worker knows {JOB_VERSION}",
+            f"the job's version is {job.version}; this worker knows {_OLDEST_JOB_VERSION} to {JOB_VERSION}",
         )
 
 

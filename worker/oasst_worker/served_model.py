@@ -77,6 +77,7 @@ def _build_engine(
     options = RuntimeOptions(
         device=settings.device,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         threads=settings.threads,
         kv_tokens=settings.kv_tokens,
         max_sequences=settings.max_sequences,

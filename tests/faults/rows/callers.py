@@ -1,9 +1,14 @@
 """Callers that leave, come twice, come in crowds, read slowly or run out of time."""
 
-from oasst_client import AsyncClient, RetryPolicy, new_request_id
+import asyncio
+from collections import Counter
+
+from oasst_client import APIError, AsyncClient, OverloadedError, RetryPolicy, new_request_id
+from oasst_gateway.tenants import ApiKey, draw_api_key
 
 from faults.checker import FINISHED, Transcript
-from faults.proofs import require_ends
+from faults.load import FaultMissedError, until
+from faults.proofs import recovery, require_ends
 from faults.table import Evidence, row
 from faults.verifiable import Prompt
 from faults.world import Shape, World
@@ -15,7 +20,11 @@ __all__ = [
     "leave",
     "read_slowly",
     "run_out_of_time_in_the_queue",
+    "storm_of_retries",
 ]
+
+# Who comes again without waiting comes so often at once.
+_STORMING = 16
 
 
 @row(
@@ -107,6 +116,77 @@ async def flood(world: World) -> Evidence:
 
 
 @row(
+    "25",
+    "a storm of retries: one tenant's callers come again at once, each time they are refused",
+    "they get no more than their tenant's share; another tenant's requests all finish, without a long pause",
+    shape=Shape(workers=1, worker_options=("--max-sequences", "16")),
+    is_timed=True,
+)
+async def storm_of_retries(world: World) -> Evidence:
+    load = world.load
+    polite_key, stormy_key = draw_api_key(), draw_api_key()
+    tenants = world.folder / "tenants.toml"
+    # The world looks for requests of the tenant `default`.
+    tenants.write_text(_tenant("default", polite_key) + _tenant("stormy", stormy_key, "max_waiting_requests = 8\n"))
+    await world.start_gateway("guarded", "--tenants", str(tenants))
+    address = world.links["to guarded"].address
+    at_once = RetryPolicy(max_attempts=1)
+    async with (
+        AsyncClient(address, api_key=polite_key.key) as polite,
+        AsyncClient(address, api_key=stormy_key.key, retry=at_once) as stormy,
+    ):
+        usual = load.ask_many(8, client=polite, num_tokens=100)
+        await load.ended()
+        outcomes: Counter[str] = Counter()
+        storm = [asyncio.create_task(_come_again_at_once(stormy, world, outcomes)) for _ in range(2 * _STORMING)]
+        try:
+            await until(lambda: outcomes["refused"] >= _STORMING, "the storm")
+            among = load.ask_many(8, client=polite, num_tokens=100)
+            await load.flows(among)
+            world.strike(f"a storm; {outcomes['refused']} were refused so far", min_flowing=8)
+            await load.ended()
+        finally:
+            for caller in storm:
+                caller.cancel()
+            await asyncio.wait(storm)
+    require_ends(load.transcripts)
+    if outcomes["failed"]:
+        raise AssertionError(f"{outcomes['failed']} requests of the storm were neither answered nor refused")
+    return {
+        "answered in the storm": outcomes["answered"],
+        "refused": outcomes["refused"],
+        "others took s": _longest_s(among),
+        "instead of s": _longest_s(usual),
+        # How much slower is left to the machine: storm, gateway and worker share its cores.
+        **recovery(world, allowance_s=-world.shape.lease_s),
+    }
+
+
+def _tenant(name: str, key: ApiKey, more: str = "") -> str:
+    keys = f'[{{ id = "{key.key_id}", sha256 = "{key.sha256}" }}]'
+    return f'[[tenants]]\nname = "{name}"\nkeys = {keys}\nis_trusted = true\n{more}'
+
+
+async def _come_again_at_once(client: AsyncClient, world: World, outcomes: Counter[str]) -> None:
+    prompt = Prompt(world.dice.randrange(2**20)).token_ids()
+    while True:
+        try:
+            async with client.stream(token_ids=prompt, max_new_tokens=20, ignore_eos=True) as stream:
+                async for _ in stream:
+                    pass
+            outcomes["answered"] += 1
+        except OverloadedError:
+            outcomes["refused"] += 1
+        except APIError:
+            outcomes["failed"] += 1
+
+
+def _longest_s(transcripts: list[Transcript]) -> float:
+    """From the first event of a stream to its last, of the slowest."""
+    return max(transcript.events[-1][0] - transcript.events[0][0] for transcript in transcripts)
+
+
+@row(
     "29",
     "the deadline passes while the request waits",
     "DEADLINE_EXCEEDED in time, and no step is spent on it",
@@ -121,6 +201,8 @@ async def run_out_of_time_in_the_queue(world: World) -> Evidence:
     late = [load.ask(timeout_s=timeout_s) for _ in range(6)]
     await load.ended(late)
     told_s = world.note("all are told") - asked_s
+    if any(transcript.end == "DEADLINE_UNREACHABLE" for transcript in late):
+        raise FaultMissedError("the worker was so slow that requests were refused instead of left to wait")
     require_ends(late, "DEADLINE_EXCEEDED")
     if told_s > timeout_s + 1.0:
         raise AssertionError(f"they were told after {told_s:.2f} s that {timeout_s:.2f} s are over")

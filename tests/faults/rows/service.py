@@ -1,13 +1,18 @@
 """The service is restarted, asked to stop, watched and short of resources."""
 
 import asyncio
+import shutil
+from pathlib import Path
+
+import oasst_jobs
+from oasst_jobs import JOB_VERSION
 
 from faults.load import until
 from faults.proofs import recovery, require_ends, tokens_computed_again
 from faults.table import Evidence, row
 from faults.world import Shape, World
 
-__all__ = ["few_files", "killed_in_drain", "rolling_restart_of_workers", "scraped"]
+__all__ = ["few_files", "killed_in_drain", "replaced_by_the_next_release", "rolling_restart_of_workers", "scraped"]
 
 
 @row(
@@ -37,6 +42,50 @@ async def rolling_restart_of_workers(world: World) -> Evidence:
         "tokens computed again": again,
         "longest pause s": longest_s,
     }
+
+
+@row(
+    "31",
+    "the fleet is replaced, under load, by a release whose jobs the old workers do not know",
+    "no request fails: old workers leave the new jobs to the new ones, which run both",
+    shape=Shape(worker_options=("--drain-s", "0.3"), gateway_options=("--drain-grace-s", "0.2")),
+)
+async def replaced_by_the_next_release(world: World) -> Evidence:
+    load = world.load
+    packages = _make_next_release(world.folder / "next")
+    async with load.kept_up(10, num_tokens=60):
+        # Workers of both releases are there when the first new job comes, and when the last old one does.
+        for name in ("worker-0", "gateway-0", "gateway-1", "worker-1"):
+            await until(lambda: len(load.flowing) >= 6, "6 streams to flow")
+            world.strike(f"{name} is replaced", min_flowing=6)
+            leaving = (world.workers if name in world.workers else world.gateways)[name]
+            leaving.terminate()
+            if name in world.workers:
+                await world.start_worker(f"new-{name}", packages=packages)
+            if await leaving.wait() != 0:
+                raise AssertionError(f"{name} did not end well")
+            if name in world.gateways:
+                await world.start_gateway(name, packages=packages)
+    require_ends(load.transcripts)
+    versions = await world.job_versions()
+    old, new = versions[JOB_VERSION], versions[JOB_VERSION + 1]
+    if not old or not new:
+        raise AssertionError(f"there were {old} old jobs and {new} new ones")
+    return {"old jobs": old, "new jobs": new, "tokens computed again": tokens_computed_again(world)}
+
+
+def _make_next_release(folder: Path) -> Path:
+    """`folder` holds the package of the queue with a new version of the job, and of the functions."""
+    original = Path(oasst_jobs.__file__).parent
+    copy = shutil.copytree(original, folder / original.name, ignore=shutil.ignore_patterns("__pycache__"))
+    module, line = copy / "functions.py", f"\nJOB_VERSION = {JOB_VERSION}\n"
+    text = module.read_text()
+    if line not in text:
+        raise ValueError("the version of jobs is not where it was")
+    module.write_text(text.replace(line, f"\nJOB_VERSION = {JOB_VERSION + 1}\n"))
+    with (copy / "functions.lua").open("a") as functions:
+        functions.write("-- The next release.\n")
+    return folder
 
 
 @row(

@@ -133,11 +133,13 @@ async def device_is_lost(world: World) -> Evidence:
     "14",
     "the device has no memory left for a step, three times",
     "the younger half waits, the step is tried again; no process ends, no job moves, no token differs",
+    # One worker: a step that has one sequence only has no half.
+    shape=Shape(workers=1),
     is_quick=True,
 )
 async def out_of_memory(world: World) -> Evidence:
     load = world.load
-    load.ask_many(10, num_tokens=200)
+    load.ask_many(10, num_tokens=300)
     await load.flows()
     for _ in range(3):
         cramped = load.ask(script=Script.OUT_OF_MEMORY, at=world.dice.randint(1, 20), num_tokens=60)

@@ -3,12 +3,13 @@
 Batching must not change a sequence's numbers. A matrix product's library picks its kernel by the number of rows, and
 with the kernel the order of additions; so each layer here computes a row the same way whatever stands beside it:
 
-- `CompiledLinear`: our own kernel, fp32 on a CPU. Every output is one sum in one order, for any number of rows or
-  threads, and activation and residuals are added on the way out.
-- `PackedLinear`: oneDNN with the weight packed once, for bf16 or where nothing can be compiled. One kernel for 2 to 512
-  rows, and two to four times faster than the plain path at few rows.
+- `CompiledLinear`: our own kernel on a CPU, for fp32, bf16 and int8 weights. Every output is one sum in one order, for
+  any number of rows or threads, and activation and residuals are added on the way out.
+- `PackedLinear`: oneDNN with the weight packed once, where nothing can be compiled. One kernel for 2 to 512 rows, and
+  two to four times faster than the plain path at few rows.
 - `TiledLinear`: the plain product, always of the same number of rows. Where oneDNN cannot pack.
 - `PlainLinear`: the plain product as it is: the reference, and the path of other devices than the CPU.
+- `PlainQuantizedLinear`: the plain product of int8 weights, whose sums are exact in any order.
 
 oneDNN's promise is not written down: `is_row_exact` tries a layer on the machine it runs on.
 """
@@ -16,6 +17,7 @@ oneDNN's promise is not written down: `is_row_exact` tries a layer on the machin
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -25,7 +27,18 @@ from torch import Tensor
 from oasst_worker.model.config import Activation
 from oasst_worker.model.kernels import load_kernels
 
-__all__ = ["CompiledLinear", "Linear", "PackedLinear", "PlainLinear", "TiledLinear", "build_linear", "is_row_exact"]
+__all__ = [
+    "CompiledLinear",
+    "Linear",
+    "PackedLinear",
+    "PlainLinear",
+    "PlainQuantizedLinear",
+    "QuantizedWeight",
+    "TiledLinear",
+    "build_linear",
+    "build_quantized_linear",
+    "is_row_exact",
+]
 
 # Rows for which packed products were found to give each row the same bits; fewer are padded, more are split.
 MIN_ROWS = 2
@@ -101,17 +114,83 @@ class PackedLinear:
         return product
 
 
-class _Layer(ctypes.Structure):
-    """The kernel's `layer`, field for field."""
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight in int8: `values * scales[:, None]`, the largest value of every output being 127 or -127."""
+
+    values: Tensor  # [out_features, in_features] int8
+    scales: Tensor  # [out_features] fp32
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "QuantizedWeight":
+        """The nearest to a floating-point weight, [out_features, in_features]."""
+        scales = weight.abs().amax(dim=1).float() / 127
+        scales = torch.where(scales == 0, 1.0, scales)
+        values = (weight.float() / scales[:, None]).round().to(torch.int8)
+        return cls(values, scales)
+
+
+class PlainQuantizedLinear:
+    """The product of int8 weights with rows brought to int8 each by its own largest number, as PyTorch computes it.
+
+    Products and sums are of whole numbers: those of `_EXACT_INPUTS` inputs fit into fp32's 24 bits, so they are exact
+    in any order.
+    """
+
+    _EXACT_INPUTS = 2**24 // 127**2
+    # PyTorch's activations round a vector's numbers and the few behind the last vector differently: there are none.
+    _WHOLE_VECTORS = 64
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> None:
+        self._out_features = weight.shape[0]
+        rest = -self._out_features % self._WHOLE_VECTORS
+        self._weight = QuantizedWeight.of(F.pad(weight, (0, 0, 0, rest)))
+        self._bias = None if bias is None else F.pad(bias.float(), (0, rest))
+        self._activate = _ACTIVATIONS[activation][0] if activation else None
+
+    def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
+        rows = x.float()
+        peaks = rows.abs().amax(dim=1, keepdim=True)
+        scales = torch.where(peaks < 1e-30, 1.0, peaks / 127)
+        product = self._sums((rows / scales).round()) * (scales * self._weight.scales)
+        if self._bias is not None:
+            product += self._bias
+        if self._activate:
+            product = self._activate(product)
+        return _add_(product[:, : self._out_features], residuals).to(x.dtype, memory_format=torch.contiguous_format)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        weight = self._weight.values
+        sums = torch.zeros(len(rows), len(weight), dtype=torch.float64)
+        for start in range(0, weight.shape[1], self._EXACT_INPUTS):
+            end = start + self._EXACT_INPUTS
+            sums += F.linear(rows[:, start:end], weight[:, start:end].float())
+        return sums.float()
+
+
+class _Linear(ctypes.Structure):
+    """The kernel's `linear`, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "activation")),
-        *((name, ctypes.c_void_p) for name in ("panels", "bias")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "words", "activation")),
+        *((name, ctypes.c_void_p) for name in ("panels", "bias", "scales", "offsets")),
     )
 
 
+# What the kernel computes with: rows' dtype -> its name for weights of that dtype, and definitions for such rows.
+_ROWS: dict[torch.dtype, tuple[str, tuple[str, ...]]] = {
+    torch.float32: ("FP32", ()),
+    torch.bfloat16: ("BF16", ("ROWS_BF16",)),
+}
+# By the size of a weight's number: how many of them make a word. Other than fp32, whole tiles of 16 words are read.
+_INPUTS_OF_A_WORD = {4: 1, 2: 2, 1: 4}
+_TILE_WORDS = 16
+
+
 class CompiledLinear:
-    """The product by `kernels/linear.c`, weight laid out in panels at construction. fp32 on a CPU only.
+    """The product by `kernels/linear.h`, weight laid out in panels at construction. fp32 and bf16 on a CPU.
+
+    With `quantize` the weight is held in int8, and rows are brought to int8 as they come.
 
     Raises:
         RuntimeError: at construction, for another dtype, or where the kernel cannot be compiled.
@@ -119,40 +198,73 @@ class CompiledLinear:
 
     _ACTIVATIONS: ClassVar[dict[Activation | None, int]] = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> None:
-        library = load_kernels("linear") if weight.dtype == torch.float32 else None
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None, *, quantize: bool = False
+    ) -> None:
+        if weight.dtype not in _ROWS:
+            raise RuntimeError(f"no kernel for linear layers of {weight.dtype}")
+        kind, definitions = _ROWS[weight.dtype]
+        library = load_kernels("linear", f"WEIGHTS={'INT8' if quantize else kind}", *definitions)
         if library is None:
-            raise RuntimeError(f"no kernel for linear layers of {weight.dtype} here")
+            raise RuntimeError("no kernel for linear layers here")
         self._kernel = library.apply
-        self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 4)
+        self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None
+        self._dtype = weight.dtype
         self._out_features, self._in_features = weight.shape
-        self._panels = _into_panels(weight, library.panel_width())
-        self._bias = bias
-        self._layer = _Layer(
+        width = library.prepare()
+        scales = offsets = None
+        if quantize:
+            quantized = QuantizedWeight.of(weight)
+            weight = quantized.values
+            scales = _whole_panels(quantized.scales, width)
+            offsets = _whole_panels(128 * weight.sum(dim=1, dtype=torch.int32), width)
+        panels = _into_panels(weight, width)
+        self._words = panels.shape[1]
+        # The kernel's structure points into these.
+        self._tensors = (panels, None if bias is None else _whole_panels(bias.float(), width), scales, offsets)
+        self._linear = _Linear(
             self._in_features,
             self._out_features,
+            self._words,
             self._ACTIVATIONS[activation],
-            self._panels.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors),
         )
 
     def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
         rows = x.shape[0]
         if x.shape[1] != self._in_features or any(each.shape != (rows, self._out_features) for each in residuals):
             raise ValueError(f"{[*x.shape]} and residuals do not fit {self._in_features} -> {self._out_features}")
+        if any(each.dtype != self._dtype for each in (x, *residuals)):
+            raise ValueError(f"rows must be {self._dtype}")
         x, residuals = x.contiguous(), tuple(each.contiguous() for each in residuals)  # As a rule they are.
         product = x.new_empty(rows, self._out_features)
+        scratch = torch.empty(rows * (self._words + 1), dtype=torch.int32)
         first, second = (*(each.data_ptr() for each in residuals), None, None)[:2]
-        layer = ctypes.addressof(self._layer)
-        self._kernel(layer, torch.get_num_threads(), rows, x.data_ptr(), first, second, product.data_ptr())
+        self._kernel(
+            ctypes.addressof(self._linear),
+            torch.get_num_threads(),
+            rows,
+            x.data_ptr(),
+            scratch.data_ptr(),
+            first,
+            second,
+            product.data_ptr(),
+        )
         return product
 
 
 def _into_panels(weight: Tensor, width: int) -> Tensor:
-    """[out_features, in_features] -> [panels, in_features, width], the last panel filled up with zeros."""
-    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % width))
-    return padded.view(-1, width, weight.shape[1]).transpose(1, 2).contiguous()
+    """[out_features, in_features] -> [panels, words, width, inputs of a word], filled up with zeros."""
+    inputs_of_a_word = _INPUTS_OF_A_WORD[weight.itemsize]
+    inputs_at_once = 1 if inputs_of_a_word == 1 else _TILE_WORDS * inputs_of_a_word
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, -inputs % inputs_at_once, 0, -outputs % width))
+    return padded.view(-1, width, padded.shape[1] // inputs_of_a_word, inputs_of_a_word).transpose(1, 2).contiguous()
+
+
+def _whole_panels(of_outputs: Tensor, width: int) -> Tensor:
+    return F.pad(of_outputs, (0, -of_outputs.shape[0] % width)).contiguous()
 
 
 def _add_(product: Tensor, residuals: tuple[Tensor, ...]) -> Tensor:
@@ -175,6 +287,13 @@ def build_linear(weight: Tensor, bias: Tensor | None, activation: Activation | N
         with suppress(RuntimeError, AttributeError):  # No such kernel here, or not in this build of PyTorch.
             return kind(weight, bias, activation)
     return TiledLinear(weight, bias, activation)
+
+
+def build_quantized_linear(weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Linear:
+    """As `build_linear`, with the weight in int8. CPU only."""
+    with suppress(RuntimeError):
+        return CompiledLinear(weight, bias, activation, quantize=True)
+    return PlainQuantizedLinear(weight, bias, activation)
 
 
 @torch.inference_mode()

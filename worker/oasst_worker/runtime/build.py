@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
+from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, Ranks, Share, connect_ranks
 from oasst_worker.model.weights import NeoXWeights, load_weights
@@ -36,6 +37,7 @@ class UnsupportedOptionError(ValueError):
 class RuntimeOptions:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantize: str | None = None  # int8: weights of the linear layers, on a CPU.
     threads: int | None = None  # None is PyTorch's choice: one per core.
     kv_tokens: int | None = None  # Positions of KV cache; None is what memory allows.
     max_sequences: int = 32
@@ -85,6 +87,7 @@ class LoadedShare:
     weights: NeoXWeights
     share: Share
     device: torch.device
+    make_linear: Callable[..., Linear]
 
     def alone(self) -> NeoX:
         return self.join(ALONE)
@@ -94,7 +97,7 @@ class LoadedShare:
         return self.join(connect_ranks(self.share, self.device, meeting_file))
 
     def join(self, ranks: Ranks) -> NeoX:
-        model = NeoX(self.config, self.weights, ranks=ranks)
+        model = NeoX(self.config, self.weights, self.make_linear, ranks=ranks)
         if self.device.type == "cpu" and self.share.is_first and not model.is_row_exact():
             _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
         return model
@@ -114,7 +117,9 @@ def load_share(folder: Path, options: RuntimeOptions, share: Share) -> LoadedSha
     dtype = _choose_dtype(options.dtype, device, config)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return LoadedShare(config, load_weights(folder, config, dtype=dtype, device=device, share=share), share, device)
+    make_linear = _choose_linear(options.quantize, device)
+    weights = load_weights(folder, config, dtype=dtype, device=device, share=share)
+    return LoadedShare(config, weights, share, device, make_linear)
 
 
 def _make_runner(
@@ -143,6 +148,14 @@ def _choose_dtype(name: str, device: torch.device, config: NeoXConfig) -> torch.
     if name == "float16" and device.type == "cpu":
         raise UnsupportedOptionError("--dtype float16 needs a GPU; use float32 or bfloat16 on a CPU")
     return _DTYPES[name]
+
+
+def _choose_linear(quantize: str | None, device: torch.device) -> Callable[..., Linear]:
+    if quantize is None:
+        return build_linear
+    if device.type != "cpu":
+        raise UnsupportedOptionError(f"--quantize {quantize} needs --device cpu; leave it out on {device.type}")
+    return build_quantized_linear
 
 
 def _default_kv_tokens(

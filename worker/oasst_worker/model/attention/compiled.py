@@ -23,7 +23,7 @@ _GROUP = 4
 _LANES = 16
 
 _SIZES = (f"BLOCK={BLOCK_SIZE}", f"TILE={_TILE}", f"GROUP={_GROUP}")
-_DEFINITIONS = {torch.float32: _SIZES, torch.bfloat16: (*_SIZES, "SCALAR_BF16")}
+_DEFINITIONS = {torch.float32: _SIZES, torch.bfloat16: (*_SIZES, "ROWS_BF16")}
 
 
 class _Step(ctypes.Structure):

@@ -13,9 +13,9 @@
  * The cache of a layer is [blocks, 2, heads, BLOCK * padded]: keys of a block lie by dimension, [head_dim, BLOCK], so
  * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded` is head_dim rounded up to 16.
  *
- * SCALAR_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
+ * ROWS_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
  */
-#include "vectors.h"
+#include "scalars.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -26,36 +26,6 @@ static inline int omp_get_thread_num(void) { return 0; }
 /* BLOCK, GROUP and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
  * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
 #define WIDE (BLOCK / LANES) /* Vectors that hold 16 numbers. */
-
-#ifdef SCALAR_BF16
-typedef uint16_t scalar;
-typedef uint16_t half_vector __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-INLINED float widen(scalar x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* Rounded to the nearest, ties to even; a NaN stays one. */
-INLINED scalar narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x) return (scalar)(bits >> 16 | 0x40);
-    return (scalar)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINED vector load(const scalar *from) {
-    return (vector)(__builtin_convertvector(*(const half_vector *)from, int_vector) << 16);
-}
-#else
-typedef float scalar;
-
-INLINED float widen(scalar x) { return x; }
-INLINED scalar narrow(float x) { return x; }
-INLINED vector load(const scalar *from) { return *(const loose_vector *)from; }
-#endif
 
 /* The rows [first_row, first_row + num_rows) are the positions from `start` of one sequence, whose blocks are
  * blocks[first_block], blocks[first_block + 1] ... */

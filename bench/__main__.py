@@ -20,9 +20,11 @@ from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import engine_table, measure_engine
 from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
 from bench.goodput import goodput_table, measure_goodput, measure_share, share_table
+from bench.interference import interference_table, measure_interference
 from bench.path import measure_path, path_table
 from bench.prefix import measure_prefix, prefix_table
 from bench.queue import measure_queue, queue_table
+from bench.speculation import measure_speculation, read_chats, speculation_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
 
@@ -46,6 +48,7 @@ class Options:
     concurrent: list[int]
     waiting: list[int]
     training_steps: int
+    answers: Path | None
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -70,6 +73,22 @@ def _prefix(options: Options) -> Measured:
         for name, path in options.checkpoints.items()
     ]
     return rows, [prefix_table(rows)]
+
+
+def _speculation(options: Options) -> Measured:
+    if options.answers is None:
+        raise SystemExit("speculation is measured on recorded answers: --answers FILE, a report of oasst-model-eval")
+    chats = read_chats(options.answers)
+    measured = (
+        measure_speculation(name, path, chats, rounds=options.rounds) for name, path in options.checkpoints.items()
+    )
+    rows = [row for rows in measured for row in rows]
+    return rows, [speculation_table(rows)]
+
+
+def _interference(options: Options) -> Measured:
+    rows = measure_interference("160m", options.checkpoints["160m"], options.concurrent, rounds=options.rounds)
+    return rows, [interference_table(rows)]
 
 
 def _path(options: Options) -> Measured:
@@ -116,6 +135,8 @@ def _training(options: Options) -> Measured:
 PARTS: dict[str, Callable[[Options], Measured]] = {
     "engine": _engine,
     "prefix": _prefix,
+    "interference": _interference,
+    "speculation": _speculation,
     "path": _path,
     "gateway": _gateway,
     "flood": _flood,
@@ -136,9 +157,12 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 100_000], help="jobs that wait, for queue")
     parser.add_argument("--training-steps", type=int, default=12)
+    parser.add_argument("--answers", type=Path, help="a sampling report of oasst-model-eval, for speculation")
     parser.add_argument("--json", type=Path, help="also writes the figures to this file")
     arguments = vars(parser.parse_args())
-    parts, json_file = arguments.pop("parts") or PARTS, arguments.pop("json")
+    parts, json_file = arguments.pop("parts"), arguments.pop("json")
+    if not parts:  # All there is something to measure with.
+        parts = [part for part in PARTS if part != "speculation" or arguments["answers"]]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

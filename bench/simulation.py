@@ -140,9 +140,11 @@ class _TimedExecutor:
     prefill_tile: int = _PREFILL_TILE
     is_position_exact: bool = True
     last_step_s: float = 0.0
+    spent_s: float = 0.0
 
     def execute(self, batch: Batch) -> list[Sample]:
         self.last_step_s = self.law(work_of(batch))
+        self.spent_s += self.last_step_s
         return [Sample(_ANY_TOKEN) for chunk in batch.chunks if chunk.draws]
 
 
@@ -161,7 +163,7 @@ class _Worker:
             max_sequences=shape.max_sequences,
             step_tokens=shape.step_tokens,
         )
-        self._engine = Engine(self._executor, config)
+        self._engine = Engine(self._executor, config, clock=lambda: self._executor.spent_s)
         self._sequences: dict[str, engine.Sequence] = {}
 
     def has_work(self) -> bool:

@@ -113,7 +113,7 @@ class ScriptedExecutor:
 
 def make_engine(executor: ScriptedExecutor, **config) -> Engine:
     settings = {"eos_token_id": EOS, "max_positions": MAX_POSITIONS, "max_sequences": 8, "step_tokens": 64} | config
-    return Engine(executor, EngineConfig(**settings))
+    return Engine(executor, EngineConfig(**settings), clock=lambda: 0.0)
 
 
 def make_intake(kv_tokens: int = 4096) -> Intake:

@@ -63,7 +63,7 @@ def make_engine(
 ) -> tuple[Engine, TokenCacheExecutor]:
     executor = TokenCacheExecutor(num_blocks, is_position_exact=is_position_exact, next_token=next_token)
     settings = {"eos_token_id": EOS, "max_positions": 128, "max_sequences": 8, "step_tokens": 16} | config
-    return Engine(executor, EngineConfig(**settings)), executor
+    return Engine(executor, EngineConfig(**settings), clock=lambda: 0.0), executor
 
 
 def expected_tokens(prompt: Sequence[int], params: GenerationParams, next_token: NextToken = next_token) -> list[int]:

@@ -300,7 +300,7 @@ class CrampedExecutor(TokenCacheExecutor):
 def make_cramped_engine(**config) -> tuple[Engine, CrampedExecutor]:
     executor = CrampedExecutor(64)
     settings = {"eos_token_id": EOS, "max_positions": 128, "max_sequences": 8, "step_tokens": 40} | config
-    return Engine(executor, EngineConfig(**settings)), executor
+    return Engine(executor, EngineConfig(**settings), clock=lambda: 0.0), executor
 
 
 @pytest.mark.parametrize("limit", [4, 5, 7, 15])

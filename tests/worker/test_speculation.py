@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oasst_worker.engine import Batch, Engine, EngineConfig, FinishReason, GenerationParams, Sample, Sequence
+from oasst_worker.engine.pace import StepCost
 from oasst_worker.engine.speculation import Speculator
 from oasst_worker.model.attention import PlainAttention, build_attention
 from oasst_worker.model.config import load_config
@@ -82,7 +83,7 @@ def test_numbers_that_are_not_finite_behind_right_guesses_end_the_sequence_with_
 
 def test_a_sequence_whose_guesses_are_wrong_is_soon_left_alone():
     bigrams = itertools.cycle([(1, 2), (3, 1), (2, 4), (1, 5), (2, 3)])
-    speculator = Speculator(max_drafts=4)
+    speculator = Speculator(4, StepCost())
     sequence = Sequence("a", [1, 2] * 4, GenerationParams(max_new_tokens=1000))
     for _ in range(40):
         for token_id in next(bigrams):
@@ -95,7 +96,7 @@ def test_a_sequence_whose_guesses_are_wrong_is_soon_left_alone():
 def test_the_fuller_a_step_the_fewer_tokens_are_guessed():
     def num_drafts(num_rows: int) -> int:
         sequence = Sequence("a", [1, 2, 3] * 5, PARAMS)
-        return len(Speculator(max_drafts=8).draft(sequence, num_rows=num_rows))
+        return len(Speculator(8, StepCost()).draft(sequence, num_rows=num_rows))
 
     guessed = [num_drafts(num_rows) for num_rows in (1, 2, 4, 16, 64)]
     assert guessed == sorted(guessed, reverse=True)

@@ -1,7 +1,8 @@
 """The engine: schedule, execute, update, every step."""
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ class EngineConfig:
     max_positions: int  # Prompt and generated tokens of one sequence.
     max_sequences: int = 32  # Running at once.
     step_tokens: int = 512  # Budget of one step, decoding and prefill together.
+    max_slowdown: float = 2.0  # A few prompts make a step of sequences that decode at most so many times as long.
     speculate: int = 0  # The most tokens guessed ahead for one sequence in a step; 0 guesses none.
 
 
@@ -69,19 +71,24 @@ class Engine:
             ...
     """
 
-    def __init__(self, executor: Executor, config: EngineConfig) -> None:
-        """
+    def __init__(
+        self, executor: Executor, config: EngineConfig, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`clock` tells seconds, by which it learns what steps cost.
+
         Raises:
             ValueError: if the configuration contradicts itself.
         """
         self.config = config
         self._executor = executor
+        self._clock = clock
         self._scheduler = Scheduler(
             BlockPool(executor.num_blocks, executor.block_size),
             max_sequences=config.max_sequences,
             step_tokens=config.step_tokens,
             prefill_tile=executor.prefill_tile,
             is_position_exact=executor.is_position_exact,
+            max_slowdown=config.max_slowdown,
             speculate=config.speculate,
         )
         self._sequences: dict[str, Sequence] = {}
@@ -169,11 +176,13 @@ class Engine:
         """
         batch = self._scheduler.schedule()
         while batch.chunks:
+            started_s = self._clock()
             try:
                 results = self._executor.execute(batch)
             except OutOfDeviceMemoryError as error:
                 batch = self._schedule_smaller(batch, error)
             else:
+                self._scheduler.cost.record(batch.num_tokens, self._clock() - started_s)
                 break
         self.last_batch = batch
         return self._update(batch, results) if batch.chunks else []

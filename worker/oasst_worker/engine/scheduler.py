@@ -12,11 +12,17 @@ from dataclasses import dataclass, field, replace
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.engine.limits import StepLimits
+from oasst_worker.engine.pace import StepCost
 from oasst_worker.engine.scoring import ScoringSequence
 from oasst_worker.engine.sequence import Sequence
 from oasst_worker.engine.speculation import Speculator
 
 __all__ = ["Scheduler"]
+
+# More prompts than this, and than this share of those that decode, are a burst: it goes through at full budget, for
+# many are kept waiting.
+_FEW_PROMPTS = 2
+_FEW_PROMPTS_SHARE = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,9 @@ class _Lane:
 class Scheduler:
     """Owns the sequences that wait and run, and the blocks they hold.
 
-    - Sequences that decode come first: a long prompt never delays them by more than the step's budget.
-    - What is left of the budget goes to prompts, oldest first, in chunks.
+    - Sequences that decode come first. What is left of the budget goes to prompts, oldest first, in chunks.
+    - While some decode, a few prompts get no more than makes a step `max_slowdown` times as long, by what steps were
+      seen to cost.
     - A sequence is admitted when a slot is free and all its tokens fit into free blocks. What the blocks of others know
       of its beginning it does not compute again; what others are about to compute it waits for.
     - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
@@ -41,7 +48,7 @@ class Scheduler:
     - When the device had no memory for a batch, the younger half waits in the same way, and steps are smaller for a
       while.
     - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is
-      preempted first. Beside sequences that generate it gets one tile a step, so that it never rests and hardly shows.
+      preempted first. Beside sequences that generate it makes a step no longer than that either.
     - Where a step is small, what sequences that decode may say next is guessed and computed with it, if there are
       blocks to spare.
     """
@@ -54,6 +61,7 @@ class Scheduler:
         step_tokens: int,
         prefill_tile: int,
         is_position_exact: bool,
+        max_slowdown: float = 2.0,
         speculate: int = 0,
     ) -> None:
         """
@@ -72,7 +80,9 @@ class Scheduler:
         # Prompt tokens of all sequences that ever ran, and those among them that were there already.
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
-        self.speculator = Speculator(max_drafts=speculate)
+        self.cost = StepCost()
+        self.speculator = Speculator(speculate, self.cost)
+        self._max_slowdown = max_slowdown
         self._speculates = speculate > 0
         self._pool = pool
         self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
@@ -121,11 +131,17 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's work; empty if there is none."""
         chunks: dict[Sequence, Chunk] = {}
-        budget = self._schedule_running(self._generating, self._limits.step_tokens, chunks)
+        generating, scoring = self._generating.running, self._scoring.running
+        decoding = [sequence for sequence in generating if sequence.num_to_compute == 1]
+        budget = self._give_chunks(decoding, self._limits.step_tokens, chunks)
+        paced = self._paced(budget, len(chunks))
+        if not self._is_burst(len(decoding)):
+            budget = paced
+        prefilling = [sequence for sequence in generating if sequence.num_to_compute > 1]
+        budget = self._give_chunks(prefilling, budget, chunks)
         budget, has_room = self._admit(self._generating, budget, chunks)
-        if self._generating.running:
-            budget = min(budget, self._prefill_tile)
-        budget = self._schedule_running(self._scoring, budget, chunks)
+        budget = min(budget, paced)
+        budget = self._give_chunks(list(scoring), budget, chunks)
         if has_room:  # Else the blocks are for those that generate.
             self._admit(self._scoring, budget, chunks)
         if self._speculates:
@@ -172,12 +188,24 @@ class Scheduler:
     def _lane_of(self, sequence: Sequence) -> _Lane:
         return self._scoring if isinstance(sequence, ScoringSequence) else self._generating
 
-    def _schedule_running(self, lane: _Lane, budget: int, chunks: dict[Sequence, Chunk]) -> int:
-        """Chunks for the running sequences of a lane; returns what is left of the budget."""
-        decoding = [sequence for sequence in lane.running if sequence.num_to_compute == 1]
-        prefilling = [sequence for sequence in lane.running if sequence.num_to_compute > 1]
-        for sequence in decoding + prefilling:
-            if sequence in lane.running:  # Not preempted meanwhile.
+    def _is_burst(self, num_decoding: int) -> bool:
+        """More prompts come in than a few beside so many that decode."""
+        slots = self._limits.max_sequences - len(self._generating.running)
+        num_prefilling = len(self._generating.running) - num_decoding
+        num_prompts = num_prefilling + min(slots, len(self._generating.waiting))
+        return num_prompts > max(_FEW_PROMPTS, _FEW_PROMPTS_SHARE * num_decoding)
+
+    def _paced(self, budget: int, num_decoding: int) -> int:
+        """What of the budget may be given out beside so many rows that decode; at least a tile, or all if none do."""
+        if not num_decoding:
+            return budget
+        allowed = self.cost.rows_within(self._max_slowdown, beside=num_decoding)
+        return min(budget, max(allowed - allowed % self._prefill_tile, self._prefill_tile))
+
+    def _give_chunks(self, sequences: Items[Sequence], budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Chunks for these sequences of one lane that run; returns what is left of the budget."""
+        for sequence in sequences:
+            if sequence in self._lane_of(sequence).running:  # Not preempted meanwhile.
                 budget -= self._give_chunk(sequence, budget, chunks)
         return budget
 

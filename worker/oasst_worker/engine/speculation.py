@@ -7,16 +7,13 @@ for each row is drawn as it would have been alone, and a guess is kept only wher
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from oasst_worker.engine.pace import StepCost
 from oasst_worker.engine.sequence import Sequence
 
 __all__ = ["Speculator"]
 
 # The last tokens of a sequence are looked for by so many of them, the most first.
 _NGRAM_SIZES = (3, 2)
-
-# A row beside others costs about this share of a step that has only one: one more row of products that read the same
-# weights, measured on a CPU (`python -m bench speculation`).
-_ROW_COST = 0.1
 
 # Of guesses that were tried, the share that is right: what is taken at first, how far each outcome moves it, and how
 # far each step without a try moves it back, so that a bad stretch is not for ever.
@@ -42,9 +39,10 @@ class Speculator:
     a loaded engine guesses only where text repeats itself.
     """
 
-    def __init__(self, max_drafts: int) -> None:
+    def __init__(self, max_drafts: int, cost: StepCost) -> None:
         """`max_drafts` is the most tokens guessed for a sequence in a step."""
         self._max_drafts = max_drafts
+        self._cost = cost
         self._guesses: dict[Sequence, _Guesses] = {}
         # Tokens guessed, and those among them that were right, of all sequences that ever ran.
         self.num_drafted = 0
@@ -56,7 +54,7 @@ class Speculator:
         # The last token it may generate is drawn, never fed.
         longest = min(self._max_drafts, params.max_new_tokens - sequence.num_output_tokens - 1)
         guesses = self._guesses.setdefault(sequence, _Guesses())
-        count = _affordable(guesses.acceptance, num_rows, longest)
+        count = _affordable(guesses.acceptance, num_rows, longest, self._cost.row_cost)
         if not count:
             guesses.acceptance += _FORGETTING_RATE * (_PRIOR_ACCEPTANCE - guesses.acceptance)
             return ()
@@ -77,10 +75,10 @@ class Speculator:
         self._guesses.pop(sequence, None)
 
 
-def _affordable(acceptance: float, num_rows: int, longest: int) -> int:
+def _affordable(acceptance: float, num_rows: int, longest: int, row_cost: float) -> int:
     """How many tokens to guess: the k-th is right with `acceptance`^k, and its row must pay."""
     count, chance = 0, acceptance
-    while count < longest and chance > _ROW_COST * num_rows / (1 + _ROW_COST * num_rows):
+    while count < longest and chance > row_cost * num_rows / (1 + row_cost * num_rows):
         count, chance, num_rows = count + 1, chance * acceptance, num_rows + 1
     return count
 

@@ -37,7 +37,6 @@ class ModelRunner:
     """
 
     block_size = BLOCK_SIZE
-    prefill_tile = PREFILL_TILE
 
     def __init__(self, model: NeoX | SplitModel, *, num_blocks: int, banned_token_ids: Iterable[int] = ()) -> None:
         """`banned_token_ids` are never drawn: padding rows of the vocabulary, control tokens other than end-of-text."""
@@ -47,6 +46,8 @@ class ModelRunner:
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
         self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
+        # Where a position's bits depend on itself alone a prompt may be cut anywhere; blocks are known whole.
+        self.prefill_tile = BLOCK_SIZE if model.is_position_exact else PREFILL_TILE
         self.device = model.device
 
     @property

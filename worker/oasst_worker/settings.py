@@ -90,6 +90,7 @@ class WorkerSettings(BaseSettings):
     quantize: Literal["int8"] | None = Field(
         None,
         description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",
+    )
     split: Literal["auto", "none", "tensor"] = Field(
         "auto", description="tensor: every matrix over several processes, a GPU each. auto: where there are several."
     )

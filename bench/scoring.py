@@ -1,6 +1,5 @@
 """Log-likelihoods through the whole path against a plain transformers loop: same weights, items and scores, fp32."""
 
-import itertools
 import random
 import statistics
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from oasst_client import Client, ItemScore, ScoreItem
 from rich.table import Table
+from tokenizers import Tokenizer
 from transformers import GPTNeoXForCausalLM
 
 from bench.path import complete_with_demo_tokenizer, running_stack
@@ -42,6 +42,41 @@ TASKS = (
 
 
 @dataclass(frozen=True)
+class _Draw:
+    """Items of random tokens that the tokenizer knows; the first answer to each context is what the model would say."""
+
+    task: Task
+    model: GPTNeoXForCausalLM
+    num_ids: int
+    context_tokens: int
+
+    def items(self, *, seed: int) -> list[ScoreItem]:
+        dice = random.Random(f"{self.task.name} {seed}")
+        return [item for _ in range(self.task.num_contexts) for item in self._of_one_context(dice)]
+
+    def _of_one_context(self, dice: random.Random) -> Iterator[ScoreItem]:
+        ids = range(300, self.num_ids)
+        context = dice.choices(ids, k=dice.randint(self.context_tokens // 2, self.context_tokens * 3 // 2))
+        for choice in range(self.task.num_choices):
+            num_tokens = dice.randint(*self.task.tokens)
+            answer = self._said(context, num_tokens) if choice == 0 else dice.choices(ids, k=num_tokens)
+            yield ScoreItem((*context, *answer), len(context))
+
+    def _said(self, context: list[int], num_tokens: int) -> list[int]:
+        ids = torch.tensor([context])
+        said = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            suppress_tokens=[*range(self.num_ids, self.model.config.vocab_size)] or None,
+            eos_token_id=-1,
+            pad_token_id=1,
+        )
+        return said[0, len(context) :].tolist()
+
+
+@dataclass(frozen=True)
 class ScoringRow:
     """One checkpoint and task: items per second, the medians of the rounds."""
 
@@ -67,9 +102,11 @@ def measure_scoring(name: str, folder: Path, *, context_tokens: int, rounds: int
         RuntimeError: the two sides do not give the same scores, so that times would compare nothing.
     """
     complete_with_demo_tokenizer(folder)
+    num_ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with running_stack(folder) as stack, Client(stack["addresses"][0]) as client:
-        return [_measure_task(name, task, client, model, context_tokens, rounds) for task in TASKS]
+        draws = (_Draw(task, model, num_ids, context_tokens) for task in TASKS)
+        return [_measure(name, draw, client, rounds) for draw in draws]
 
 
 def scoring_table(rows: list[ScoringRow]) -> Table:
@@ -115,20 +152,18 @@ def score_in_batches(model: GPTNeoXForCausalLM, items: Sequence[ScoreItem], batc
     return [scores[index] for index in range(len(items))]
 
 
-def _measure_task(
-    name: str, task: Task, client: Client, model: GPTNeoXForCausalLM, context_tokens: int, rounds: int
-) -> ScoringRow:
+def _measure(name: str, draw: _Draw, client: Client, rounds: int) -> ScoringRow:
     systems: dict[int | None, Callable[[Sequence[ScoreItem]], list[ItemScore]]] = {None: client.score}
     for batch_size in BATCH_SIZES:
-        systems[batch_size] = lambda items, size=batch_size: score_in_batches(model, items, size)
+        systems[batch_size] = lambda items, size=batch_size: score_in_batches(draw.model, items, size)
     seconds: dict[int | None, list[float]] = {system: [] for system in systems}
     largest_difference = 0.0
-    warm_up = list(itertools.islice(_draw_items(task, model, context_tokens, random.Random(task.name)), 4))
+    warm_up = draw.items(seed=-1)[:4]
     for score in systems.values():
         score(warm_up)
     for round_ in range(rounds):
         # New ones for each round: the worker would use again what it computed before.
-        items = list(_draw_items(task, model, context_tokens, random.Random(f"{task.name} {round_}")))
+        items = draw.items(seed=round_)
         scores = {}
         for system, score in systems.items():
             start = time.perf_counter()
@@ -139,7 +174,7 @@ def _measure_task(
     rates = {system: len(items) / statistics.median(times) for system, times in seconds.items()}
     return ScoringRow(
         name,
-        task.name,
+        draw.task.name,
         ours=rates[None],
         transformers={batch_size: rates[batch_size] for batch_size in BATCH_SIZES},
         largest_difference=largest_difference,
@@ -153,27 +188,3 @@ def _largest_difference(ours: Sequence[ItemScore], theirs: Sequence[ItemScore]) 
     if difference > _TOLERANCE:
         raise RuntimeError(f"the scores of an item differ by {difference:.1e}: {_TOLERANCE:.0e} is allowed")
     return difference
-
-
-def _draw_items(task: Task, model: GPTNeoXForCausalLM, context_tokens: int, dice: random.Random) -> Iterator[ScoreItem]:
-    """Random tokens; the first answer to each context is what the model itself would say."""
-    vocabulary = range(300, model.config.vocab_size - 100)
-    for _ in range(task.num_contexts):
-        context = dice.choices(vocabulary, k=dice.randint(context_tokens // 2, context_tokens * 3 // 2))
-        for choice in range(task.num_choices):
-            num_tokens = dice.randint(*task.tokens)
-            answer = _said(model, context, num_tokens) if choice == 0 else dice.choices(vocabulary, k=num_tokens)
-            yield ScoreItem((*context, *answer), len(context))
-
-
-def _said(model: GPTNeoXForCausalLM, context: list[int], num_tokens: int) -> list[int]:
-    ids = torch.tensor([context])
-    said = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=1,
-    )
-    return said[0, len(context) :].tolist()

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench.checkpoints import DEMO, random_checkpoint
 from bench.engine import engine_table, measure_engine
+from bench.evals import evals_table, measure_evals
 from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
 from bench.goodput import goodput_table, measure_goodput, measure_share, share_table
 from bench.interference import interference_table, measure_interference
@@ -27,6 +28,9 @@ from bench.queue import measure_queue, queue_table
 from bench.speculation import measure_speculation, read_chats, speculation_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
+
+# Requests to score, as many as a checkpoint does in seconds.
+EVALUATED = {"demo": 64, "160m": 16}
 
 # Streams, tokens of each, seconds between two tokens: one message a token, then as fast as it goes.
 GATEWAY_LOADS = ((64, 400, 0.025), (256, 200, 0.1), (64, 400, 0.0))
@@ -132,6 +136,15 @@ def _training(options: Options) -> Measured:
     return rows, [training_table(rows)]
 
 
+def _evals(options: Options) -> Measured:
+    rows = [
+        row
+        for name, path in options.checkpoints.items()
+        for row in measure_evals(name, path, num_requests=EVALUATED[name], rounds=options.rounds)
+    ]
+    return rows, [evals_table(rows)]
+
+
 PARTS: dict[str, Callable[[Options], Measured]] = {
     "engine": _engine,
     "prefix": _prefix,
@@ -145,6 +158,7 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "queue": _queue,
     "start": _start,
     "training": _training,
+    "evals": _evals,
 }
 
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from bench.checkpoints import DEMO, random_prompts
 from bench.engine import generate_greedily
 
-__all__ = ["PathRow", "measure_path", "path_table", "running_stack"]
+__all__ = ["PathRow", "complete_with_demo_tokenizer", "measure_path", "path_table", "running_stack"]
 
 MODEL_NAME = "measured"
 
@@ -61,7 +61,7 @@ def running_stack(model: Path, *options: str) -> Iterator[dict[str, Any]]:
 
 def measure_path(name: str, folder: Path, *, streams: int, prompt_tokens: int, new_tokens: int, rounds: int) -> PathRow:
     """`folder` needs no tokenizer of its own: the demo's stands in, and both sides draw only tokens it knows."""
-    _complete_with_demo_tokenizer(folder)
+    complete_with_demo_tokenizer(folder)
     tokenizer_size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     config = load_config(folder)
     banned = _never_drawn(folder, config.vocab_size)
@@ -163,7 +163,8 @@ def _never_drawn(folder: Path, vocab_size: int) -> list[int]:
     return [*(id_ for id_ in control if id_ != 0), *range(tokenizer.get_vocab_size(), vocab_size)]
 
 
-def _complete_with_demo_tokenizer(folder: Path) -> None:
+def complete_with_demo_tokenizer(folder: Path) -> None:
+    """`folder` has a tokenizer: the demo's, where it had none."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / name).exists():
             shutil.copy(DEMO / name, folder / name)

@@ -21,6 +21,8 @@ _PANEL_HEIGHT = 8
 class Query:
     legend: str  # May hold {{label}}.
     expr: str
+    # Whether single requests are shown as well, which lead to their traces.
+    has_exemplars: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,20 @@ class Dashboard:
     panels: tuple[Panel, ...]
 
 
-def _quantiles(metric: str, *, quantiles: tuple[float, ...] = (0.5, 0.9, 0.99)) -> tuple[Query, ...]:
+def _quantiles(
+    metric: str, *, quantiles: tuple[float, ...] = (0.5, 0.9, 0.99), has_exemplars: bool = False
+) -> tuple[Query, ...]:
     """How a histogram's values are spread over all processes of the release."""
     rate = f'sum by (le) (rate({metric}_bucket{{release="$release"}}[$__rate_interval]))'
-    return tuple(Query(f"p{quantile * 100:g}", f"histogram_quantile({quantile}, {rate})") for quantile in quantiles)
+    # Those of the last query are those of all: they have the same buckets.
+    return tuple(
+        Query(
+            f"p{quantile * 100:g}",
+            f"histogram_quantile({quantile}, {rate})",
+            has_exemplars=has_exemplars and quantile == quantiles[-1],
+        )
+        for quantile in quantiles
+    )
 
 
 def _rate(metric: str, legend: str, *by: str, **labels: str) -> Query:
@@ -72,13 +84,13 @@ SERVICE = Dashboard(
         Panel(
             "Time to first token",
             "s",
-            _quantiles("gen_ai_server_time_to_first_token_seconds"),
+            _quantiles("gen_ai_server_time_to_first_token_seconds", has_exemplars=True),
             "From a request's arrival at the gateway. The objective is 2.5 s for 95 %.",
         ),
         Panel(
             "Between tokens",
             "s",
-            _quantiles("oasst_gateway_inter_token_latency_seconds"),
+            _quantiles("oasst_gateway_inter_token_latency_seconds", has_exemplars=True),
             "What a reader feels. Above 0.2 s text comes slower than most people read.",
         ),
         Panel(
@@ -385,6 +397,7 @@ def _render_panel(panel: Panel, number: int) -> dict[str, Any]:
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
         "targets": [
             {"refId": chr(ord("A") + index), "expr": query.expr, "legendFormat": query.legend}
+            | ({"exemplar": True} if query.has_exemplars else {})
             for index, query in enumerate(panel.queries)
         ],
     }

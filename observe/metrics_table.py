@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from oasst_gateway.metrics import GatewayMetrics
+from oasst_gateway.metrics import FleetMetrics, GatewayMetrics
 from oasst_worker.metrics import WorkerMetrics
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
@@ -21,7 +21,9 @@ few hundred series for each process.
 
 Where they are scraped, every series gets `release` and `component`, which rules and dashboards tell apart by: the
 chart's PodMonitors and `docker/prometheus.yaml` show how. Gauges of the queue are told by every gateway and are the
-same for all: take their `max`. Everything else adds up over processes.
+same for all: take their `max`. Everything else adds up over processes. A gateway of several processes (`--processes`)
+has added them up already: its one page is at most a second old, and its counters do not fall when a process dies
+([decisions/0055](../decisions/0055-the-parent-gathers-its-processes-metrics.md)).
 
 Names that begin with `gen_ai_` are those of OpenTelemetry's conventions for generative AI, in the form that
 OpenTelemetry gives them in Prometheus. Each process also has Prometheus's own `process_` metrics, the gateway
@@ -30,9 +32,10 @@ OpenTelemetry gives them in Prometheus. Each process also has Prometheus's own `
 
 
 def render_page() -> str:
-    gateway, worker = CollectorRegistry(), CollectorRegistry()
-    tables: list[tuple[str, GatewayMetrics | WorkerMetrics]] = [
+    gateway, fleet, worker = CollectorRegistry(), CollectorRegistry(), CollectorRegistry()
+    tables: list[tuple[str, GatewayMetrics | FleetMetrics | WorkerMetrics]] = [
         ("Gateway", GatewayMetrics(gateway)),
+        ("Gateway of several processes", FleetMetrics(fleet)),
         ("Worker", WorkerMetrics(worker)),
     ]
     return _HEAD + "".join(f"\n## {title}\n\n{_table(_declared(metrics))}" for title, metrics in tables)
@@ -43,7 +46,7 @@ def write_page() -> None:
     PAGE.write_text(render_page())
 
 
-def _declared(metrics: GatewayMetrics | WorkerMetrics) -> list[MetricWrapperBase]:
+def _declared(metrics: GatewayMetrics | FleetMetrics | WorkerMetrics) -> list[MetricWrapperBase]:
     """In the order of their declaration."""
     return [each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)]
 

@@ -249,9 +249,9 @@ def details_of(error: grpc.aio.AioRpcError) -> ErrorDetails:
     )
 
 
-async def eventually(condition: Callable[[], Awaitable[bool] | bool]) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool] | bool], *, timeout_s: float = 10) -> None:
     """Returns once the condition holds; the test fails if it never does."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(timeout_s):
         while True:
             holds = condition()
             if holds if isinstance(holds, bool) else await holds:

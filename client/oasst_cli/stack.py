@@ -36,6 +36,8 @@ class StackOptions:
     dtype: str | None = None
     quantize: str | None = None
     device: str | None = None
+    # Of each gateway, behind its one port.
+    gateway_processes: int = 1
 
 
 class Stack:
@@ -129,17 +131,18 @@ def _gateway_services(options: StackOptions, redis_url: str) -> list[Service]:
         Service(
             name=f"gateway-{index}",
             role="gateway",
-            command=_gateway_command(options.model, _listen_address(options, index)),
+            command=_gateway_command(options, _listen_address(options, index)),
             environment=environment,
         )
         for index in range(options.gateways)
     ]
 
 
-def _gateway_command(model: str, listen: str) -> Command:
+def _gateway_command(options: StackOptions, listen: str) -> Command:
     def command(before: Announcement | None) -> list[str]:
         return [
-            *(sys.executable, "-m", "oasst_gateway", "--model", model),
+            *(sys.executable, "-m", "oasst_gateway", "--model", options.model),
+            *("--processes", str(options.gateway_processes)),
             *("--listen", (before and before.listen) or listen),
             *("--metrics-listen", (before and before.metrics) or _ANY_PORT),
         ]

@@ -33,6 +33,7 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers, each with the whole model.")] = 1,
     gateways: Annotated[int, typer.Option(min=1, help="Gateways, at the listen port and those after it.")] = 1,
+    gateway_processes: Annotated[int, typer.Option(min=1, help="Processes of each gateway, behind its port.")] = 1,
     listen: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +80,7 @@ def up(
             model=model or str(demo_checkpoint()),
             workers=workers,
             gateways=gateways,
+            gateway_processes=gateway_processes,
             host=host,
             port=port,
             redis_url=redis_url,

@@ -11,6 +11,7 @@ from oasst_telemetry import log_to_stderr
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from oasst_gateway.errors import StartError
+from oasst_gateway.fleet import run_fleet
 from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel, load_model
 from oasst_gateway.settings import FAILPOINTS, GatewaySettings, read_settings
@@ -25,17 +26,13 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
     """Serves until SIGTERM or SIGINT; the process's exit code."""
     try:
         settings = read_settings(arguments)
-        model = load_model(
-            settings.model,
-            name=settings.model_name,
-            max_prompt_tokens=settings.max_prompt_tokens,
-            max_new_tokens=settings.max_new_tokens,
-            max_choices=settings.max_choices,
-        )
+        model = _load_model(settings) if settings.processes == 1 else None
     except StartError as error:
         print(f"oasst_gateway: {error}", file=sys.stderr)
         return _EXIT_BAD_OPTION
     log_to_stderr(level=settings.log_level, log_format=settings.log_format)
+    if model is None:
+        return _run_processes(settings, arguments)
     failpoints.arm(failpoints.parse_failpoints(settings.failpoints, known=FAILPOINTS))
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -47,6 +44,24 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
         print("oasst_gateway: asked to stop twice, open chats were cut off", file=sys.stderr)
         return _EXIT_FAILED
     return 0
+
+
+def _load_model(settings: GatewaySettings) -> ServedModel:
+    return load_model(
+        settings.model,
+        name=settings.model_name,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        max_choices=settings.max_choices,
+    )
+
+
+def _run_processes(settings: GatewaySettings, arguments: Sequence[str]) -> int:
+    try:
+        return asyncio.run(run_fleet(settings, arguments))
+    except StartError as error:
+        print(f"oasst_gateway: {error}", file=sys.stderr)
+        return _EXIT_FAILED
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from oasst_gateway.spans import describe_end
 
-__all__ = ["ChatMeter", "GatewayMetrics"]
+__all__ = ["ChatMeter", "FleetMetrics", "GatewayMetrics"]
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
@@ -108,6 +108,18 @@ class GatewayMetrics:
         self.workers.set(len(load.workers))
 
 
+class FleetMetrics:
+    """What the parent of several gateway processes counts itself, in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.processes = Gauge(
+            "oasst_gateway_processes", "Ready processes behind the port, with `--processes`.", registry=registry
+        )
+        self.restarts = Counter(
+            "oasst_gateway_process_restarts_total", "Processes that died and were replaced.", registry=registry
+        )
+
+
 class ChatMeter:
     """Measures one chat from the moment it is made."""
 
@@ -123,6 +135,8 @@ class ChatMeter:
         self._metrics = metrics
         self._span = span
         self._is_first = is_first
+        # Buckets of latencies name the last trace that fell into them, where OpenMetrics is asked for.
+        self._exemplar = {"trace_id": span.context.trace_id} if span.context.is_sampled else None
         self._clock = clock
         self._started_s = clock()
         self._first_token_s: float | None = None
@@ -142,9 +156,9 @@ class ChatMeter:
             self._first_token_s = now_s
             self._span.mark("first token")
             if self._is_first:
-                self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s)
+                self._metrics.time_to_first_token_seconds.observe(now_s - self._started_s, self._exemplar)
         else:
-            self._metrics.inter_token_seconds.observe(now_s - self._last_token_s)
+            self._metrics.inter_token_seconds.observe(now_s - self._last_token_s, self._exemplar)
         self._last_token_s = now_s
         self._num_tokens += num_tokens
         self._metrics.generated_tokens.inc(num_tokens)
@@ -155,7 +169,7 @@ class ChatMeter:
             self._span.note(describe_end(finished))
         if not self._is_first:
             return
-        self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9)
+        self._metrics.queue_wait_seconds.observe(finished.timings.queue.ToNanoseconds() / 1e9, self._exemplar)
         if self._first_token_s is not None and self._num_tokens > 1:
             per_token_s = (self._clock() - self._first_token_s) / (self._num_tokens - 1)
-            self._metrics.time_per_output_token_seconds.observe(per_token_s)
+            self._metrics.time_per_output_token_seconds.observe(per_token_s, self._exemplar)

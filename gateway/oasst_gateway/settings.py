@@ -34,6 +34,10 @@ def _check_address(address: str) -> str:
     return address
 
 
+def _check_metrics_address(address: str) -> str:
+    return address if address.startswith("unix:/") else _check_address(address)
+
+
 def _check_redis_url(url: str) -> str:
     ServerAddress.parse(url)
     return url
@@ -55,6 +59,7 @@ def _check_endpoint(endpoint: str | None) -> str | None:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
+MetricsAddress = Annotated[str, AfterValidator(_check_metrics_address)]
 
 
 class GatewaySettings(BaseSettings):
@@ -81,7 +86,12 @@ class GatewaySettings(BaseSettings):
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
     metrics: bool = Field(True, description="Whether metrics and probes are served.")
-    metrics_listen: Address = Field("127.0.0.1:9464", description="HOST:PORT of /metrics, /healthz and /readyz.")
+    metrics_listen: MetricsAddress = Field(
+        "127.0.0.1:9464", description="HOST:PORT, or unix:/PATH, of /metrics, /healthz and /readyz."
+    )
+    processes: int = Field(
+        1, ge=1, le=256, description="Processes behind the port, each with its own limits; SIGHUP renews them."
+    )
     tls_cert: Path | None = Field(None, description="PEM file of the server's certificate and its chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")
     tls_client_ca: Path | None = Field(None, description="PEM file; callers must show a certificate signed by it.")
@@ -114,7 +124,7 @@ class GatewaySettings(BaseSettings):
         10.0, ge=0, le=3600, description="How long a request whose caller is gone runs on, unless it says so itself."
     )
     retention_s: float = Field(300.0, gt=0, description="How long a request and its answer stay after its end.")
-    max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on this gateway.")
+    max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on each process.")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
     resume_secret: SecretStr | None = Field(
         None, min_length=16, description="Proves resume tokens; the same on all gateways. Unset: random at each start."

@@ -6,6 +6,7 @@ from gateway_harness import Gateway, RuleWorker, ask, read_text, start_gateway
 from oasst.v1 import chat_pb2
 from oasst_gateway.model import ServedModel
 from otlp_receiver import OtlpReceiver, ReceivedSpan, running_otlp_receiver
+from prometheus_client.openmetrics.exposition import generate_latest
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 CALLER = (("traceparent", TRACEPARENT), ("tracestate", "vendor=1"))
@@ -14,6 +15,21 @@ CALLER = (("traceparent", TRACEPARENT), ("tracestate", "vendor=1"))
 async def test_without_traces_of_its_own_a_gateway_hands_the_callers_on(gateway: Gateway, worker: RuleWorker) -> None:
     await read_text(gateway.chat.ChatStream(ask("Hello!"), metadata=CALLER))
     assert (worker.claimed[0].job.traceparent, worker.claimed[0].job.tracestate) == (TRACEPARENT, "vendor=1")
+
+
+async def test_a_latency_names_the_trace_of_a_request_that_had_it(gateway: Gateway, worker: RuleWorker) -> None:
+    await read_text(gateway.chat.ChatStream(ask("Hello!"), metadata=CALLER))
+    exemplar = f'# {{trace_id="{TRACEPARENT[3:35]}"}}'
+    lines = generate_latest(gateway.registry).decode().splitlines()
+    named = {line.partition("_bucket")[0] for line in lines if exemplar in line}
+    assert {"gen_ai_server_time_to_first_token_seconds", "oasst_gateway_inter_token_latency_seconds"} < named
+
+
+@pytest.mark.parametrize("traceparent", ["", TRACEPARENT.removesuffix("01") + "00"])
+async def test_no_latency_names_a_trace_that_nobody_keeps(gateway, worker, traceparent) -> None:
+    metadata = (("traceparent", traceparent),) if traceparent else ()
+    await read_text(gateway.chat.ChatStream(ask("Hello!"), metadata=metadata))
+    assert "trace_id" not in generate_latest(gateway.registry).decode()
 
 
 @pytest.mark.parametrize("metadata", [(), (("traceparent", "00-nonsense"),)])

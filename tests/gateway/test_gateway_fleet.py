@@ -1,0 +1,161 @@
+"""`--processes`: several gateways behind one port, as their callers, their orchestrator and Prometheus see them."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from gateway_harness import RuleWorker, ask, eventually, read_text, text_of
+from oasst.v1 import chat_pb2_grpc
+from oasst_client import AsyncClient
+from prometheus_client.parser import text_string_to_metric_families
+
+NUM_PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Fleet:
+    parent: subprocess.Popen[str]
+    listen: str
+    metrics: str
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.parent.pid).children()
+
+    def connections(self, child: psutil.Process) -> int:
+        """How many of its callers' connections the child holds."""
+        port = int(self.listen.rpartition(":")[2])
+        return sum(each.laddr.port == port and each.status == "ESTABLISHED" for each in child.net_connections("tcp"))
+
+    def value(self, name: str) -> float:
+        """The sum of a metric's series on the parent's page."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as page:
+            families = text_string_to_metric_families(page.read().decode())
+            return sum(each.value for family in families for each in family.samples if each.name == name)
+
+    async def told(self, name: str, value: float) -> None:
+        """Returns once the page says so; it is a second old at most."""
+
+        async def is_told() -> bool:
+            return await asyncio.to_thread(self.value, name) == value
+
+        await eventually(is_told, timeout_s=60)  # Another process may have to start first.
+
+
+@pytest.fixture
+def fleet(checkpoint: Path, valkey_url: str) -> Iterator[Fleet]:
+    options = {
+        "--model": str(checkpoint),
+        "--model-name": "tiny",
+        "--redis-url": valkey_url,
+        "--listen": "127.0.0.1:0",
+        "--metrics-listen": "127.0.0.1:0",
+        "--processes": str(NUM_PROCESSES),
+    }
+    command = [sys.executable, "-m", "oasst_gateway", *(word for option in options.items() for word in option)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        serving = json.loads(parent.stdout.readline())
+        yield Fleet(parent, serving["listen"], serving["metrics"])
+    finally:
+        children = psutil.Process(parent.pid).children() if parent.poll() is None else []
+        parent.kill()
+        parent.communicate()
+        for child in children:
+            child.kill()
+
+
+@pytest.fixture
+async def channels(fleet: Fleet) -> AsyncIterator[list[grpc.aio.Channel]]:
+    """Connections of sixteen callers; that all reach one of two processes happens once in 32768 runs."""
+    async with AsyncExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(fleet.listen, options=options)) for _ in range(16)
+        ]
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        yield channels
+
+
+async def test_streams_spread_over_the_processes_their_page_adds_up_and_all_drain(
+    fleet: Fleet, channels: list[grpc.aio.Channel], worker: RuleWorker
+) -> None:
+    assert min(fleet.connections(child) for child in fleet.children()) > 0
+    worker.hold()
+    texts = [
+        asyncio.create_task(read_text(chat_pb2_grpc.ChatServiceStub(channel).ChatStream(ask("Hello!"))))
+        for channel in channels
+    ]
+    await eventually(lambda: len(worker.claimed) == len(channels))
+    await fleet.told("oasst_gateway_requests_in_flight", len(channels))
+    await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
+    fleet.parent.send_signal(signal.SIGTERM)
+    worker.free()
+    assert await asyncio.gather(*texts) == [text_of(4)] * len(channels)
+    assert await asyncio.to_thread(fleet.parent.wait, 20) == 0
+
+
+async def test_a_killed_process_is_replaced_and_its_streams_go_on(fleet: Fleet, worker: RuleWorker) -> None:
+    async with AsyncClient(fleet.listen) as client:
+        assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
+        await fleet.told("oasst_gateway_tenant_requests_total", 1)
+        worker.hold()
+        answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=4))
+        await eventually(lambda: len(worker.claimed) == 2)
+        worker.allow(1)
+        [serving] = [child for child in fleet.children() if fleet.connections(child)]
+        serving.kill()
+        worker.free()
+        assert (await answer).text == text_of(4)
+    await fleet.told("oasst_gateway_process_restarts_total", 1)
+    await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
+    assert serving.pid not in [child.pid for child in fleet.children()]
+    assert await asyncio.to_thread(fleet.value, "oasst_gateway_tenant_requests_total") >= 1
+
+
+async def test_a_reload_replaces_every_process_and_fails_no_request(fleet: Fleet, worker: RuleWorker) -> None:
+    before = {child.pid for child in fleet.children()}
+    answers = 0
+
+    async def ask_until(is_reloaded: asyncio.Event) -> None:
+        nonlocal answers
+        async with AsyncClient(fleet.listen) as client:
+            while not is_reloaded.is_set():
+                assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
+                answers += 1
+
+    is_reloaded = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            group.create_task(ask_until(is_reloaded))
+        await eventually(lambda: answers > 0)
+        fleet.parent.send_signal(signal.SIGHUP)
+        await eventually(lambda: before.isdisjoint(child.pid for child in fleet.children()), timeout_s=60)
+        enough = answers + 8
+        await eventually(lambda: answers >= enough, timeout_s=60)
+        is_reloaded.set()
+    assert len(fleet.children()) == NUM_PROCESSES
+
+
+def test_an_address_that_is_taken_stops_the_start(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        listen = f"127.0.0.1:{stranger.getsockname()[1]}"
+        start = subprocess.run(
+            [sys.executable, "-m", "oasst_gateway", "--model", checkpoint, "--listen", listen, "--processes", "2"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert start.returncode == 1
+    assert start.stderr == f"oasst_gateway: cannot listen on {listen}: Address already in use\n"

@@ -45,7 +45,7 @@ train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, 
 	$(BIN)/python -m oasst_training.train_demo --work-dir build/demo
 	printf 'What is a meme?\nAnd who coined the word?\n' | $(BIN)/oasst up --chat --model training/oasst_training/demo
 
-bench: .venv/dev          ## Measure engine, whole path and start; prints ratios
+bench: .venv/dev          ## Measure engine, whole path, scoring and start; prints ratios
 	$(BIN)/python -m bench
 
 bench-peers: .venv/dev    ## Measure beside other systems; SHAPES=160m DTYPES=int8 SYSTEMS= CONCURRENT=8 ROUNDS=1

@@ -26,6 +26,7 @@ from bench.interference import interference_table, measure_interference
 from bench.path import measure_path, path_table
 from bench.prefix import measure_prefix, prefix_table
 from bench.queue import measure_queue, queue_table
+from bench.scoring import measure_scoring, scoring_table
 from bench.speculation import measure_speculation, read_chats, speculation_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
@@ -127,6 +128,15 @@ def _queue(options: Options) -> Measured:
     return [figures], [queue_table(figures)]
 
 
+def _scoring(options: Options) -> Measured:
+    measured = (
+        measure_scoring(name, path, context_tokens=options.prompt_tokens, rounds=options.rounds)
+        for name, path in options.checkpoints.items()
+    )
+    rows = [row for rows in measured for row in rows]
+    return rows, [scoring_table(rows)]
+
+
 def _start(options: Options) -> Measured:
     row = measure_start(options.rounds)
     return [row], [start_table(row)]
@@ -162,6 +172,7 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "share": _share,
     "goodput": _goodput,
     "queue": _queue,
+    "scoring": _scoring,
     "start": _start,
     "client": _client,
     "training": _training,

@@ -58,6 +58,7 @@ def main() -> None:
     interpreters, missing = _interpreters(plan)
     if REFERENCE not in interpreters:
         sys.exit(f"{SYSTEMS[REFERENCE].name} says which tokens are right and cannot be installed: {missing}")
+    names = {key: SYSTEMS[key].name for key in plan.systems}
     figures: list[Figure] = []
     for shape in plan.shapes:
         bench = _Bench(plan, shape, interpreters)
@@ -66,9 +67,8 @@ def main() -> None:
             more_figures, more_missing = bench.measure(dtype, reference)
             figures += more_figures
             missing += more_missing
-    names = {key: SYSTEMS[key].name for key in plan.systems}
+            _write(plan, figures, missing, names)  # What is measured is kept if the rest is interrupted.
     print(_report(plan, figures, missing, names))
-    _write(plan, figures, missing, names)
 
 
 class _Bench:

@@ -42,7 +42,13 @@ VLLM = Environment("vllm", uninstall=("torchvision", "torchaudio", "torchcodec")
 LLAMA_CPP = Environment(
     "llama_cpp",
     source="llama-cpp-python==0.3.36",
-    build_variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "1"},
+    build_variables={
+        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",
+        "CMAKE_BUILD_PARALLEL_LEVEL": "1",
+        # GCC 12 takes `_tile_loadconfig` to read 8 of its 64 bytes and drops the stores to the others, on which a
+        # processor with AMX faults at the first int8 product.
+        "CXXFLAGS": "-fno-tree-dse -fno-dse",
+    },
 )
 
 

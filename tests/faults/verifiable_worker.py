@@ -18,12 +18,23 @@ from pathlib import Path
 
 from oasst_worker.__main__ import main
 from oasst_worker.detokenizer import Detokenizer
-from oasst_worker.engine import Batch, Chunk, Engine, EngineConfig, OutOfDeviceMemoryError, Sample, Sequence
+from oasst_worker.engine import (
+    Batch,
+    Chunk,
+    Engine,
+    EngineConfig,
+    OutOfDeviceMemoryError,
+    Sample,
+    Scores,
+    Sequence,
+    Target,
+    TargetScore,
+)
 from oasst_worker.intake import Intake, ModelFacts
 from oasst_worker.settings import WorkerSettings
 from tokenizers import Tokenizer
 
-from faults.verifiable import MODEL, MODEL_FOLDER, Prompt, Script, next_token, words
+from faults.verifiable import MODEL, MODEL_FOLDER, Prompt, Script, foretell_score, next_token, words
 
 MAX_POSITIONS = 2048
 VOCAB_SIZE = 2048
@@ -64,7 +75,7 @@ def _index_drawn(chunk: Chunk) -> int | None:
 
 
 class VerifiableExecutor:
-    """Draws the tokens that `verifiable.foretell` tells, in steps that take as long as they are told to."""
+    """Draws and scores the tokens as `verifiable` foretells, in steps that take as long as they are told to."""
 
     block_size = 16
     prefill_tile = 16
@@ -77,7 +88,7 @@ class VerifiableExecutor:
         self._ledger = ledger
         self._has_memory = True
 
-    def execute(self, batch: Batch) -> list[Sample]:
+    def execute(self, batch: Batch) -> list[Sample | Scores]:
         if not self._has_memory:
             self.run_out_of_memory()
         if self._ledger is not None:
@@ -85,7 +96,7 @@ class VerifiableExecutor:
             for chunk in batch.chunks:
                 self._play(chunk, self._ledger)
         _pause(self._step_s)
-        return [_draw(chunk.sequence) for chunk in batch.chunks if chunk.draws]
+        return [_result(chunk) for chunk in batch.chunks if chunk.draws or chunk.targets]
 
     def _play(self, chunk: Chunk, ledger: Ledger) -> None:
         """Whatever the prompt's script has for this chunk happens."""
@@ -124,6 +135,17 @@ _ONCE: dict[Script, Callable[[VerifiableExecutor], None]] = {
     Script.DEVICE_LOST: lambda _: _lose_device(),
     Script.HANG: lambda _: time.sleep(3600),
 }
+
+
+def _result(chunk: Chunk) -> Sample | Scores:
+    if chunk.targets:
+        return Scores([_score(chunk.sequence, target) for target in chunk.targets])
+    return _draw(chunk.sequence)
+
+
+def _score(sequence: Sequence, target: Target) -> TargetScore:
+    before = sequence.token_ids[: target.position + 1]
+    return TargetScore(*foretell_score([*before, target.token_id], target.position + 1))
 
 
 def _draw(sequence: Sequence) -> Sample:

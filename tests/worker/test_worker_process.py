@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import oasst_training
+import psutil
 import pytest
 from oasst.jobs.v1.job_pb2 import Job
 from oasst_jobs import JobState, QueueClient, connect
@@ -288,3 +289,30 @@ def test_a_closed_health_server_does_not_answer():
     server.close()
     with pytest.raises(urllib.error.URLError):
         get(server.address, "/healthz")
+
+
+async def test_a_killed_rank_ends_its_worker_and_another_goes_on_with_the_same_text(queue, start_process):
+    split = await start_process("--split", "tensor", "--num-ranks", "2", "--lease-s", "0.5", "--worker-id", "split")
+    (rank,) = psutil.Process(split.process.pid).children()
+    job_id = await queue.submit(demo_job("resumed"))
+    await until(lambda: _has_logged(queue, job_id, 20))
+    rank.kill()
+    assert await asyncio.wait_for(split.process.wait(), 10) == 1
+    assert 20 <= (await queue.log(job_id)).end_position < 250
+
+    await start_process()
+    resumed = await queue.ended(job_id)
+    undisturbed = await queue.ended(await queue.submit(demo_job("undisturbed")))
+    assert resumed.end_position == 250
+    assert text_of(resumed) == text_of(undisturbed)
+
+
+async def test_no_rank_outlives_a_killed_worker(start_process):
+    split = await start_process("--split", "tensor", "--num-ranks", "2")
+    (rank,) = psutil.Process(split.process.pid).children()
+    await split.end(signal.SIGKILL)
+    await until(lambda: _has_ended(rank))
+
+
+async def _has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

@@ -14,6 +14,7 @@ from oasst_worker.intake import Intake, ModelFacts
 from oasst_worker.model.config import CheckpointError, NeoXConfig, load_config
 from oasst_worker.model.weights import resolve_checkpoint
 from oasst_worker.runtime.build import RuntimeOptions, build_executor
+from oasst_worker.runtime.ranks import RankProcesses
 from oasst_worker.settings import StartError, WorkerSettings
 
 __all__ = ["ServedModel", "load_model"]
@@ -31,6 +32,7 @@ class ServedModel:
     name: str
     engine: Engine
     intake: Intake
+    ranks: RankProcesses | None = None  # The other processes of a split model.
 
 
 def load_model(settings: WorkerSettings) -> ServedModel:
@@ -51,7 +53,7 @@ def _load_model(settings: WorkerSettings) -> ServedModel:
     folder = resolve_checkpoint(settings.model)
     config = load_config(folder)
     tokenizer = _load_tokenizer(folder, config)
-    engine = _build_engine(folder, config, settings, banned_token_ids=_banned_token_ids(tokenizer, config))
+    engine, ranks = _build_engine(folder, config, settings, banned_token_ids=_banned_token_ids(tokenizer, config))
     facts = ModelFacts(
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
@@ -66,12 +68,12 @@ def _load_model(settings: WorkerSettings) -> ServedModel:
         engine.kv_tokens_total,
         engine.max_sequences,
     )
-    return ServedModel(name, engine, Intake(_make_detokenizer(tokenizer, folder), facts))
+    return ServedModel(name, engine, Intake(_make_detokenizer(tokenizer, folder), facts), ranks)
 
 
 def _build_engine(
     folder: Path, config: NeoXConfig, settings: WorkerSettings, *, banned_token_ids: frozenset[int]
-) -> Engine:
+) -> tuple[Engine, RankProcesses | None]:
     options = RuntimeOptions(
         device=settings.device,
         dtype=settings.dtype,
@@ -79,11 +81,13 @@ def _build_engine(
         threads=settings.threads,
         kv_tokens=settings.kv_tokens,
         max_sequences=settings.max_sequences,
+        split=settings.split,
+        num_ranks=settings.num_ranks,
     )
     try:
         executor = build_executor(folder, options, banned_token_ids=banned_token_ids)
         is_on_cpu = executor.device.type == "cpu"
-        return Engine(
+        engine = Engine(
             executor,
             EngineConfig(
                 eos_token_id=config.eos_token_id,
@@ -93,6 +97,7 @@ def _build_engine(
                 speculate=_CPU_SPECULATION * is_on_cpu if settings.speculate is None else settings.speculate,
             ),
         )
+        return engine, executor.ranks
     except ValueError as error:
         raise StartError(str(error)) from error
 

@@ -91,6 +91,12 @@ class WorkerSettings(BaseSettings):
         None,
         description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",
     )
+    split: Literal["auto", "none", "tensor"] = Field(
+        "auto", description="tensor: every matrix over several processes, a GPU each. auto: where there are several."
+    )
+    num_ranks: int | None = Field(
+        None, ge=1, le=64, description="Processes of a split model. Unset: one for each GPU; needed on a CPU."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
     max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")
     kv_tokens: int | None = Field(None, ge=1, description="Positions of KV cache. Unset: what memory allows.")

@@ -86,6 +86,7 @@ class Worker:
                     tasks.create_task(reconciler.run(), name="reconcile"),
                     tasks.create_task(self._watch(consumer, reconciler), name="watch"),
                     tasks.create_task(self._await_engine(), name="engine"),
+                    tasks.create_task(self._await_loss_of_rank(), name="ranks"),
                     tasks.create_task(
                         beat(claimer, consumer, self._loop, worker_id=settings.worker_id, model=self._model.name),
                         name="heartbeat",
@@ -97,8 +98,11 @@ class Worker:
                     companion.cancel()
 
     def join_engine(self, timeout_s: float) -> bool:
-        """Waits for the engine's thread to end; False if it is stuck in a step."""
-        return self._loop.join(timeout_s)
+        """Waits for the engine's thread to end, and ends the ranks it led; False if it is stuck in a step."""
+        has_ended = self._loop.join(timeout_s)
+        if self._model.ranks is not None:
+            self._model.ranks.close()
+        return has_ended
 
     def _stop_on_signals(self, consumer: Consumer) -> None:
         def stop() -> None:
@@ -142,6 +146,11 @@ class Worker:
     async def _await_engine(self) -> None:
         """Ends with the engine's thread, and with its error."""
         await asyncio.wrap_future(self._loop.ended)
+
+    async def _await_loss_of_rank(self) -> None:
+        """Fails when another process of a split model has ended."""
+        if self._model.ranks is not None:
+            await asyncio.wrap_future(self._model.ranks.lost)
 
     def _announce(self, metrics_address: str) -> None:
         event = {"event": "serving", "role": "worker", "id": self._settings.worker_id, "metrics": metrics_address}

@@ -1,6 +1,6 @@
 """The rows of the fault table, in its order."""
 
-from faults.rows import callers, gateways, machines, network, queue, service, workers
+from faults.rows import callers, gateways, machines, network, queue, scoring, service, workers
 from faults.table import Row
 
 __all__ = ["ROWS"]
@@ -54,4 +54,6 @@ ROWS: tuple[Row, ...] = (
     queue.is_slow,
     service.few_files,
     queue.disagrees_with_itself,
+    scoring.worker_is_killed,
+    scoring.gateway_is_killed,
 )

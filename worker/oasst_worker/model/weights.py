@@ -2,7 +2,7 @@
 
 Reads single or sharded safetensors, else single or sharded `pytorch_model.bin` (tensors only: pickled code is
 refused). Shards are read one after the other and tensors are copied out one by one, so that memory holds the result
-and at most one shard.
+and at most one shard. A rank of several reads only its share of each matrix.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from oasst_worker.model.config import CheckpointError, NeoXConfig
+from oasst_worker.model.ranks import Share
 
 __all__ = ["CheckpointError", "LayerWeights", "NeoXWeights", "deinterleave_qkv", "load_weights", "resolve_checkpoint"]
 
@@ -72,7 +73,7 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One transformer block. Matrices are [out, in], as `torch.nn.functional.linear` takes them."""
+    """One block, or a rank's share of it. Matrices are [out, in], as `torch.nn.functional.linear` takes them."""
 
     norm1_weight: Tensor  # [hidden], before attention
     norm1_bias: Tensor
@@ -85,7 +86,7 @@ class LayerWeights:
     mlp_in_weight: Tensor  # [intermediate, hidden]
     mlp_in_bias: Tensor
     mlp_out_weight: Tensor  # [hidden, intermediate]
-    mlp_out_bias: Tensor
+    mlp_out_bias: Tensor | None  # None, as dense_bias, in every share but the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +128,14 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
 
 
 def load_weights(
-    folder: Path, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: Path,
+    config: NeoXConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    share: Share = Share(),  # noqa: B008  # Frozen.
 ) -> NeoXWeights:
-    """Returns the weights of the checkpoint in `folder`, converted to `dtype` on `device`.
+    """Returns the weights of the checkpoint in `folder`, converted to `dtype` on `device`; only those of `share`.
 
     The tensors own their memory: the files may go away afterwards.
 
@@ -137,6 +143,7 @@ def load_weights(
         CheckpointError: A file is missing, truncated or corrupt, or the tensors are not those `config` asks for.
     """
     shapes = _tensor_shapes(config)
+    num_heads = share.of_config(config).num_heads
     shards = _find_shards(folder)
     tensors: dict[str, Tensor] = {}
     for number, shard in enumerate(shards, start=1):
@@ -144,16 +151,18 @@ def load_weights(
             if _IGNORED.search(stored_name):
                 continue
             name = _HEAD if stored_name == _HEAD_ALIAS else stored_name
-            _check_tensor(shard, stored_name, stored, shapes.get(name))
+            _check_shape(shard, stored_name, stored.shape, shapes.get(name))
             if name in tensors:
                 raise CheckpointError(f"{shard}: holds {stored_name}, which was already loaded.")
+            tensor = stored.read(_cut(name, stored.shape, share))
+            _check_type(shard, stored_name, tensor)
             if ".attention.query_key_value." in name:
-                stored = deinterleave_qkv(stored, config.num_heads)
-            tensors[name] = stored.to(device=device, dtype=dtype, copy=True)
+                tensor = deinterleave_qkv(tensor, num_heads)
+            tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
         _logger.info("loaded %s (%d of %d)", shard.name, number, len(shards))
     if missing := sorted(shapes.keys() - tensors.keys() - ({_HEAD} if config.tie_word_embeddings else set())):
         raise CheckpointError(f"{folder}: the checkpoint lacks {_some(missing)}.")
-    return _assemble(tensors, config)
+    return _assemble(tensors, config, share)
 
 
 def deinterleave_qkv(rows: Tensor, num_heads: int) -> Tensor:
@@ -219,25 +228,47 @@ def _indexed_shards(index: Path) -> list[Path]:
     return shards
 
 
-def _read_shard(shard: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of one file. They may map the file: copy what is kept."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], Tensor]  # A part of it. It may map the file: copy what is kept.
+
+
+def _cut(name: str, shape: tuple[int, ...], share: Share) -> tuple[slice, ...]:
+    """Which part of a tensor is the share's.
+
+    Query-key-value rows lie head by head, so that a run of heads is a run of rows.
+    """
+    whole = tuple(slice(0, size) for size in shape)
+    if ".query_key_value." in name or ".dense_h_to_4h." in name or name in (_EMBEDDING, _HEAD):
+        return (share.of(shape[0]), *whole[1:])
+    if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+        return (whole[0], share.of(shape[1]))
+    return whole
+
+
+def _read_shard(shard: Path) -> Iterator[tuple[str, _Stored]]:
     return _read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard)
 
 
-def _read_safetensors(shard: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_safetensors(shard: Path) -> Iterator[tuple[str, _Stored]]:
     with _unreadable_as_checkpoint_error(shard), safe_open(shard, framework="pt") as file:
         names = list(file.keys())
         for name in names:
-            yield name, file.get_tensor(name)
+            stored = file.get_slice(name)
+            yield name, _Stored(tuple(stored.get_shape()), stored.__getitem__)
 
 
-def _read_bin(shard: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_bin(shard: Path) -> Iterator[tuple[str, _Stored]]:
     with _unreadable_as_checkpoint_error(shard):
         # Only the zip format of torch >= 1.6 can be mapped.
         state: Any = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{shard}: holds something other than named tensors.")
-    yield from state.items()
+    for name, tensor in state.items():
+        yield name, _Stored(tuple(tensor.shape), tensor.__getitem__)
 
 
 @contextmanager
@@ -249,16 +280,19 @@ def _unreadable_as_checkpoint_error(shard: Path) -> Iterator[None]:
         raise CheckpointError(f"{shard}: is truncated, corrupt or not made of plain tensors: {reason}.") from error
 
 
-def _check_tensor(shard: Path, name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> None:
+def _check_shape(shard: Path, name: str, stored: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
     if shape is None:
         raise CheckpointError(f"{shard}: holds {name}, which config.json has no place for.")
-    if tensor.shape != shape:
-        raise CheckpointError(f"{shard}: {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}.")
+    if stored != shape:
+        raise CheckpointError(f"{shard}: {name} has shape {list(stored)}; config.json asks for {list(shape)}.")
+
+
+def _check_type(shard: Path, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOAT_DTYPES:
         raise CheckpointError(f"{shard}: {name} is of type {tensor.dtype}, not a floating point type.")
 
 
-def _assemble(tensors: dict[str, Tensor], config: NeoXConfig) -> NeoXWeights:
+def _assemble(tensors: dict[str, Tensor], config: NeoXConfig, share: Share) -> NeoXWeights:
     embed_in = tensors[_EMBEDDING]
     head = tensors.get(_HEAD, embed_in)
     # A tied checkpoint may hold the head all the same. Like transformers: one tensor if they are equal, else two.
@@ -266,15 +300,17 @@ def _assemble(tensors: dict[str, Tensor], config: NeoXConfig) -> NeoXWeights:
         head = embed_in
     return NeoXWeights(
         embed_in=embed_in,
-        layers=tuple(_assemble_layer(tensors, index) for index in range(config.num_layers)),
+        layers=tuple(_assemble_layer(tensors, index, share) for index in range(config.num_layers)),
         final_norm_weight=tensors["gpt_neox.final_layer_norm.weight"],
         final_norm_bias=tensors["gpt_neox.final_layer_norm.bias"],
         head=head,
     )
 
 
-def _assemble_layer(tensors: dict[str, Tensor], index: int) -> LayerWeights:
+def _assemble_layer(tensors: dict[str, Tensor], index: int, share: Share) -> LayerWeights:
     fields: dict[str, Any] = {field: tensors.get(_layer_name(index, field)) for field in _LAYER_TENSORS}
+    if not share.is_first:  # Each rank's product is a part of a sum, in which a bias counts once.
+        fields |= {"dense_bias": None, "mlp_out_bias": None}
     return LayerWeights(**fields)
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,13 @@ from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.weights import load_weights
+from oasst_worker.model.ranks import ALONE, Ranks, Share, connect_ranks
+from oasst_worker.model.weights import NeoXWeights, load_weights
+from oasst_worker.runtime.ranks import LostRankError, RankProcesses, SplitModel
 from oasst_worker.runtime.runner import ModelRunner
+from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
 
-__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor"]
+__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "load_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class RuntimeOptions:
     threads: int | None = None  # None is PyTorch's choice: one per core.
     kv_tokens: int | None = None  # Positions of KV cache; None is what memory allows.
     max_sequences: int = 32
+    split: str = "auto"  # auto, none, tensor
+    num_ranks: int | None = None  # Processes of one model; None is one for each GPU, or one.
 
 
 def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: Iterable[int] = ()) -> ModelRunner:
@@ -49,17 +54,83 @@ def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: I
     """
     config = load_config(folder)
     device = _choose_device(options.device)
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    try:
+        split = choose_split(config, options.split, options.num_ranks, num_gpus=num_gpus)
+    except UnsupportedSplitError as error:
+        raise UnsupportedOptionError(str(error)) from error
+    _log.info("split=%s ranks=%d: %s", split.kind, split.num_ranks, split.reason)
+    if split.num_ranks == 1:
+        return _make_runner(load_share(folder, options, Share()).alone(), config, options, 1, banned_token_ids)
+    threads = options.threads or torch.get_num_threads()
+    of_rank = replace(options, threads=max(1, threads // split.num_ranks))
+    processes = RankProcesses(split.num_ranks, {"folder": str(folder), "options": asdict(of_rank)})
+    try:
+        loaded = load_share(folder, of_rank, Share(0, split.num_ranks))
+        processes.wait_until_loaded()
+        ranks = connect_ranks(loaded.share, loaded.device, processes.meeting_file)
+        model = SplitModel(loaded.join(ranks), processes, ranks)
+        return _make_runner(model, config, options, split.num_ranks, banned_token_ids)
+    except LostRankError as error:
+        processes.close()
+        raise UnsupportedOptionError(str(error)) from error
+    except BaseException:
+        processes.close()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedShare:
+    """A rank's weights in memory, not yet connected to the others."""
+
+    config: NeoXConfig
+    weights: NeoXWeights
+    share: Share
+    device: torch.device
+    make_linear: Callable[..., Linear]
+
+    def alone(self) -> NeoX:
+        return self.join(ALONE)
+
+    def connect(self, meeting_file: Path) -> NeoX:
+        """The model, once all ranks have met."""
+        return self.join(connect_ranks(self.share, self.device, meeting_file))
+
+    def join(self, ranks: Ranks) -> NeoX:
+        model = NeoX(self.config, self.weights, self.make_linear, ranks=ranks)
+        if self.device.type == "cpu" and self.share.is_first and not model.is_row_exact():
+            _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
+        return model
+
+
+def load_share(folder: Path, options: RuntimeOptions, share: Share) -> LoadedShare:
+    """The share's weights are in memory, on the rank's own device.
+
+    Raises:
+        CheckpointError, UnsupportedOptionError: as `build_executor`.
+    """
+    config = load_config(folder)
+    device = _choose_device(options.device)
+    if device.type == "cuda" and share.num_ranks > 1:
+        device = torch.device("cuda", share.rank)
+        torch.cuda.set_device(device)
     dtype = _choose_dtype(options.dtype, device, config)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     make_linear = _choose_linear(options.quantize, device)
-    model = NeoX(config, load_weights(folder, config, dtype=dtype, device=device), make_linear)
-    if device.type == "cpu" and not model.is_row_exact():
-        _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", dtype)
-    kv_tokens = options.kv_tokens or _default_kv_tokens(config, device, dtype, options.max_sequences)
+    weights = load_weights(folder, config, dtype=dtype, device=device, share=share)
+    return LoadedShare(config, weights, share, device, make_linear)
+
+
+def _make_runner(
+    model: NeoX | SplitModel, config: NeoXConfig, options: RuntimeOptions, num_ranks: int, banned: Iterable[int]
+) -> ModelRunner:
+    kv_tokens = options.kv_tokens or _default_kv_tokens(
+        config, model.device, model.dtype, options.max_sequences, num_ranks
+    )
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
-    return ModelRunner(model, num_blocks=kv_tokens // BLOCK_SIZE, banned_token_ids=banned_token_ids)
+    return ModelRunner(model, num_blocks=kv_tokens // BLOCK_SIZE, banned_token_ids=banned)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -87,11 +158,13 @@ def _choose_linear(quantize: str | None, device: torch.device) -> Callable[..., 
     return build_quantized_linear
 
 
-def _default_kv_tokens(config: NeoXConfig, device: torch.device, dtype: torch.dtype, max_sequences: int) -> int:
-    """Every sequence at its longest, or as many positions as the device's memory allows."""
+def _default_kv_tokens(
+    config: NeoXConfig, device: torch.device, dtype: torch.dtype, max_sequences: int, num_ranks: int
+) -> int:
+    """Every sequence at its longest, or as many positions as the memory of the device, or of the machine, allows."""
     bytes_per_token = 2 * config.num_layers * config.hidden_size * dtype.itemsize
-    if device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE)
+    if device.type == "cuda":  # Each rank has a device of its own, and its share of each position.
+        memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE) * num_ranks
     else:
         memory = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_CACHE_SHARE)
     return min(max_sequences * config.max_positions, memory // bytes_per_token)

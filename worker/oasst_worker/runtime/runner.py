@@ -23,6 +23,7 @@ from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
+from oasst_worker.runtime.ranks import RankProcesses, SplitModel
 from oasst_worker.runtime.scoring import BatchTargets, find_targets, score_batch
 from oasst_worker.runtime.tensors import make_inputs
 
@@ -37,7 +38,7 @@ class ModelRunner:
 
     block_size = BLOCK_SIZE
 
-    def __init__(self, model: NeoX, *, num_blocks: int, banned_token_ids: Iterable[int] = ()) -> None:
+    def __init__(self, model: NeoX | SplitModel, *, num_blocks: int, banned_token_ids: Iterable[int] = ()) -> None:
         """`banned_token_ids` are never drawn: padding rows of the vocabulary, control tokens other than end-of-text."""
         config = model.config
         self.num_blocks = num_blocks
@@ -48,6 +49,11 @@ class ModelRunner:
         # Where a position's bits depend on itself alone a prompt may be cut anywhere; blocks are known whole.
         self.prefill_tile = BLOCK_SIZE if model.is_position_exact else PREFILL_TILE
         self.device = model.device
+
+    @property
+    def ranks(self) -> RankProcesses | None:
+        """The other processes that compute the model, if it is split."""
+        return self._model.processes if isinstance(self._model, SplitModel) else None
 
     def execute(self, batch: Batch) -> Items[Sample | Scores]:
         """Keys and values of every chunk are in the cache.

@@ -1,0 +1,190 @@
+"""Log-likelihoods through the whole path against a plain transformers loop: same weights, items and scores, fp32."""
+
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from oasst_client import Client, ItemScore, ScoreItem
+from rich.table import Table
+from tokenizers import Tokenizer
+from transformers import GPTNeoXForCausalLM
+
+from bench.path import complete_with_demo_tokenizer, running_stack
+
+__all__ = ["ScoringRow", "measure_scoring", "score_in_batches", "scoring_table"]
+
+BATCH_SIZES = (1, 4, 16)
+
+# Of sums over a continuation's tokens.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Task:
+    """The shape of an evaluation: how many continuations stand behind each context, and how long they are."""
+
+    name: str
+    num_contexts: int
+    num_choices: int
+    tokens: tuple[int, int]
+
+
+TASKS = (
+    Task("4 answers of 4 to 12 tokens to a context", 8, 4, (4, 12)),  # HellaSwag, ARC.
+    Task("4 answers of one token to a context", 16, 4, (1, 1)),  # MMLU.
+    Task("1 answer of 4 to 12 tokens to a context", 32, 1, (4, 12)),  # Nothing is shared.
+)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Items of random tokens that the tokenizer knows; the first answer to each context is what the model would say."""
+
+    task: Task
+    model: GPTNeoXForCausalLM
+    num_ids: int
+    context_tokens: int
+
+    def items(self, *, seed: int) -> list[ScoreItem]:
+        dice = random.Random(f"{self.task.name} {seed}")
+        return [item for _ in range(self.task.num_contexts) for item in self._of_one_context(dice)]
+
+    def _of_one_context(self, dice: random.Random) -> Iterator[ScoreItem]:
+        ids = range(300, self.num_ids)
+        context = dice.choices(ids, k=dice.randint(self.context_tokens // 2, self.context_tokens * 3 // 2))
+        for choice in range(self.task.num_choices):
+            num_tokens = dice.randint(*self.task.tokens)
+            answer = self._said(context, num_tokens) if choice == 0 else dice.choices(ids, k=num_tokens)
+            yield ScoreItem((*context, *answer), len(context))
+
+    def _said(self, context: list[int], num_tokens: int) -> list[int]:
+        ids = torch.tensor([context])
+        said = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            suppress_tokens=[*range(self.num_ids, self.model.config.vocab_size)] or None,
+            eos_token_id=-1,
+            pad_token_id=1,
+        )
+        return said[0, len(context) :].tolist()
+
+
+@dataclass(frozen=True)
+class ScoringRow:
+    """One checkpoint and task: items per second, the medians of the rounds."""
+
+    checkpoint: str
+    task: str
+    ours: float
+    transformers: dict[int, float]  # By batch size.
+    largest_difference: float  # Between two log-likelihoods of an item.
+
+    @property
+    def best_batch_size(self) -> int:
+        return max(self.transformers, key=lambda size: self.transformers[size])
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.transformers[self.best_batch_size]
+
+
+def measure_scoring(name: str, folder: Path, *, context_tokens: int, rounds: int) -> list[ScoringRow]:
+    """`folder` needs no tokenizer of its own. Contexts have half to one and a half times `context_tokens`.
+
+    Raises:
+        RuntimeError: the two sides do not give the same scores, so that times would compare nothing.
+    """
+    complete_with_demo_tokenizer(folder)
+    num_ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with running_stack(folder) as stack, Client(stack["addresses"][0]) as client:
+        draws = (_Draw(task, model, num_ids, context_tokens) for task in TASKS)
+        return [_measure(name, draw, client, rounds) for draw in draws]
+
+
+def scoring_table(rows: list[ScoringRow]) -> Table:
+    table = Table(title="Scoring, whole path against transformers at its best batch size: items per second")
+    for heading in ("checkpoint", "items", "oasst-serve", "transformers", "its batch", "ratio", "largest difference"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            row.task,
+            f"{row.ours:.1f}",
+            f"{row.transformers[row.best_batch_size]:.1f}",
+            str(row.best_batch_size),
+            f"{row.ratio:.2f}",
+            f"{row.largest_difference:.0e}",
+        )
+    return table
+
+
+@torch.inference_mode()
+def score_in_batches(model: GPTNeoXForCausalLM, items: Sequence[ScoreItem], batch_size: int) -> list[ItemScore]:
+    """As lm-evaluation-harness does with a model of transformers: longest first, padded on the right.
+
+    Items that differ in their last token alone take one row, which is more than the harness shares.
+    """
+    indices = defaultdict(list)
+    for index, item in enumerate(items):
+        indices[item.token_ids[:-1], item.context_length].append(index)
+    rows = sorted(indices, key=lambda row: len(row[0]), reverse=True)
+    scores: dict[int, ItemScore] = {}
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        fed_ids = [torch.tensor(token_ids) for token_ids, _ in batch]
+        logits = model(torch.nn.utils.rnn.pad_sequence(fed_ids, batch_first=True), use_cache=False).logits
+        for of_row, row in zip(logits, batch, strict=True):
+            token_ids, context_length = row
+            wanted = of_row[context_length - 1 : len(token_ids)]
+            logprobs, best = wanted.log_softmax(-1), wanted.argmax(-1)
+            for index in indices[row]:
+                targets = torch.tensor(items[index].token_ids[context_length:])
+                logprob = logprobs.gather(1, targets[:, None]).sum().item()
+                scores[index] = ItemScore(logprob, bool((best == targets).all()), ())
+    return [scores[index] for index in range(len(items))]
+
+
+def _measure(name: str, draw: _Draw, client: Client, rounds: int) -> ScoringRow:
+    systems: dict[int | None, Callable[[Sequence[ScoreItem]], list[ItemScore]]] = {None: client.score}
+    for batch_size in BATCH_SIZES:
+        systems[batch_size] = lambda items, size=batch_size: score_in_batches(draw.model, items, size)
+    seconds: dict[int | None, list[float]] = {system: [] for system in systems}
+    largest_difference = 0.0
+    warm_up = draw.items(seed=-1)[:4]
+    for score in systems.values():
+        score(warm_up)
+    for round_ in range(rounds):
+        # New ones for each round: the worker would use again what it computed before.
+        items = draw.items(seed=round_)
+        scores = {}
+        for system, score in systems.items():
+            start = time.perf_counter()
+            scores[system] = score(items)
+            seconds[system].append(time.perf_counter() - start)
+        for batch_size in BATCH_SIZES:
+            largest_difference = max(largest_difference, _largest_difference(scores[None], scores[batch_size]))
+    rates = {system: len(items) / statistics.median(times) for system, times in seconds.items()}
+    return ScoringRow(
+        name,
+        draw.task.name,
+        ours=rates[None],
+        transformers={batch_size: rates[batch_size] for batch_size in BATCH_SIZES},
+        largest_difference=largest_difference,
+    )
+
+
+def _largest_difference(ours: Sequence[ItemScore], theirs: Sequence[ItemScore]) -> float:
+    if [score.is_greedy for score in ours] != [score.is_greedy for score in theirs]:
+        raise RuntimeError("the two sides do not call the same items greedy")
+    difference = max(abs(one.logprob - other.logprob) for one, other in zip(ours, theirs, strict=True))
+    if difference > _TOLERANCE:
+        raise RuntimeError(f"the scores of an item differ by {difference:.1e}: {_TOLERANCE:.0e} is allowed")
+    return difference

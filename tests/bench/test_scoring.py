@@ -1,0 +1,46 @@
+"""The transformers loop that scoring is measured against: right at every batch size, or the ratio tells nothing."""
+
+import pytest
+import torch
+from oasst_client import ItemScore, ScoreItem
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from bench.scoring import ScoringRow, score_in_batches
+
+ITEMS = [
+    ScoreItem((5, 6, 7, 8, 9), 2),
+    ScoreItem((5, 6, 7), 2),
+    ScoreItem((5, 6, 11), 2),  # Differs from the one before in its last token alone.
+    ScoreItem((40, 41), 1),
+    ScoreItem(tuple(range(30)), 17),
+]
+
+
+@pytest.fixture
+def model() -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, max_position_embeddings=64, **sizes)).eval()
+
+
+@torch.inference_mode()
+def scored_alone(model, item: ScoreItem) -> ItemScore:
+    targets = torch.tensor(item.token_ids[item.context_length :])
+    logits = model(torch.tensor([item.token_ids])).logits[0, item.context_length - 1 : -1]
+    logprobs = logits.log_softmax(-1)[range(len(targets)), targets]
+    return ItemScore(logprobs.sum().item(), bool((logits.argmax(-1) == targets).all()))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_every_item_has_the_score_that_it_has_alone(model, batch_size):
+    best = int(model(torch.tensor([[40]])).logits[0, -1].argmax())
+    items = [*ITEMS, ScoreItem((40, best), 1)]
+    scores, expected = score_in_batches(model, items, batch_size), [scored_alone(model, item) for item in items]
+    assert [score.logprob for score in scores] == pytest.approx([each.logprob for each in expected], abs=1e-4)
+    assert [score.is_greedy for score in scores] == [each.is_greedy for each in expected]
+    assert scores[-1].is_greedy
+
+
+def test_the_ratio_is_to_the_best_batch_size():
+    row = ScoringRow("demo", "items", ours=30.0, transformers={1: 10.0, 4: 20.0, 16: 15.0}, largest_difference=0.0)
+    assert (row.best_batch_size, row.ratio) == (4, 1.5)

@@ -1,0 +1,178 @@
+"""A model that is split over several processes computes what one process computes, and all of them end together."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.model.config import load_config
+from oasst_worker.model.inputs import AttentionSpan, StepInputs
+from oasst_worker.model.ranks import Share
+from oasst_worker.model.weights import load_weights
+from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
+from oasst_worker.runtime.ranks import LostRankError, pack_inputs, unpack_inputs
+from oasst_worker.runtime.runner import ModelRunner
+from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+SIZES = {
+    "vocab_size": 322,  # Four ranks have unequal parts of it.
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "initializer_range": 0.2,
+}
+OPTIONS = RuntimeOptions(device="cpu", threads=1, kv_tokens=1024, split="none")
+
+
+def make_folder(folder, **fields):
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | fields))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("parallel"))
+
+
+@pytest.fixture(params=[(2, True), (4, False)], ids=["2 ranks", "4 ranks, sequential residual"], scope="module")
+def runners(request, tmp_path_factory) -> Iterator[tuple[ModelRunner, ModelRunner]]:
+    """The same model in one process and in several."""
+    num_ranks, parallel = request.param
+    folder = make_folder(tmp_path_factory.mktemp("model"), use_parallel_residual=parallel)
+    split = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=num_ranks))
+    yield build_executor(folder, OPTIONS), split
+    split.ranks.close()
+
+
+def prompt_of(length: int) -> list[int]:
+    return torch.randint(1, 322, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def generate(runner: ModelRunner) -> list[list[int]]:
+    engine = Engine(runner, EngineConfig(eos_token_id=0, max_positions=256, max_sequences=8, step_tokens=80))
+    tokens: dict[str, list[int]] = {}
+    for length in (1, 17, 70):
+        params = GenerationParams(max_new_tokens=16, temperature=0)
+        engine.add(Sequence(str(length), prompt_of(length), params))
+    while engine.has_work():
+        for output in engine.step():
+            tokens.setdefault(output.sequence_id, []).append(output.token_id)
+    return [tokens[length] for length in ("1", "17", "70")]
+
+
+def test_logits_agree_with_one_process_within_1e_4(runners):
+    alone, split = runners
+    for length in (1, 17, 70):
+        torch.testing.assert_close(
+            split.prompt_logits(prompt_of(length)), alone.prompt_logits(prompt_of(length)), rtol=0, atol=1e-4
+        )
+
+
+def test_greedy_tokens_are_those_of_one_process(runners):
+    alone, split = runners
+    assert generate(split) == generate(alone)
+
+
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(runners):
+    _, split = runners
+    whole = split.prompt_logits(prompt_of(70))
+    assert torch.equal(split.prompt_logits(prompt_of(70)[:16])[:16], whole[:16])
+
+
+def test_a_step_exchanges_one_sum_a_layer_and_one_for_each_end(runners):
+    _, split = runners
+    config, traffic = split._model.config, split._model.traffic
+    before = traffic.num_exchanges
+    split.prompt_logits(prompt_of(5))
+    sums_of_a_layer = 1 if config.parallel_residual else 2
+    assert traffic.num_exchanges - before == config.num_layers * sums_of_a_layer + 2
+
+
+def test_the_ranks_weights_together_are_the_checkpoint(folder):
+    config = load_config(folder)
+    whole = load_weights(folder, config, dtype=torch.float32)
+    parts = [load_weights(folder, config, dtype=torch.float32, share=Share(rank, 4)) for rank in range(4)]
+    assert torch.equal(torch.cat([part.head for part in parts]), whole.head)
+    assert torch.equal(torch.cat([part.embed_in for part in parts]), whole.embed_in)
+    ours, layers = whole.layers[1], [part.layers[1] for part in parts]
+    qkv = torch.cat([layer.qkv_weight.view(3, 16, 64) for layer in layers], dim=1)
+    assert torch.equal(qkv.reshape(192, 64), ours.qkv_weight)
+    assert torch.equal(torch.cat([layer.dense_weight for layer in layers], dim=1), ours.dense_weight)
+    assert torch.equal(torch.cat([layer.mlp_in_bias for layer in layers]), ours.mlp_in_bias)
+    assert torch.equal(torch.cat([layer.mlp_out_weight for layer in layers], dim=1), ours.mlp_out_weight)
+    assert [layer.mlp_out_bias is None for layer in layers] == [False, True, True, True]
+
+
+def test_inputs_arrive_as_they_were_packed():
+    inputs = StepInputs(
+        token_ids=torch.tensor([5, 6, 7]),
+        positions=torch.tensor([0, 1, 9]),
+        cells=torch.tensor([16, 17, 41]),
+        spans=[AttentionSpan(0, 2, 0, 2, [1]), AttentionSpan(2, 1, 9, 0, [2, 4])],
+        drawing_rows=torch.tensor([2]),
+    )
+    arrived = unpack_inputs(pack_inputs(inputs), torch.device("cpu"))
+    assert arrived.spans == inputs.spans
+    for name in ("token_ids", "positions", "cells", "drawing_rows"):
+        assert torch.equal(getattr(arrived, name), getattr(inputs, name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "num_gpus", "expected"),
+    [
+        ("auto", None, 0, ("none", 1)),
+        ("auto", None, 1, ("none", 1)),
+        ("auto", None, 2, ("tensor", 2)),
+        ("auto", None, 3, ("tensor", 2)),  # Four heads over three GPUs: two of them.
+        ("auto", 4, 0, ("tensor", 4)),
+        ("none", None, 8, ("none", 1)),
+        ("tensor", None, 4, ("tensor", 4)),
+        ("tensor", 2, 0, ("tensor", 2)),
+    ],
+)
+def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num_gpus, expected):
+    split = choose_split(load_config(folder), kind, num_ranks, num_gpus=num_gpus)
+    assert (split.kind, split.num_ranks) == expected
+    assert split.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "num_gpus", "said"),
+    [
+        ("tensor", 3, 0, "--num-ranks 3 does not divide the model's 4 attention heads"),
+        ("tensor", None, 0, "on a CPU give --num-ranks"),
+        ("tensor", 4, 2, "--num-ranks 4 needs as many GPUs, and there are 2"),
+        ("none", 2, 0, "leave one out"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused_with_what_to_change(folder, kind, num_ranks, num_gpus, said):
+    with pytest.raises(UnsupportedSplitError, match=said):
+        choose_split(load_config(folder), kind, num_ranks, num_gpus=num_gpus)
+
+
+def test_a_bad_split_stops_before_a_process_is_started(folder):
+    with pytest.raises(UnsupportedOptionError, match="does not divide"):
+        build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=3))
+
+
+def test_a_killed_rank_is_noticed_at_once_and_fails_the_next_step(folder):
+    runner = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2))
+    os.kill(runner.ranks.pids[0], signal.SIGKILL)
+    with pytest.raises(LostRankError, match="rank 1 of the model ended with exit code -9"):
+        runner.ranks.lost.result(timeout=5)
+    with pytest.raises(RuntimeError):
+        runner.prompt_logits(prompt_of(5))
+    runner.ranks.close()

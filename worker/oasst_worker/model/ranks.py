@@ -1,0 +1,164 @@
+"""One model in several processes: which part of every matrix is a rank's, and how ranks exchange what they computed.
+
+Heads, the MLP's inner dimension and the vocabulary are cut into as many runs as there are ranks; norms are everybody's.
+A rank's products give a part of every row's sum, so a block of layers ends in one sum over all ranks.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from oasst_worker.model.config import NeoXConfig
+
+__all__ = ["ALONE", "Alone", "ConnectedRanks", "Ranks", "Share", "TrafficCount", "connect_ranks"]
+
+# Longer than any step may take; a rank that died is noticed at once, by its connections.
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of the model that is one rank's: the `rank`-th of `num_ranks`."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Biases and residuals, which count once, are this rank's to add."""
+        return self.rank == 0
+
+    def of(self, size: int) -> slice:
+        """This rank's run of `size` things, all runs equally long but for the last."""
+        length = -(-size // self.num_ranks)
+        return slice(min(self.rank * length, size), min((self.rank + 1) * length, size))
+
+    def of_config(self, config: NeoXConfig) -> NeoXConfig:
+        """The sizes of this rank's heads and MLP; hidden size and vocabulary are the whole model's.
+
+        Raises:
+            ValueError: if the heads or the MLP cannot be cut into that many equal parts.
+        """
+        for name, size in (("attention heads", config.num_heads), ("MLP dimensions", config.intermediate_size)):
+            if size % self.num_ranks:
+                raise ValueError(
+                    f"--num-ranks {self.num_ranks} does not divide the model's {size} {name}; use a number that does"
+                )
+        return replace(
+            config,
+            num_heads=config.num_heads // self.num_ranks,
+            intermediate_size=config.intermediate_size // self.num_ranks,
+        )
+
+
+@dataclass(slots=True)
+class TrafficCount:
+    """What a rank exchanged so far."""
+
+    num_exchanges: int = 0
+    num_bytes: int = 0  # Of the tensors it gave.
+
+    def add(self, tensor: Tensor) -> None:
+        self.num_exchanges += 1
+        self.num_bytes += tensor.nbytes
+
+
+class Ranks(Protocol):
+    """The exchanges of a rank with the others. All ranks make the same calls in the same order."""
+
+    @property
+    def share(self) -> Share: ...
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, at every rank."""
+        ...
+
+    def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
+        """[rows, part of the columns] -> [rows, num_columns] at the first rank; the others keep what they had."""
+        ...
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor; the others give one of its shape and dtype."""
+        ...
+
+
+class Alone:
+    """A model in one process: nothing to exchange."""
+
+    share = Share()
+
+    def sum(self, part: Tensor) -> Tensor:
+        return part
+
+    def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
+        return part
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+ALONE = Alone()
+
+
+class ConnectedRanks:
+    """Ranks connected by NCCL on GPUs, by gloo on CPUs.
+
+    A row's bits must not depend on the rows beside it. gloo's all-reduce adds in an order that depends on where in the
+    tensor a number stands, so on a CPU parts are exchanged as they are and added in the order of ranks.
+    """
+
+    def __init__(self, share: Share, group: Any) -> None:  # Any: PyTorch's stubs lack the methods of its backends.
+        self.share = share
+        self.traffic = TrafficCount()
+        self._group = group
+
+    def sum(self, part: Tensor) -> Tensor:
+        self.traffic.add(part)
+        if part.device.type != "cpu":
+            self._group.allreduce([part]).wait()
+            return part
+        part = part.contiguous()
+        parts = part.new_empty(self.share.num_ranks, *part.shape)
+        self._group.allgather([list(parts.unbind())], [part]).wait()
+        total = parts[0]
+        for other in parts[1:]:
+            total += other
+        return total
+
+    def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
+        width = -(-num_columns // self.share.num_ranks)
+        part = F.pad(part, (0, width - part.shape[1])).contiguous()
+        self.traffic.add(part)
+        parts = part.new_empty(self.share.num_ranks, *part.shape) if self.share.is_first else None
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        self._group.gather([] if parts is None else [list(parts.unbind())], [part], options).wait()
+        return part if parts is None else parts.transpose(0, 1).flatten(1)[:, :num_columns]
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        self.traffic.add(tensor)
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._group.broadcast([tensor], options).wait()
+        return tensor
+
+
+def connect_ranks(share: Share, device: torch.device, meeting_file: Path) -> ConnectedRanks:
+    """All ranks have met by `meeting_file`, which is on a disk they share and was not there before."""
+    store = dist.FileStore(str(meeting_file), share.num_ranks)  # type: ignore[attr-defined]
+    group: Any  # As above.
+    if device.type == "cuda":
+        group = dist.ProcessGroupNCCL(store, share.rank, share.num_ranks, dist.ProcessGroupNCCL.Options())
+    else:
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # Not in the stubs.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = _TIMEOUT
+        group = dist.ProcessGroupGloo(store, share.rank, share.num_ranks, options)
+    return ConnectedRanks(share, group)

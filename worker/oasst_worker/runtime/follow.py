@@ -1,0 +1,64 @@
+"""A rank that is not the first, as a process: computes what it is told until nobody tells it any more."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import IO
+
+from torch import Tensor
+
+from oasst_worker.model.config import CheckpointError
+from oasst_worker.model.ranks import Share
+from oasst_worker.runtime.build import RuntimeOptions, load_share
+from oasst_worker.runtime.ranks import Command, read_command, unpack_inputs
+
+__all__ = ["follow"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
+    """Serves until `orders` ends; the process's exit code."""
+    _end_with_parent()
+    told = json.loads(orders.readline())
+    share = Share(told["rank"], told["num_ranks"])
+    try:
+        loaded = load_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
+    except CheckpointError as error:
+        sys.stderr.write(f"oasst_worker, rank {share.rank}: {error}\n")
+        return 2
+    answers.write(b"loaded\n")
+    answers.flush()
+    model = loaded.connect(Path(told["meeting_file"]))
+    cache: Tensor | None = None
+    while (command := read_command(orders)) is not None:
+        match command:
+            case Command.MAKE_CACHE, [num_blocks]:
+                cache = model.make_cache(num_blocks)
+            case Command.LOGITS, [num_rows]:
+                rows = model.ranks.from_first(model.make_rows(num_rows))
+                model.logits(rows)
+            case kind, words if cache is not None:
+                compute = model.forward if kind is Command.FORWARD else model.hidden
+                compute(unpack_inputs(words, model.device), cache)
+            case kind, _:
+                raise RuntimeError(f"told to {kind.name} before there was a cache")
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Signals to the whole group are the first rank's to heed; where the system can, its death is ours at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # It died before that call.
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(follow(sys.stdin.buffer, sys.stdout.buffer))

@@ -26,6 +26,8 @@ lint: .venv/dev           ## Check style, types and the protobuf files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/basedpyright
+	PYTHONPATH=client:protos $(BIN)/basedpyright --verifytypes oasst_client --ignoreexternal
 	$(BIN)/buf lint
 
 format: .venv/dev         ## Bring the code into the project's style

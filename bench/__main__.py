@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench.agreement import agreement_table, measure_agreement
 from bench.checkpoints import DEMO, random_checkpoint
+from bench.client import client_table, measure_client
 from bench.engine import engine_table, measure_engine
 from bench.evals import evals_table, measure_evals
 from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
@@ -164,6 +165,11 @@ def _start(options: Options) -> Measured:
     return [row], [start_table(row)]
 
 
+def _client(options: Options) -> Measured:
+    row = measure_client(options.rounds)
+    return [row], [client_table(row)]
+
+
 def _training(options: Options) -> Measured:
     rows = [measure_training(shape, steps=options.training_steps, rounds=options.rounds) for shape in TRAINED_SHAPES]
     return rows, [training_table(rows)]
@@ -193,6 +199,7 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "queue": _queue,
     "scoring": _scoring,
     "start": _start,
+    "client": _client,
     "training": _training,
     "evals": _evals,
 }

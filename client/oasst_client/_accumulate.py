@@ -43,7 +43,7 @@ class Accumulator:
         self._choices: dict[int, _ChoiceParts] = {}
         self.accepted: Accepted | None = None
         # Where a stream goes on that is to follow the present one.
-        self.next_position = 0
+        self.next_position: int = 0
         # The whole completion, once the request has finished.
         self.completion: Completion | None = None
 
@@ -100,7 +100,8 @@ class Accumulator:
                 return self._finish(event.finished)
             case "failed":
                 raise error_from_failed(event.failed, request_id=self._request_id)
-        return None  # An event that only a newer client knows.
+            case _:
+                return None  # An event that only a newer client knows.
 
     def _accept(self, accepted: Accepted) -> Accepted | None:
         is_first = self.accepted is None

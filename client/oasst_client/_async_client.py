@@ -188,9 +188,10 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(target, credentials, all_options)
         self._retry = retry
         self._query_timeout_s = query_timeout_s
-        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
-        self._model = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
-        self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        # Any: generated code has no types.
+        self._chat: Any = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._model: Any = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._scoring: Any = scoring_pb2_grpc.ScoringServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def __aenter__(self) -> Self:
         return self

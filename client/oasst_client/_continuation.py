@@ -34,9 +34,9 @@ class Continuation:
         self.accumulator = accumulator
         self.attempts = attempts
         # How often the stream was taken up again after it had begun.
-        self.num_resumes = 0
+        self.num_resumes: int = 0
         # Whether nothing more will come: it finished, failed, or was given up.
-        self.is_over = False
+        self.is_over: bool = False
         # The call to make now.
         self.next_call: EventRequest = request
         self._request = request

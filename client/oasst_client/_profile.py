@@ -17,7 +17,7 @@ the one named `default` is used when nobody asks for another:
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -134,7 +134,7 @@ def open_channel(profile: Profile) -> grpc.Channel:
 
 
 @contextmanager
-def _told_as_profile_errors() -> Iterator[None]:
+def _told_as_profile_errors() -> Generator[None]:
     """What a client cannot be made of is the profile's fault."""
     try:
         yield

@@ -132,7 +132,8 @@ def is_transient(error: APIError) -> bool:
             return not error.reason
         case OverloadedError():
             return error.retry_after_s is not None
-    return False
+        case _:
+            return False
 
 
 def is_lost(error: APIError) -> bool:

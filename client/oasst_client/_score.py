@@ -50,17 +50,23 @@ def split_pairs(items: Sequence[ScoreItemLike]) -> list[TextPair]:
     >>> split_pairs([("The sky is ", "blue")])
     [TextPair(index=0, context='The sky is', whole='The sky is blue')]
     """
-    pairs = []
+    pairs: list[TextPair] = []
     for index, item in enumerate(items):
         if isinstance(item, ScoreItem):
             continue
-        if not (isinstance(item, tuple) and len(item) == 2 and all(isinstance(each, str) for each in item)):
-            raise TypeError(f"items[{index}]: give a ScoreItem or the texts (context, continuation), not {item!r:.80}")
-        context, continuation = item
+        context, continuation = _texts_of(item, index)
         if not continuation:
             raise ValueError(f"items[{index}]: the continuation is empty")
         pairs.append(TextPair(index, context.rstrip(), context + continuation))
     return pairs
+
+
+def _texts_of(item: object, index: int) -> tuple[str, str]:
+    match item:
+        case (str(context), str(continuation)):
+            return context, continuation
+        case _:
+            raise TypeError(f"items[{index}]: give a ScoreItem or the texts (context, continuation), not {item!r:.80}")
 
 
 def texts_of(pairs: Sequence[TextPair]) -> list[str]:

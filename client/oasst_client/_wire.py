@@ -153,7 +153,7 @@ def message_from(message: MessageLike) -> Message:
     if isinstance(message, Message):
         return Message(Role(message.role), message.content)
     if isinstance(message, Mapping):
-        if message.keys() != {"role", "content"}:
+        if set(message) != {"role", "content"}:
             raise ValueError(f"a message has a role and a content, not {', '.join(map(str, message)) or 'nothing'}")
         return Message(Role(message["role"]), message["content"])
     role, content = message
@@ -175,12 +175,12 @@ def _proto_fields(options: ChatOptions) -> dict[str, object]:
     fields["request_id"] = options.get("request_id") or new_request_id()
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
-    if "truncation" in fields:
-        fields["truncation"] = f"TRUNCATION_{Truncation(options['truncation']).name}"
-    if "priority" in fields:
-        fields["priority"] = f"PRIORITY_{Priority(options['priority']).name}"
-    if "detach_grace_s" in fields:
-        fields["detach_grace"] = _duration(options["detach_grace_s"])
+    if (truncation := options.get("truncation")) is not None:
+        fields["truncation"] = f"TRUNCATION_{Truncation(truncation).name}"
+    if (priority := options.get("priority")) is not None:
+        fields["priority"] = f"PRIORITY_{Priority(priority).name}"
+    if (detach_grace_s := options.get("detach_grace_s")) is not None:
+        fields["detach_grace"] = _duration(detach_grace_s)
     return fields
 
 

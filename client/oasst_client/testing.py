@@ -140,12 +140,12 @@ class FakeServer:
         token_interval_s: float = 0.0,
         model: str = "fake",
     ) -> None:
-        self.address = ""
+        self.address: str = ""
         self.score_requests: list[scoring_pb2.ScoreRequest] = []
         self._score = score or _score_evenly
         self.requests: list[chat_pb2.ChatRequest] = []
         self.metadata: list[dict[str, str]] = []
-        self.tokenizer = FakeTokenizer()
+        self.tokenizer: FakeTokenizer = FakeTokenizer()
         self._answers = answers or ("Hello!",)
         self._token_interval_s = token_interval_s
         self._model = model
@@ -505,4 +505,4 @@ async def _fail_if(error: APIError | None, context: _Context) -> None:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    await context.abort_with_status(rpc_status.to_status(status))
+    await context.abort_with_status(rpc_status.to_status(status))  # pyright: ignore[reportUnknownMemberType]  # untyped

@@ -59,6 +59,10 @@ class BlockPool:
         """How many of these blocks nobody holds."""
         return sum(not self._num_holders[block] for block in blocks)
 
+    def num_held_once(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks have one holder, and are free once it lets go."""
+        return sum(self._num_holders[block] == 1 for block in blocks)
+
     def share(self, blocks: list[int], found: Iterable[int]) -> None:
         """The list holds these blocks too, behind its own."""
         for block in found:

@@ -5,9 +5,12 @@ first catch up with the second. Decoding is a gap of one, prefill a large one, a
 from zero again.
 """
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
+from itertools import count
+from operator import attrgetter
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
@@ -27,10 +30,10 @@ _FEW_PROMPTS_SHARE = 1 / 4
 
 @dataclass(frozen=True, slots=True)
 class _Lane:
-    """Sequences of equal right."""
+    """Sequences of equal right, by their arrival."""
 
     waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)  # Oldest first.
+    running: list[Sequence] = field(default_factory=list)
     # Key -> the running sequence that is to compute the block first.
     expected: dict[bytes, Sequence] = field(default_factory=dict)
 
@@ -41,10 +44,12 @@ class Scheduler:
     - Sequences that decode come first. What is left of the budget goes to prompts, oldest first, in chunks.
     - While some decode, a few prompts get no more than makes a step `max_slowdown` times as long, by what steps were
       seen to cost.
-    - A sequence is admitted when a slot is free and all its tokens fit into free blocks. What the blocks of others know
-      of its beginning it does not compute again; what others are about to compute it waits for.
-    - When a running sequence needs a block and none is free, the youngest gives all its blocks back and waits at the
-      front; it is computed again later. The oldest is never preempted for a younger one, so it always ends.
+    - A sequence is admitted when a slot is free and all its tokens fit into free blocks, and a block for each that runs
+      stays free. What the blocks of others know of its beginning it does not compute again; what others are about to
+      compute it waits for.
+    - When a running sequence needs a block and none is free, a younger one gives all its blocks back and is computed
+      again later: the one that has the least to compute again. It keeps its place by arrival. None is preempted for a
+      younger one, so the oldest always ends, and then the next.
     - When the device had no memory for a batch, the younger half waits in the same way, and steps are smaller for a
       while.
     - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is
@@ -90,6 +95,7 @@ class Scheduler:
         self._is_position_exact = is_position_exact
         self._generating = _Lane()
         self._scoring = _Lane()
+        self._arrivals = count()
 
     @property
     def num_waiting(self) -> int:
@@ -113,6 +119,7 @@ class Scheduler:
         return (self._scoring.running or self._generating.running)[-1]
 
     def add(self, sequence: Sequence) -> None:
+        sequence.arrival = next(self._arrivals)
         self._lane_of(sequence).waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -237,9 +244,12 @@ class Scheduler:
         return known, keys[len(known) :]
 
     def _fits(self, sequence: Sequence, known: Items[int]) -> bool:
-        """There are blocks for all its tokens beyond the known ones."""
+        """There are blocks for all its tokens beyond the known ones, and one more for each that runs.
+
+        Without that, what is admitted now would be preempted for the next block that somebody needs.
+        """
         missing = self._pool.blocks_for(sequence.num_tokens) - len(known)
-        return missing <= self._pool.num_free - self._pool.num_free_among(known)
+        return missing + self.num_running <= self._pool.num_free - self._pool.num_free_among(known)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether the sequence fits once so many of those that are scored are preempted as it takes."""
@@ -254,7 +264,7 @@ class Scheduler:
         """The sequence runs, and has computed what is known already."""
         lane = self._lane_of(sequence)
         lane.waiting.remove(sequence)
-        lane.running.append(sequence)
+        insort(lane.running, sequence, key=attrgetter("arrival"))
         self._pool.share(sequence.blocks, known)
         sequence.num_computed = len(known) * self._pool.block_size
         for key in unknown_keys:
@@ -279,7 +289,7 @@ class Scheduler:
             return 0
         freed = 0
         while not self._pool.grow(sequence.blocks, end):
-            victim = self._youngest
+            victim = self._victim_for(sequence)
             self._preempt(victim)
             withdrawn = chunks.pop(victim, None)
             freed += withdrawn.num_tokens if withdrawn else 0
@@ -312,8 +322,22 @@ class Scheduler:
             end -= end % self._prefill_tile
         return end
 
+    def _victim_for(self, sequence: Sequence) -> Sequence:
+        """Who gives its blocks back so that the sequence gets one: itself, if none is below it.
+
+        Blocks that others hold too are not freed. Of those that free some, the one with the fewest tokens loses least.
+        """
+        if self._scoring.running:
+            return self._scoring.running[-1]
+        younger = [
+            other
+            for other in self._generating.running
+            if other.arrival > sequence.arrival and self._pool.num_held_once(other.blocks)
+        ]
+        return min(younger, key=lambda other: (other.num_computed, -other.arrival), default=sequence)
+
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         sequence.num_computed = 0
-        self._lane_of(sequence).waiting.appendleft(sequence)
+        insort(self._lane_of(sequence).waiting, sequence, key=attrgetter("arrival"))
         self.num_preemptions += 1

@@ -29,6 +29,7 @@ class Sequence:
         "_prompt_length",
         "_salt",
         "_token_ids",
+        "arrival",
         "blocks",
         "num_cached_tokens",
         "num_computed",
@@ -57,6 +58,8 @@ class Sequence:
         self.sequence_id = sequence_id
         self.params = params
         self.num_computed = 0
+        # Its place among all that came to its scheduler, which sets it.
+        self.arrival = 0
         # Blocks of the KV cache, in the order of positions.
         self.blocks: list[int] = []
         # Prompt tokens whose keys and values were there when the sequence first ran; None before.

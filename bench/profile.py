@@ -1,7 +1,8 @@
 """Where a decode step's time goes on this CPU, by operator, and what share of the machine's floor it reaches.
 
 The floor of a step is the longer of two: reading all weights of the linear layers and the KV cache once, at the rate at
-which this machine was just seen to read; and the products' arithmetic, at the rate of PyTorch's best square product.
+which PyTorch's dot product was just seen to read here; and the products' arithmetic, at the rate of its best square
+product. A better way to read passes 100 %.
 Times are minima over the steps: other processes only ever add to a step.
 """
 

@@ -16,6 +16,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from bench.agreement import agreement_table, measure_agreement
 from bench.checkpoints import DEMO, random_checkpoint
 from bench.client import client_table, measure_client
 from bench.engine import engine_table, measure_engine
@@ -25,6 +26,7 @@ from bench.goodput import goodput_table, measure_goodput, measure_share, share_t
 from bench.interference import interference_table, measure_interference
 from bench.path import measure_path, path_table
 from bench.prefix import measure_prefix, prefix_table
+from bench.profile import measure_profile, measure_roofline, profile_table, roofline_table
 from bench.queue import measure_queue, queue_table
 from bench.scoring import measure_scoring, scoring_table
 from bench.speculation import measure_speculation, read_chats, speculation_table
@@ -71,6 +73,27 @@ def _engine(options: Options) -> Measured:
     )
     rows = [row for rows in measured for row in rows]
     return rows, [engine_table(rows)]
+
+
+def _profile(options: Options) -> Measured:
+    roofline = measure_roofline()
+    rows = [
+        row
+        for name, path in options.checkpoints.items()
+        for row in measure_profile(name, path, roofline, options.concurrent, context=options.prompt_tokens)
+    ]
+    return [roofline, *rows], [roofline_table(roofline), profile_table(rows)]
+
+
+def _agreement(options: Options) -> Measured:
+    rows = [
+        row
+        for name, path in options.checkpoints.items()
+        for row in measure_agreement(
+            name, path, prompt_tokens=options.prompt_tokens, new_tokens=min(options.new_tokens, 64)
+        )
+    ]
+    return rows, [agreement_table(rows)]
 
 
 def _prefix(options: Options) -> Measured:
@@ -163,6 +186,8 @@ def _evals(options: Options) -> Measured:
 
 PARTS: dict[str, Callable[[Options], Measured]] = {
     "engine": _engine,
+    "profile": _profile,
+    "agreement": _agreement,
     "prefix": _prefix,
     "interference": _interference,
     "speculation": _speculation,

@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +37,13 @@ class Task:
 TASKS = (
     Task("4 answers of 4 to 12 tokens to a context", 8, 4, (4, 12)),  # HellaSwag, ARC.
     Task("4 answers of one token to a context", 16, 4, (1, 1)),  # MMLU.
-    Task("1 answer of 4 to 12 tokens to a context", 32, 1, (4, 12)),  # Nothing is shared.
+    Task("1 answer of 4 to 12 tokens to a context", 24, 1, (4, 12)),  # Nothing is shared.
 )
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Items of random tokens that the tokenizer knows; the first answer to each context is what the model would say."""
+    """Items of random tokens that the tokenizer knows; to the first context, the first answer is the model's own."""
 
     task: Task
     model: GPTNeoXForCausalLM
@@ -51,16 +51,15 @@ class _Draw:
     context_tokens: int
 
     def items(self, *, seed: int) -> list[ScoreItem]:
-        dice = random.Random(f"{self.task.name} {seed}")
-        return [item for _ in range(self.task.num_contexts) for item in self._of_one_context(dice)]
-
-    def _of_one_context(self, dice: random.Random) -> Iterator[ScoreItem]:
-        ids = range(300, self.num_ids)
-        context = dice.choices(ids, k=dice.randint(self.context_tokens // 2, self.context_tokens * 3 // 2))
-        for choice in range(self.task.num_choices):
-            num_tokens = dice.randint(*self.task.tokens)
-            answer = self._said(context, num_tokens) if choice == 0 else dice.choices(ids, k=num_tokens)
-            yield ScoreItem((*context, *answer), len(context))
+        dice, ids = random.Random(f"{self.task.name} {seed}"), range(300, self.num_ids)
+        items = []
+        for _ in range(self.task.num_contexts):
+            context = dice.choices(ids, k=dice.randint(self.context_tokens // 2, self.context_tokens * 3 // 2))
+            for _ in range(self.task.num_choices):
+                num_tokens = dice.randint(*self.task.tokens)
+                answer = dice.choices(ids, k=num_tokens) if items else self._said(context, num_tokens)
+                items.append(ScoreItem((*context, *answer), len(context)))
+        return items
 
     def _said(self, context: list[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([context])

@@ -1,5 +1,6 @@
 """On the CPU a sequence's logits do not depend, to the last bit, on what else runs or on how it came to run."""
 
+import itertools
 import random
 
 import pytest
@@ -116,7 +117,7 @@ def run(model, jobs, *, arrivals=None, resumed=None, num_blocks=1024, step_token
     """Logits of each sequence, and the engine that ran them."""
     runner = RecordingRunner(model, num_blocks)
     config = EngineConfig(eos_token_id=0, max_positions=512, max_sequences=NUM_SEQUENCES, step_tokens=step_tokens)
-    engine = Engine(runner, config)
+    engine = Engine(runner, config, clock=itertools.count().__next__)  # Every step takes as long: schedules repeat.
     waiting = sorted(jobs, key=lambda name: (arrivals or {}).get(name, 0))
     step = 0
     while waiting or engine.has_work():
@@ -169,9 +170,21 @@ def test_with_prompts_in_chunks(scene):
     assert_same_bits(logits, alone)
 
 
+def long_answers(jobs):
+    """A few of the jobs, with answers that outgrow the block each sequence finds free when it starts."""
+    return {name: (jobs[name][0], 50) for name in sorted(jobs)[:8]}
+
+
 def test_after_preemption_in_scattered_blocks(scene):
-    model, jobs, alone = scene
-    logits, engine = run(model, jobs, arrivals=random_arrivals(jobs), num_blocks=48)
+    model, jobs, _ = scene
+    assert_same_bits_after_preemption(model, long_answers(jobs))
+
+
+def assert_same_bits_after_preemption(model, jobs):
+    alone = {}
+    for name, job in jobs.items():
+        alone |= run(model, {name: job})[0]
+    logits, engine = run(model, jobs, num_blocks=20)
     assert engine.num_preemptions > 0
     assert_same_bits(logits, alone)
 
@@ -212,13 +225,7 @@ def test_with_beginnings_that_were_computed_for_others(scene):
 )
 def test_in_bf16_and_int8_too(dtype, make_attention, make_linear):
     model = make_model(dtype, make_attention, make_linear, **SHAPES["heads of 40, odd vocabulary"])
-    jobs = dict(list(make_jobs(model.config.vocab_size).items())[:10])
-    alone = {}
-    for name, job in jobs.items():
-        alone |= run(model, {name: job})[0]
-    logits, engine = run(model, jobs, num_blocks=20)
-    assert engine.num_preemptions > 0
-    assert_same_bits(logits, alone)
+    assert_same_bits_after_preemption(model, long_answers(make_jobs(model.config.vocab_size)))
 
 
 def test_a_generated_token_has_the_bits_it_would_have_in_a_prompt():
@@ -262,3 +269,27 @@ def test_a_device_without_memory_for_some_batches_gives_the_same_tokens():
     cramped, engine = tokens(CrampedRunner(model, num_blocks=1024))
     assert engine.num_out_of_memory > 2
     assert cramped == tokens(ModelRunner(model, num_blocks=1024))[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "make_linear", "tolerance"),
+    [
+        (torch.float32, build_linear, 1e-4),
+        (torch.bfloat16, build_linear, 0.1),
+        (torch.float32, build_quantized_linear, 1e-2),
+    ],
+)
+def test_all_layers_in_one_call_give_what_they_give_one_by_one(dtype, make_linear, tolerance, shape, monkeypatch):
+    tokens = list(range(1, 101))
+    at_once = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
+    assert at_once.has_compiled_layers
+    monkeypatch.setattr("oasst_worker.model.neox.CompiledLayers", refuse)
+    one_by_one = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
+    assert not one_by_one.has_compiled_layers
+    logits, expected = (ModelRunner(model, num_blocks=16).prompt_logits(tokens) for model in (at_once, one_by_one))
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * expected.std().item())
+
+
+def refuse(*_):
+    raise RuntimeError("not here")

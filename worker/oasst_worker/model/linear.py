@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oasst_worker.model.config import Activation
-from oasst_worker.model.kernels import load_kernels
+from oasst_worker.model.kernels import ROWS, SIZES, load_kernels
 
 __all__ = [
     "CompiledLinear",
@@ -177,11 +177,8 @@ class _Linear(ctypes.Structure):
     )
 
 
-# What the kernel computes with: rows' dtype -> its name for weights of that dtype, and definitions for such rows.
-_ROWS: dict[torch.dtype, tuple[str, tuple[str, ...]]] = {
-    torch.float32: ("FP32", ()),
-    torch.bfloat16: ("BF16", ("ROWS_BF16",)),
-}
+# The kernel's names for weights.
+_WEIGHTS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.int8: "INT8"}
 # By the size of a weight's number: how many of them make a word. Other than fp32, whole tiles of 16 words are read.
 _INPUTS_OF_A_WORD = {4: 1, 2: 2, 1: 4}
 _TILE_WORDS = 16
@@ -201,17 +198,18 @@ class CompiledLinear:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None, *, quantize: bool = False
     ) -> None:
-        if weight.dtype not in _ROWS:
+        if weight.dtype not in ROWS:
             raise RuntimeError(f"no kernel for linear layers of {weight.dtype}")
-        kind, definitions = _ROWS[weight.dtype]
-        library = load_kernels("linear", f"WEIGHTS={'INT8' if quantize else kind}", *definitions)
+        kind = _WEIGHTS[torch.int8 if quantize else weight.dtype]
+        library = load_kernels("layers", f"WEIGHTS={kind}", *SIZES, *ROWS[weight.dtype])
         if library is None:
             raise RuntimeError("no kernel for linear layers here")
+        self.library = library
         self._kernel = library.apply
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None
         self._dtype = weight.dtype
-        self._out_features, self._in_features = weight.shape
+        self.out_features, self.in_features = weight.shape
         width = library.prepare()
         scales = offsets = None
         if quantize:
@@ -220,29 +218,34 @@ class CompiledLinear:
             scales = _whole_panels(quantized.scales, width)
             offsets = _whole_panels(128 * weight.sum(dim=1, dtype=torch.int32), width)
         panels = _into_panels(weight, width)
-        self._words = panels.shape[1]
+        self.words = panels.shape[1]
         # The kernel's structure points into these.
         self._tensors = (panels, None if bias is None else _whole_panels(bias.float(), width), scales, offsets)
         self._linear = _Linear(
-            self._in_features,
-            self._out_features,
-            self._words,
+            self.in_features,
+            self.out_features,
+            self.words,
             self._ACTIVATIONS[activation],
             *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors),
         )
 
+    @property
+    def address(self) -> int:
+        """Of the kernel's `linear`; this object keeps it alive."""
+        return ctypes.addressof(self._linear)
+
     def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
         rows = x.shape[0]
-        if x.shape[1] != self._in_features or any(each.shape != (rows, self._out_features) for each in residuals):
-            raise ValueError(f"{[*x.shape]} and residuals do not fit {self._in_features} -> {self._out_features}")
+        if x.shape[1] != self.in_features or any(each.shape != (rows, self.out_features) for each in residuals):
+            raise ValueError(f"{[*x.shape]} and residuals do not fit {self.in_features} -> {self.out_features}")
         if any(each.dtype != self._dtype for each in (x, *residuals)):
             raise ValueError(f"rows must be {self._dtype}")
         x, residuals = x.contiguous(), tuple(each.contiguous() for each in residuals)  # As a rule they are.
-        product = x.new_empty(rows, self._out_features)
-        scratch = torch.empty(rows * (self._words + 1), dtype=torch.int32)
+        product = x.new_empty(rows, self.out_features)
+        scratch = torch.empty(rows * (self.words + 1), dtype=torch.int32)
         first, second = (*(each.data_ptr() for each in residuals), None, None)[:2]
         self._kernel(
-            ctypes.addressof(self._linear),
+            self.address,
             torch.get_num_threads(),
             rows,
             x.data_ptr(),

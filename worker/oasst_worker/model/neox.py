@@ -10,6 +10,7 @@ Shapes: `rows` new tokens in this step, `heads` attention heads of `head_dim`, `
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from oasst_worker.model.attention import Attend, Attention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
+from oasst_worker.model.layers import CompiledLayers, LayerLinears
 from oasst_worker.model.linear import Linear, build_linear, is_row_exact
 from oasst_worker.model.ranks import ALONE, Ranks
 from oasst_worker.model.weights import LayerWeights, NeoXWeights
@@ -46,6 +48,10 @@ class NeoX:
         self._final_norm = _Norm(weights.final_norm_weight, weights.final_norm_bias, config.layer_norm_eps)
         self._head = make_linear(weights.head, None)
         self._attention = make_attention(self._share_config, dtype=self.dtype, device=self.device)
+        self._compiled: CompiledLayers | None = None
+        with suppress(RuntimeError):  # Then the layers are called one by one.
+            parts = [layer.parts for layer in self._layers]
+            self._compiled = CompiledLayers(config, weights.layers, parts, self._attention)
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +69,11 @@ class NeoX:
             is_row_exact(linear, in_features, self.dtype)
             for linear, in_features in [*linears, (self._head, share.hidden_size)]
         )
+
+    @property
+    def has_compiled_layers(self) -> bool:
+        """A step's layers are one call."""
+        return self._compiled is not None
 
     @property
     def is_position_exact(self) -> bool:
@@ -86,6 +97,8 @@ class NeoX:
     def hidden(self, inputs: StepInputs, cache: Tensor) -> Tensor:
         """Writes every row's keys and values and returns what the layers make of it, [rows, hidden]."""
         hidden = self._embed(inputs.token_ids)
+        if self._compiled:
+            return self._compiled(hidden, inputs, cache)
         attend = self._attention.prepare(inputs)
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             hidden = layer(hidden, attend, layer_cache)
@@ -117,6 +130,10 @@ class _Layer:
         self._dense = make_linear(weights.dense_weight, weights.dense_bias)
         self._mlp_in = make_linear(weights.mlp_in_weight, weights.mlp_in_bias, config.hidden_act)
         self._mlp_out = make_linear(weights.mlp_out_weight, weights.mlp_out_bias)
+
+    @property
+    def parts(self) -> LayerLinears:
+        return LayerLinears(self._qkv, self._dense, self._mlp_in, self._mlp_out)
 
     def linears(self, hidden: int, attended: int, intermediate: int) -> list[tuple[Linear, int]]:
         """The layer's products with their numbers of input features."""

@@ -1,6 +1,6 @@
 """Attention on a CPU by a compiled kernel: all sequences of a layer in one parallel region.
 
-`kernels/attention.c` gives a row the same bits however it came to be computed: as part of a prompt or by itself, in
+`kernels/attention.h` gives a row the same bits however it came to be computed: as part of a prompt or by itself, in
 any chunk, beside any others, in any blocks, by any number of threads.
 """
 
@@ -10,20 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from oasst_worker.model.attention.interface import Attend, rotary_table
+from oasst_worker.model.attention.interface import rotary_table
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
-from oasst_worker.model.kernels import load_kernels
+from oasst_worker.model.kernels import QUERIES, ROWS, SIZES, TILE, load_kernels
 
-__all__ = ["CompiledAttention"]
+__all__ = ["CompiledAttention", "PreparedAttention"]
 
-# Rows of a prompt that one task takes, and rows that share loads; the dimensions of values are padded to vectors of 16.
-_TILE = 16
-_GROUP = 4
+# The dimensions of values are padded to vectors of 16.
 _LANES = 16
-
-_SIZES = (f"BLOCK={BLOCK_SIZE}", f"TILE={_TILE}", f"GROUP={_GROUP}")
-_DEFINITIONS = {torch.float32: _SIZES, torch.bfloat16: (*_SIZES, "ROWS_BF16")}
 
 
 class _Step(ctypes.Structure):
@@ -38,7 +33,7 @@ class _Step(ctypes.Structure):
 
 
 class CompiledAttention:
-    """The kernel of `kernels/attention.c`.
+    """The kernel of `kernels/attention.h`.
 
     The cache is [layers, blocks, 2, heads, BLOCK_SIZE * head_dim rounded up to 16]: keys of a block by dimension,
     values by position.
@@ -50,7 +45,7 @@ class CompiledAttention:
     is_position_exact = True
 
     def __init__(self, config: NeoXConfig, *, dtype: torch.dtype) -> None:
-        library = load_kernels("attention", *_DEFINITIONS[dtype]) if dtype in _DEFINITIONS else None
+        library = load_kernels("attention", *SIZES, *ROWS[dtype]) if dtype in ROWS else None
         if library is None:
             raise RuntimeError(f"no attention kernel for {dtype} here")
         self._kernel = library.attend
@@ -66,17 +61,17 @@ class CompiledAttention:
         shape = (config.num_layers, num_blocks, 2, config.num_heads, BLOCK_SIZE * padded)
         return torch.empty(shape, dtype=self._dtype)
 
-    def prepare(self, inputs: StepInputs) -> Attend:
+    def prepare(self, inputs: StepInputs) -> "PreparedAttention":
         spans: list[tuple[int, int, int, int]] = []
         tasks: list[tuple[int, int]] = []
         blocks: list[int] = []
         for number, span in enumerate(inputs.spans):
             spans.append((span.first_row, span.num_rows, span.start, len(blocks)))
-            tasks += [(number, row) for row in range(0, span.num_rows, _TILE)]
+            tasks += [(number, row) for row in range(0, span.num_rows, TILE)]
             blocks += span.blocks
         num_threads = torch.get_num_threads()
         longest = max(span.start + span.num_rows for span in inputs.spans)
-        scratch_size = -(-longest // BLOCK_SIZE) * BLOCK_SIZE
+        scratch_size = self._config.head_dim + -(-longest // BLOCK_SIZE) * BLOCK_SIZE
         arrays = (
             self._cos,
             self._sin,
@@ -85,7 +80,7 @@ class CompiledAttention:
             torch.tensor(spans),
             torch.tensor(blocks),
             *torch.tensor(tasks).T.contiguous(),
-            torch.empty(num_threads * _GROUP * scratch_size),
+            torch.empty(num_threads * QUERIES * scratch_size),
         )
         step = _Step(
             len(inputs.positions),
@@ -97,18 +92,18 @@ class CompiledAttention:
             scratch_size,
             *(array.data_ptr() for array in arrays),
         )
-        return _Prepared(self._kernel, step, arrays).attend
+        return PreparedAttention(self._kernel, step, arrays)
 
 
-class _Prepared:
+class PreparedAttention:
     """A step and the arrays it points to, alive together."""
 
     def __init__(self, kernel: Callable[..., None], step: _Step, arrays: tuple[Tensor, ...]) -> None:
         self._kernel = kernel
-        self._step = ctypes.addressof(step)
+        self.address = ctypes.addressof(step)  # Of the kernel's `step`.
         self._alive = (step, arrays)
 
-    def attend(self, qkv: Tensor, cache: Tensor) -> Tensor:
+    def __call__(self, qkv: Tensor, cache: Tensor) -> Tensor:
         attended = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        self._kernel(self._step, qkv.data_ptr(), cache.data_ptr(), attended.data_ptr())
+        self._kernel(self.address, qkv.data_ptr(), cache.data_ptr(), attended.data_ptr())
         return attended

@@ -1,4 +1,4 @@
-"""Kernels in C, compiled when a worker starts, in under a second, by the machine's own compiler.
+"""Kernels in C, compiled when a worker starts, in a second or two, by the machine's own compiler.
 
 They are made for the very processor they run on, and nothing of them is left behind: the library is compiled in a
 temporary folder, loaded, and the folder removed. Where there is no compiler the plain path serves.
@@ -12,9 +12,21 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["load_kernels"]
+import torch
+
+from oasst_worker.model.inputs import BLOCK_SIZE
+
+__all__ = ["QUERIES", "ROWS", "SIZES", "TILE", "load_kernels"]
 
 _log = logging.getLogger(__name__)
+
+# Rows of a prompt that one task of the attention takes, and rows that share loads.
+TILE = 16
+QUERIES = 4
+
+# Definitions for the kernels' sizes, and for rows of each dtype they compute with.
+SIZES = (f"BLOCK={BLOCK_SIZE}", f"TILE={TILE}", f"QUERIES={QUERIES}")
+ROWS = {torch.float32: (), torch.bfloat16: ("ROWS_BF16",)}
 
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-std=gnu17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")

@@ -112,7 +112,7 @@ INLINED void multiply(
 
 static void multiply_rows(
     int64_t rows, int64_t num_words, const word *x, const word *panel, int64_t ahead, word *out) {
-#define CASE(n)     case n: multiply(n, num_words, x, panel, ahead, out); break;
+#define CASE(n) case n: multiply(n, num_words, x, panel, ahead, out); break;
     if (has_tiles)
         multiply_tiles(rows, num_words, x, panel, ahead, out);
     else

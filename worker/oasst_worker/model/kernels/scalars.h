@@ -59,3 +59,13 @@ INLINED void store_some(scalar *to, vector x, int64_t size) {
     store(padded, x);
     for (int64_t i = 0; i < size; i++) to[i] = padded[i];
 }
+
+/* `size` numbers as floats: where they lie if they are, in `scratch` otherwise. */
+INLINED const float *widen_all(const scalar *from, int64_t size, float *scratch) {
+#ifdef ROWS_BF16
+    for (int64_t i = 0; i < size; i++) scratch[i] = widen(from[i]);
+    return scratch;
+#else
+    return from;
+#endif
+}

@@ -1,0 +1,112 @@
+"""What bf16 and int8 weights cost: how far a checkpoint's greedy answers and its probabilities leave those of fp32."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from oasst_worker.engine import EngineConfig
+from oasst_worker.model.config import load_config
+from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from bench.checkpoints import DEMO, random_prompts
+from bench.engine import generate_greedily
+
+__all__ = ["AgreementRow", "agreement_table", "measure_agreement"]
+
+_DIALOGUES = DEMO.parent / "dialogues.jsonl"
+_REFERENCE = RuntimeOptions(device="cpu", dtype="float32", kv_tokens=16384)
+_VARIANTS = {
+    "bf16": RuntimeOptions(device="cpu", dtype="bfloat16", kv_tokens=16384),
+    "int8, fp32 rows": RuntimeOptions(device="cpu", dtype="float32", quantize="int8", kv_tokens=16384),
+    "int8, bf16 rows": RuntimeOptions(device="cpu", dtype="bfloat16", quantize="int8", kv_tokens=16384),
+}
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """One variant against fp32, over the same prompts."""
+
+    checkpoint: str
+    variant: str
+    prompts: int
+    new_tokens: int
+    same_tokens: float  # Share of greedy tokens equal to fp32's at their place, each going on from its own.
+    same_best: float  # Share of places with the same most likely token, reading fp32's text.
+    first_difference: float  # Mean tokens before the first that differs; all of them where none does.
+    divergence: float  # Mean Kullback-Leibler divergence from fp32's probabilities, nats, reading fp32's text.
+
+
+def measure_agreement(
+    name: str, folder: Path, *, prompt_tokens: int, new_tokens: int, count: int = 8
+) -> list[AgreementRow]:
+    """Every variant's answers to `count` prompts: real questions for the demo, random tokens for random weights."""
+    model = load_config(folder)
+    prompts = _questions(count) if folder == DEMO else random_prompts(count, prompt_tokens, model.vocab_size)
+    config = EngineConfig(model.eos_token_id, model.max_positions, max_sequences=count)
+    reference = build_executor(folder, _REFERENCE)
+    expected, _ = generate_greedily(reference, config, prompts, new_tokens)
+    texts = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
+    wanted = _log_probabilities(reference, texts, prompts)
+    rows = []
+    for variant, options in _VARIANTS.items():
+        runner = build_executor(folder, options)
+        answers, _ = generate_greedily(runner, config, prompts, new_tokens)
+        given = _log_probabilities(runner, texts, prompts)
+        pairs = list(zip(expected, answers, strict=True))
+        rows.append(
+            AgreementRow(
+                name,
+                variant,
+                count,
+                new_tokens,
+                sum(a == b for pair in pairs for a, b in zip(*pair, strict=True)) / (count * new_tokens),
+                (wanted.argmax(dim=1) == given.argmax(dim=1)).float().mean().item(),
+                sum(_equal_at_first(*pair) for pair in pairs) / count,
+                (wanted.exp() * (wanted - given)).sum(dim=1).mean().item(),
+            )
+        )
+    return rows
+
+
+def agreement_table(rows: list[AgreementRow]) -> Table:
+    table = Table(title=f"Agreement with fp32: {rows[0].prompts} prompts, {rows[0].new_tokens} greedy tokens each")
+    for heading in ("checkpoint", "variant", "same tokens", "same best", "before the first other", "KL, nats"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            row.variant,
+            f"{row.same_tokens:.1%}",
+            f"{row.same_best:.1%}",
+            f"{row.first_difference:.1f}",
+            f"{row.divergence:.2e}",
+        )
+    return table
+
+
+def _questions(count: int) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    with _DIALOGUES.open() as lines:
+        dialogues = [json.loads(line) for line in itertools.islice(lines, count)]
+    return [
+        tokenizer.encode(f"<|prompter|>{dialogue['messages'][0]['content']}<|endoftext|><|assistant|>").ids
+        for dialogue in dialogues
+    ]
+
+
+def _log_probabilities(runner: ModelRunner, texts: list[list[int]], prompts: list[list[int]]) -> torch.Tensor:
+    """Of every place behind a prompt, [places, vocab]."""
+    return torch.cat(
+        [
+            runner.prompt_logits(text)[len(prompt) - 1 : -1].log_softmax(dim=1)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+    )
+
+
+def _equal_at_first(expected: list[int], given: list[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, given, strict=True)))

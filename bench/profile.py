@@ -1,0 +1,218 @@
+"""Where a decode step's time goes on this CPU, by operator, and what share of the machine's floor it reaches.
+
+The floor of a step is the longer of two: reading all weights of the linear layers and the KV cache once, at the rate at
+which this machine was just seen to read; and the products' arithmetic, at the rate of PyTorch's best square product.
+Times are minima over the steps: other processes only ever add to a step.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.model.attention import Attend, build_attention
+from oasst_worker.model.config import NeoXConfig, load_config
+from oasst_worker.model.inputs import BLOCK_SIZE
+from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
+from oasst_worker.model.neox import NeoX
+from oasst_worker.model.weights import load_weights
+from oasst_worker.runtime import ModelRunner
+from rich.table import Table
+from torch import Tensor
+
+from bench.checkpoints import random_prompts
+
+__all__ = ["ProfileRow", "Roofline", "measure_profile", "measure_roofline", "profile_table", "roofline_table"]
+
+# Name -> (dtype of rows and cache, how linear layers are made, bytes of a weight).
+PATHS: dict[str, tuple[torch.dtype, Callable[..., Linear], int]] = {
+    "fp32": (torch.float32, build_linear, 4),
+    "bf16": (torch.bfloat16, build_linear, 2),
+    "int8": (torch.bfloat16, build_quantized_linear, 1),
+}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this machine does at best, by all threads."""
+
+    read_gb_s: float
+    matrix_gflop_s: dict[str, float]  # By the path's name.
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One decode step of `concurrent` sequences, `context` tokens each; milliseconds."""
+
+    checkpoint: str
+    path: str
+    concurrent: int
+    context: int
+    step_ms: float  # As served: all layers in one call, the engine and the sampling around it.
+    operators_ms: dict[str, float]  # The same step with its operators called one by one.
+    floor_ms: float
+
+    @property
+    def share_of_floor(self) -> float:
+        return self.floor_ms / self.step_ms
+
+
+def measure_roofline() -> Roofline:
+    block = torch.zeros(2**27)  # 512 MiB: more than a cache that is one's own.
+    read_s = _fastest(lambda: torch.dot(block, block))
+    square = torch.randn(2048, 2048)
+    as_bf16, as_int8 = square.bfloat16(), square.to(torch.int8)
+    seconds = {
+        "fp32": _fastest(lambda: square @ square),
+        "bf16": _fastest(lambda: as_bf16 @ as_bf16),
+        "int8": _fastest(lambda: torch._int_mm(as_int8, as_int8)),
+    }
+    operations = 2 * len(square) ** 3
+    return Roofline(block.nbytes / read_s / 1e9, {path: operations / one / 1e9 for path, one in seconds.items()})
+
+
+def measure_profile(
+    name: str, folder: Path, roofline: Roofline, concurrencies: list[int], *, context: int, steps: int = 24
+) -> list[ProfileRow]:
+    """Every path at every number of sequences."""
+    config = load_config(folder)
+    rows = []
+    for path, (dtype, make_linear, weight_bytes) in PATHS.items():
+        weights = load_weights(folder, config, dtype=dtype)
+        clock = _Clock()
+        served = NeoX(config, weights, make_linear)
+        apart = NeoX(config, weights, clock.linears(make_linear, config.vocab_size), clock.attention(build_attention))
+        for concurrent in concurrencies:
+            step_s = min(_decode_steps(served, concurrent, context, steps))
+            floor_s = _floor_s(config, roofline, path, weight_bytes, dtype.itemsize, concurrent, context)
+            operators = _operators_ms(apart, clock, concurrent, context, steps)
+            rows.append(ProfileRow(name, path, concurrent, context, step_s * 1e3, operators, floor_s * 1e3))
+    return rows
+
+
+def roofline_table(roofline: Roofline) -> Table:
+    table = Table(title="What this machine does at best")
+    table.add_column("reading, GB/s", justify="right")
+    for path in roofline.matrix_gflop_s:
+        table.add_column(f"{path} products, GFLOP/s", justify="right")
+    table.add_row(f"{roofline.read_gb_s:.1f}", *(f"{rate:.0f}" for rate in roofline.matrix_gflop_s.values()))
+    return table
+
+
+def profile_table(rows: list[ProfileRow]) -> Table:
+    operators = list(rows[0].operators_ms)
+    table = Table(title=f"A decode step, {rows[0].context} tokens of context: ms as served, one by one, and the floor")
+    for heading in ("checkpoint", "path", "rows", "served", *operators, "floor", "of the floor"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            row.path,
+            str(row.concurrent),
+            f"{row.step_ms:.2f}",
+            *(f"{row.operators_ms[operator]:.2f}" for operator in operators),
+            f"{row.floor_ms:.2f}",
+            f"{row.share_of_floor:.0%}",
+        )
+    return table
+
+
+class _Clock:
+    """Seconds spent in each kind of operator."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed(*arguments: Any) -> Tensor:
+            start = time.perf_counter()
+            outcome = function(*arguments)
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
+            return outcome
+
+        return timed
+
+    def linears(self, make_linear: Callable[..., Linear], vocab_size: int) -> Callable[..., Linear]:
+        def make(weight: Tensor, *arguments: Any) -> Linear:
+            kind = "vocabulary" if weight.shape[0] == vocab_size else "linears"
+            return self.time(kind, make_linear(weight, *arguments))
+
+        return make
+
+    def attention(self, make_attention: Callable[..., Any]) -> Callable[..., Any]:
+        def make(config: NeoXConfig, **options: Any) -> Any:
+            attention = make_attention(config, **options)
+            return _TimedAttention(attention, self)
+
+        return make
+
+
+class _TimedAttention:
+    def __init__(self, attention: Any, clock: _Clock) -> None:
+        self._attention = attention
+        self._clock = clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def prepare(self, inputs: Any) -> Attend:
+        return self._clock.time("attention", self._attention.prepare(inputs))
+
+
+def _decode_steps(model: NeoX, concurrent: int, context: int, steps: int) -> Iterator[float]:
+    """The seconds of each of so many steps that decode and do nothing else."""
+    blocks = concurrent * (-(-(context + steps) // BLOCK_SIZE) + 1)
+    runner = ModelRunner(model, num_blocks=blocks)
+    config = EngineConfig(0, model.config.max_positions, max_sequences=concurrent, step_tokens=concurrent * context)
+    engine = Engine(runner, config)
+    params = GenerationParams(max_new_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(random_prompts(concurrent, context, model.config.vocab_size)):
+        engine.add(Sequence(str(number), prompt, params))
+    engine.step()  # Prefills all of them.
+    while engine.has_work():
+        start = time.perf_counter()
+        engine.step()
+        yield time.perf_counter() - start
+
+
+def _operators_ms(model: NeoX, clock: _Clock, concurrent: int, context: int, steps: int) -> dict[str, float]:
+    """The fastest step's, with what is neither of them as the rest."""
+    fastest, operators = float("inf"), {}
+    running = _decode_steps(model, concurrent, context, steps)
+    while True:
+        clock.seconds = {}
+        step_s = next(running, None)
+        if step_s is None:
+            return operators
+        if step_s < fastest:
+            fastest = step_s
+            operators = {kind: seconds * 1e3 for kind, seconds in clock.seconds.items()}
+            operators["rest"] = step_s * 1e3 - sum(operators.values())
+
+
+def _floor_s(
+    config: NeoXConfig,
+    roofline: Roofline,
+    path: str,
+    weight_bytes: int,
+    cache_bytes: int,
+    concurrent: int,
+    context: int,
+) -> float:
+    hidden = config.hidden_size
+    weights = config.num_layers * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + config.vocab_size * hidden
+    cache = 2 * config.num_layers * hidden * context * concurrent
+    read_s = (weights * weight_bytes + cache * cache_bytes) / roofline.read_gb_s / 1e9
+    return max(read_s, 2 * weights * concurrent / roofline.matrix_gflop_s[path] / 1e9)
+
+
+def _fastest(call: Callable[[], Any], times: int = 12) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

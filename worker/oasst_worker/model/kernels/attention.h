@@ -1,0 +1,194 @@
+/* Attention of one layer over a paged KV cache, all sequences of a step in one parallel region.
+ *
+ * What a row gets depends on its own query and the keys and values up to its own position, and on nothing else: not on
+ * the rows beside it, not on how its sequence was cut into chunks, not on where its blocks lie, not on the number of
+ * threads. Every sum below has one order, written down here:
+ *
+ *   score(p)  over the head's dimensions, first to last
+ *   softmax   position p in lane p % LANES, first to last, then the lanes as a tree
+ *   output    over positions, first to last
+ *
+ * Grouping rows only shares loads. A position that a row may not see has weight 0 and adds nothing.
+ *
+ * The cache of a layer is [blocks, 2, heads, BLOCK * padded]: keys of a block lie by dimension, [head_dim, BLOCK], so
+ * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded` is head_dim rounded up to 16.
+ *
+ * ROWS_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
+ */
+#pragma once
+#include "scalars.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
+ * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
+#define WIDE (BLOCK / LANES) /* Vectors that hold 16 numbers. */
+
+/* The rows [first_row, first_row + num_rows) are the positions from `start` of one sequence, whose blocks are
+ * blocks[first_block], blocks[first_block + 1] ... */
+typedef struct {
+    int64_t first_row, num_rows, start, first_block;
+} span;
+
+typedef struct {
+    int64_t num_rows, num_tasks, num_threads;
+    int64_t heads, head_dim, rotary_dim;
+    int64_t scratch_size;      /* Floats of one row: a head's query, the longest sequence rounded up to BLOCK. */
+    const float *cos, *sin;    /* [max_positions, rotary_dim] */
+    const int64_t *positions;  /* [num_rows], in the sequence */
+    const int64_t *cells;      /* [num_rows], block * BLOCK + offset: where each row's key and value go */
+    const span *spans;
+    const int64_t *blocks;
+    const int64_t *task_spans; /* [num_tasks], a task takes the rows [task_rows, + TILE) of its span */
+    const int64_t *task_rows;
+    float *scratch;            /* [num_threads, QUERIES, scratch_size] */
+} step;
+
+/* Rotates the halves of one head's first `rotary_dim` dimensions against each other. */
+static void rotate(scalar *x, const float *cos, const float *sin, int64_t rotary_dim) {
+    int64_t half = rotary_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float low = widen(x[i]), high = widen(x[i + half]);
+        x[i] = narrow(low * cos[i] - high * sin[i]);
+        x[i + half] = narrow(high * cos[i + half] + low * sin[i + half]);
+    }
+}
+
+/* One row's head: query and key rotated, key and value in the cache. */
+static void enter(const step *s, scalar *qkv, scalar *cache, int64_t row, int64_t head, int64_t padded) {
+    int64_t width = s->heads * s->head_dim, piece = BLOCK * padded;
+    scalar *query = qkv + row * 3 * width + head * s->head_dim, *key = query + width, *value = key + width;
+    const float *cos = s->cos + s->positions[row] * s->rotary_dim, *sin = s->sin + s->positions[row] * s->rotary_dim;
+    int64_t block = s->cells[row] / BLOCK, offset = s->cells[row] % BLOCK;
+    scalar *keys = cache + (block * 2 * s->heads + head) * piece, *values = keys + s->heads * piece;
+    rotate(query, cos, sin, s->rotary_dim);
+    rotate(key, cos, sin, s->rotary_dim);
+    for (int64_t i = 0; i < s->head_dim; i++) keys[i * BLOCK + offset] = key[i];
+    values += offset * padded;
+    for (int64_t i = 0; i < padded; i++) values[i] = i < s->head_dim ? value[i] : 0;
+}
+
+/* Scores of `rows` queries against `blocks` blocks of keys; scores[row] is where the first block's go. */
+INLINED void score(
+    int rows, int blocks, float *const scores[], const float *const queries[], const scalar *const keys[],
+    int64_t head_dim, float scale) {
+    vector sums[QUERIES * WIDE];
+    UNROLLED for (int i = 0; i < rows * blocks * WIDE; i++) sums[i] = spread(0);
+    for (int64_t i = 0; i < head_dim; i++)
+        UNROLLED for (int block = 0; block < blocks; block++)
+            UNROLLED for (int v = 0; v < WIDE; v++) {
+                vector key = load(keys[block] + i * BLOCK + v * LANES);
+                UNROLLED for (int row = 0; row < rows; row++)
+                    sums[(row * blocks + block) * WIDE + v] += queries[row][i] * key;
+            }
+    UNROLLED for (int row = 0; row < rows; row++)
+        UNROLLED for (int v = 0; v < blocks * WIDE; v++)
+            *(loose_vector *)(scores[row] + v * LANES) = sums[row * blocks * WIDE + v] * scale;
+}
+
+/* Scores become weights that sum to 1 over the positions [0, length), and 0 from there to `end`, a multiple of BLOCK. */
+static void soften(float *scores, int64_t length, int64_t end) {
+    int64_t own_end = (length + BLOCK - 1) / BLOCK * BLOCK;
+    for (int64_t p = length; p < own_end; p++) scores[p] = -INFINITY;
+    vector highest = spread(-INFINITY), total = spread(0);
+    for (int64_t p = 0; p < own_end; p += LANES) {
+        vector x = *(loose_vector *)(scores + p);
+        highest = choose(x > highest, x, highest);
+    }
+    float peak = highest_of(highest);
+    for (int64_t p = 0; p < own_end; p += LANES) {
+        vector weights = exponential(*(loose_vector *)(scores + p) - peak);
+        total += weights;
+        *(loose_vector *)(scores + p) = weights;
+    }
+    float share = 1.0f / sum_of(total);
+    for (int64_t p = 0; p < own_end; p += LANES) *(loose_vector *)(scores + p) *= share;
+    memset(scores + own_end, 0, (end - own_end) * sizeof(float));
+}
+
+/* `rows` rows' weighted sums of the values of positions [0, length): 16 * `parts` dimensions from `first` on. */
+INLINED void blend(
+    int rows, int parts, const step *s, const scalar *cache, const int64_t *blocks, int64_t length,
+    float *const weights[], scalar *const outputs[], int64_t first, int64_t head, int64_t padded) {
+    int64_t piece = BLOCK * padded;
+    vector sums[QUERIES * WIDE];
+    UNROLLED for (int i = 0; i < rows * parts * WIDE; i++) sums[i] = spread(0);
+    for (int64_t p = 0; p < length; p += BLOCK) {
+        const scalar *values = cache + ((blocks[p / BLOCK] * 2 + 1) * s->heads + head) * piece + first;
+        int64_t end = min(length - p, BLOCK);
+        for (int64_t i = 0; i < end; i++)
+            UNROLLED for (int v = 0; v < parts * WIDE; v++) {
+                vector value = load(values + i * padded + v * LANES);
+                UNROLLED for (int row = 0; row < rows; row++)
+                    sums[row * parts * WIDE + v] += weights[row][p + i] * value;
+            }
+    }
+    int64_t size = min(s->head_dim - first, 16 * parts);
+    for (int row = 0; row < rows; row++)
+        for (int64_t i = 0; i < size; i++)
+            outputs[row][first + i] = narrow(((float *)(sums + row * parts * WIDE))[i]);
+}
+
+/* `rows` neighbouring rows of one head attend, the first at `position`. */
+INLINED void attend_rows(
+    int rows, const step *s, const scalar *qkv, const scalar *cache, scalar *out, float *scratch,
+    const int64_t *blocks, int64_t row, int64_t position, int64_t head, int64_t padded) {
+    int64_t width = s->heads * s->head_dim, piece = BLOCK * padded;
+    int64_t length = position + rows, num_blocks = (length + BLOCK - 1) / BLOCK, block = 0;
+    float scale = 1.0f / sqrtf((float)s->head_dim);
+    const float *queries[QUERIES];
+    const scalar *keys[QUERIES];
+    scalar *outputs[QUERIES];
+    float *scores[QUERIES], *next[QUERIES];
+    for (int i = 0; i < rows; i++) {
+        float *query = scratch + i * s->scratch_size;
+        queries[i] = widen_all(qkv + (row + i) * 3 * width + head * s->head_dim, s->head_dim, query);
+        outputs[i] = out + (row + i) * width + head * s->head_dim;
+        scores[i] = next[i] = query + s->head_dim;
+    }
+    if (rows == 1)
+        for (; block + QUERIES <= num_blocks; block += QUERIES, next[0] += QUERIES * BLOCK) {
+            for (int i = 0; i < QUERIES; i++) keys[i] = cache + (blocks[block + i] * 2 * s->heads + head) * piece;
+            score(1, QUERIES, next, queries, keys, s->head_dim, scale);
+        }
+    for (; block < num_blocks; block++) {
+        keys[0] = cache + (blocks[block] * 2 * s->heads + head) * piece;
+        score(rows, 1, next, queries, keys, s->head_dim, scale);
+        for (int i = 0; i < rows; i++) next[i] += BLOCK;
+    }
+    for (int i = 0; i < rows; i++) soften(scores[i], position + i + 1, num_blocks * BLOCK);
+    int64_t first = 0;
+    if (rows == 1)
+        for (; first + 16 * QUERIES <= padded; first += 16 * QUERIES)
+            blend(1, QUERIES, s, cache, blocks, length, scores, outputs, first, head, padded);
+    for (; first < padded; first += 16)
+        blend(rows, 1, s, cache, blocks, length, scores, outputs, first, head, padded);
+}
+
+static void attend_tile(
+    const step *s, const scalar *qkv, const scalar *cache, scalar *out, float *scratch, int64_t task, int64_t head,
+    int64_t padded) {
+    const span *own = s->spans + s->task_spans[task];
+    const int64_t *blocks = s->blocks + own->first_block;
+    int64_t i = s->task_rows[task], end = min(i + TILE, own->num_rows);
+    for (; i + QUERIES <= end; i += QUERIES)
+        attend_rows(QUERIES, s, qkv, cache, out, scratch, blocks, own->first_row + i, own->start + i, head, padded);
+    for (; i < end; i++)
+        attend_rows(1, s, qkv, cache, out, scratch, blocks, own->first_row + i, own->start + i, head, padded);
+}
+
+/* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's cache,
+ * and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
+static void attend_rows_of_step(const step *s, scalar *qkv, scalar *cache, scalar *out) {
+    int64_t padded = (s->head_dim + 15) / 16 * 16;
+    float *scratch = s->scratch + omp_get_thread_num() * QUERIES * s->scratch_size;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s->num_rows * s->heads; i++) enter(s, qkv, cache, i / s->heads, i % s->heads, padded);
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t i = 0; i < s->num_tasks * s->heads; i++)
+        attend_tile(s, qkv, cache, out, scratch, i / s->heads, i % s->heads, padded);
+}

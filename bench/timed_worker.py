@@ -30,6 +30,7 @@ class Model:
     name: str
     engine: Engine
     intake: Intake
+    ranks: None = None
 
 
 class TimedExecutor:

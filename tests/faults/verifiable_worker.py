@@ -48,6 +48,7 @@ class Model:
     name: str
     engine: Engine
     intake: Intake
+    ranks: None = None
 
 
 class Ledger:

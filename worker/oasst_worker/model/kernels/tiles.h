@@ -37,6 +37,7 @@ static void configure_tiles(int64_t rows) {
     for (int tile = 0; tile < 8; tile++) config.bytes[tile] = 4 * TILE_WORDS, config.rows[tile] = TILE_ROWS;
     config.rows[0] = config.rows[1] = config.rows[6] = min(rows, TILE_ROWS);
     if (rows > TILE_ROWS) config.rows[2] = config.rows[3] = config.rows[7] = rows - TILE_ROWS;
+    __asm__ volatile("" : : "m"(config)); /* GCC 12 may think that nobody reads it, and drop the lines above. */
     _tile_loadconfig(&config);
 }
 

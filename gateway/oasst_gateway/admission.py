@@ -14,6 +14,7 @@ from oasst_jobs import (
     TenantPolicy,
     TooMuchAheadError,
     failpoints,
+    job_size,
 )
 
 from oasst_gateway.errors import NoWorkerError, RefusedError
@@ -36,17 +37,18 @@ class Outlook:
     """What whoever comes now can expect of the queue. Tokens are those that requests ask for, prompts included."""
 
     has_workers: bool
-    tokens_per_s: float | None  # None while no speed is known.
+    tokens_per_s: float | None  # Of all workers together; None while no speed is known.
+    token_s: float = 0.0  # What a token of one request takes once it runs.
 
     def wait_s(self, tokens_ahead: int) -> float | None:
         """How long it takes until so many tokens are served."""
         return None if self.tokens_per_s is None else tokens_ahead / self.tokens_per_s
 
-    def max_tokens_ahead(self, remaining_s: float | None) -> int | None:
-        """The most tokens that can be served in the time that remains; None if any number may be."""
+    def max_tokens_ahead(self, remaining_s: float | None, *, own_tokens: int = 0) -> int | None:
+        """The most tokens that can be served before a request of so many must begin; None if any number may be."""
         if remaining_s is None or self.tokens_per_s is None:
             return None
-        return int(remaining_s * self.tokens_per_s)
+        return int(max(0.0, remaining_s - own_tokens * self.token_s) * self.tokens_per_s)
 
     def retry_after_s(self, waiting_tokens: int, *, spread: float) -> float:
         """When to come back to so many tokens; `spread` keeps those refused together from coming back together."""
@@ -67,15 +69,24 @@ class SpeedEstimate:
         self._smoothing = smoothing
         self._generated_per_s = 0.0
         self._asked_per_generated = 1.0
+        self._generated_token_s = 0.0
+
+    @property
+    def asked_token_s(self) -> float:
+        """What a token asked for takes, of one request that runs; 0 while that is not known."""
+        return self._generated_token_s / self._asked_per_generated
 
     @property
     def asked_per_s(self) -> float | None:
         """None while no speed is known."""
         return self._generated_per_s * self._asked_per_generated or None
 
-    def saw_speed(self, generated_per_s: float) -> None:
-        """The workers' speed now. Told in even intervals, of which a peak counts for about fifty."""
+    def saw_speed(self, generated_per_s: float, *, num_running: int = 0) -> None:
+        """The workers' speed now, with so much running. Told in even intervals; a peak counts for about fifty."""
         self._generated_per_s = max(generated_per_s, self._decay * self._generated_per_s)
+        if num_running and generated_per_s:
+            # Of late they ran as many or fewer: nobody can be slower than all of them at the peak.
+            self._generated_token_s = num_running / max(generated_per_s, self._generated_per_s)
 
     def saw_finished(self, *, asked: int, generated: int) -> None:
         """A request has finished that asked for so many tokens, and generated so many."""
@@ -141,7 +152,7 @@ class Admission:
                 grace_ms=prepared.grace_ms,
                 is_watched=is_watched,
                 policy=_policy_of(tenant),
-                max_tokens_ahead=outlook.max_tokens_ahead(remaining_s),
+                max_tokens_ahead=outlook.max_tokens_ahead(remaining_s, own_tokens=job_size(prepared.job)),
             )
         except QueueFullError as error:
             self._full, self._full_until_s = error, self._clock() + _STAYS_FULL_S

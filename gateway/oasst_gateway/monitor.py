@@ -65,7 +65,7 @@ class QueueMonitor:
 
     def look_out(self) -> Outlook:
         """What whoever comes now can expect."""
-        return Outlook(has_workers=self._has_workers, tokens_per_s=self._speed.asked_per_s)
+        return Outlook(self._has_workers, self._speed.asked_per_s, self._speed.asked_token_s)
 
     def saw_finished(self, job: job_pb2.Job, finished: chat_pb2.Finished) -> None:
         """A job has finished, and tells how much of what is asked for is used."""
@@ -80,7 +80,10 @@ class QueueMonitor:
             statuses = [status for status, _ in load.workers if status.model == self._model_name]
             self._has_workers = bool(statuses)
             if self._has_workers:  # Otherwise the looks are too many for the speed, and tell nothing of it.
-                self._speed.saw_speed(sum(status.tokens_per_second for status in statuses))
+                self._speed.saw_speed(
+                    sum(status.tokens_per_second for status in statuses),
+                    num_running=sum(status.running_sequences for status in statuses),
+                )
             self._metrics.record_load(load)
             await self._tell(True)
 

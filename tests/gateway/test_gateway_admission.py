@@ -158,3 +158,19 @@ async def test_a_worker_of_another_model_is_no_worker(
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await gateway.chat.Chat(chat_pb2.ChatRequest(conversation=ask("Hi").conversation), timeout=5)
         assert details_of(refused.value).reason == "NO_WORKER"
+
+
+def test_a_request_needs_its_own_time_before_the_deadline() -> None:
+    outlook = Outlook(has_workers=True, tokens_per_s=100.0, token_s=0.02)
+    assert outlook.max_tokens_ahead(3.0) == 300
+    assert outlook.max_tokens_ahead(3.0, own_tokens=50) == 200
+    assert outlook.max_tokens_ahead(3.0, own_tokens=500) == 0
+
+
+def test_what_a_token_takes_follows_from_how_many_run_and_how_fast() -> None:
+    speed = SpeedEstimate()
+    assert speed.asked_token_s == 0
+    speed.saw_speed(800.0, num_running=16)
+    assert speed.asked_token_s == pytest.approx(0.02)
+    speed.saw_speed(0.0, num_running=0)  # Nothing runs: what was known stays.
+    assert speed.asked_token_s == pytest.approx(0.02)

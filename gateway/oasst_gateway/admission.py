@@ -28,6 +28,8 @@ _MAX_RETRY_AFTER_S = 30.0
 _RETRY_AFTER_WITHOUT_SPEED_S = 1.0
 # In a flood, more calls at once would only wait for each other's connections, and then fail for having waited.
 _SUBMISSIONS_AT_ONCE = 32
+# What runs already is not counted as ahead: it is taken for requests like this one, half done.
+_HALF_DONE = 0.5
 # For so long a queue that was full is taken to be so still, without asking.
 _STAYS_FULL_S = 0.1
 
@@ -48,7 +50,8 @@ class Outlook:
         """The most tokens that can be served before a request of so many must begin; None if any number may be."""
         if remaining_s is None or self.tokens_per_s is None:
             return None
-        return int(max(0.0, remaining_s - own_tokens * self.token_s) * self.tokens_per_s)
+        own_s = own_tokens * self.token_s
+        return int(max(0.0, remaining_s - own_s - _HALF_DONE * own_s) * self.tokens_per_s)
 
     def retry_after_s(self, waiting_tokens: int, *, spread: float) -> float:
         """When to come back to so many tokens; `spread` keeps those refused together from coming back together."""

@@ -5,12 +5,12 @@ All of `python -m oasst_worker` but the model: it draws the same few words again
 
 import sys
 import time
-from dataclasses import dataclass
 
 from oasst_worker.__main__ import main
 from oasst_worker.detokenizer import Detokenizer
 from oasst_worker.engine import Batch, Engine, EngineConfig, Sample
 from oasst_worker.intake import Intake, ModelFacts
+from oasst_worker.served_model import ServedModel
 from oasst_worker.settings import WorkerSettings
 from tokenizers import Tokenizer
 
@@ -21,16 +21,6 @@ MODEL = "measured"
 _FIRST_WORD = 1000
 _WORDS = 100
 _POSITIONS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a worker needs of a loaded model."""
-
-    name: str
-    engine: Engine
-    intake: Intake
-    ranks: None = None
 
 
 class TimedExecutor:
@@ -49,14 +39,14 @@ class TimedExecutor:
         return [Sample(_FIRST_WORD + chunk.end % _WORDS) for chunk in batch.chunks if chunk.draws]
 
 
-def load_model(settings: WorkerSettings, step_s: float) -> Model:
+def load_model(settings: WorkerSettings, step_s: float) -> ServedModel:
     executor = TimedExecutor(step_s, num_blocks=settings.max_sequences * _POSITIONS // TimedExecutor.block_size)
     tokens = {"max_sequences": settings.max_sequences, "step_tokens": settings.step_tokens}
     engine = Engine(executor, EngineConfig(eos_token_id=0, max_positions=_POSITIONS, **tokens))
     facts = ModelFacts(
         vocab_size=_POSITIONS, max_positions=_POSITIONS, kv_tokens=engine.kv_tokens_total, eos_token_id=0
     )
-    return Model(MODEL, engine, Intake(Detokenizer(Tokenizer.from_file(str(DEMO / "tokenizer.json"))), facts))
+    return ServedModel(MODEL, engine, Intake(Detokenizer(Tokenizer.from_file(str(DEMO / "tokenizer.json"))), facts))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from oasst_worker.__main__ import main
@@ -31,6 +30,7 @@ from oasst_worker.engine import (
     TargetScore,
 )
 from oasst_worker.intake import Intake, ModelFacts
+from oasst_worker.served_model import ServedModel
 from oasst_worker.settings import WorkerSettings
 from tokenizers import Tokenizer
 
@@ -39,16 +39,6 @@ from faults.verifiable import MODEL, MODEL_FOLDER, Prompt, Script, foretell_scor
 MAX_POSITIONS = 2048
 VOCAB_SIZE = 2048
 EOS = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a worker needs of a loaded model."""
-
-    name: str
-    engine: Engine
-    intake: Intake
-    ranks: None = None
 
 
 class Ledger:
@@ -157,8 +147,8 @@ def _draw(sequence: Sequence) -> Sample:
     return Sample(next_token(sequence.prompt_ids, sequence.output_ids, seed=params.seed, choice=params.choice))
 
 
-def make_loader(options: argparse.Namespace) -> Callable[[WorkerSettings], Model]:
-    def load(settings: WorkerSettings) -> Model:
+def make_loader(options: argparse.Namespace) -> Callable[[WorkerSettings], ServedModel]:
+    def load(settings: WorkerSettings) -> ServedModel:
         words()  # Before the first step has to wait for it.
         executor = VerifiableExecutor(
             num_blocks=(settings.kv_tokens or 65_536) // VerifiableExecutor.block_size,
@@ -177,7 +167,7 @@ def make_loader(options: argparse.Namespace) -> Callable[[WorkerSettings], Model
             vocab_size=VOCAB_SIZE, max_positions=MAX_POSITIONS, kv_tokens=engine.kv_tokens_total, eos_token_id=EOS
         )
         detokenizer = Detokenizer(Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json")))
-        return Model(MODEL, engine, Intake(detokenizer, facts))
+        return ServedModel(MODEL, engine, Intake(detokenizer, facts))
 
     return load
 

@@ -57,13 +57,6 @@ def get(address: str, path: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-async def queue(valkey_url: str) -> AsyncIterator[Queue]:
-    redis = connect(valkey_url)
-    yield Queue(QueueClient(redis))
-    await redis.aclose()
-
-
-@pytest.fixture
 async def start_process(valkey_url: str) -> AsyncIterator[Callable[..., Awaitable[WorkerProcess]]]:
     """Starts workers on the demo checkpoint, and kills what is left of them."""
     processes: list[asyncio.subprocess.Process] = []

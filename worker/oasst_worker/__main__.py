@@ -85,7 +85,7 @@ def _make_worker(
     from oasst_worker.worker import Worker
 
     if load is None:
-        from oasst_worker.served_model import load_model
+        from oasst_worker.loading import load_model
 
         load = load_model
     return Worker(settings, load(settings), registry, health, tracer)

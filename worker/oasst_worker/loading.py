@@ -1,0 +1,133 @@
+"""From the options to a model that can generate: checkpoint, engine, and what turns jobs into sequences."""
+
+import logging
+import time
+from pathlib import Path
+
+from oasst.prompt import ControlToken
+from tokenizers import Tokenizer
+
+from oasst_worker.detokenizer import Detokenizer, UnsupportedTokenizerError
+from oasst_worker.engine import Engine, EngineConfig
+from oasst_worker.intake import Intake, ModelFacts
+from oasst_worker.model.config import CheckpointError, NeoXConfig, load_config
+from oasst_worker.model.weights import resolve_checkpoint
+from oasst_worker.runtime.build import RuntimeOptions, build_executor
+from oasst_worker.runtime.ranks import RankProcesses
+from oasst_worker.served_model import ServedModel
+from oasst_worker.settings import StartError, WorkerSettings
+
+__all__ = ["load_model"]
+
+logger = logging.getLogger(__name__)
+
+# Tokens guessed ahead at most, where rows of a step are known not to change each other.
+_CPU_SPECULATION = 8
+
+
+def load_model(settings: WorkerSettings) -> ServedModel:
+    """The checkpoint is in memory and computes.
+
+    Raises:
+        StartError: if it cannot be served, or an option does not fit it or this machine.
+    """
+    try:
+        return _load_model(settings)
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+
+
+def _load_model(settings: WorkerSettings) -> ServedModel:
+    started_s = time.monotonic()
+    logger.info("loading checkpoint model=%s", settings.model)
+    folder = resolve_checkpoint(settings.model)
+    config = load_config(folder)
+    tokenizer = _load_tokenizer(folder, config)
+    engine, ranks = _build_engine(folder, config, settings, banned_token_ids=_banned_token_ids(tokenizer, config))
+    facts = ModelFacts(
+        vocab_size=config.vocab_size,
+        max_positions=config.max_positions,
+        kv_tokens=engine.kv_tokens_total,
+        eos_token_id=config.eos_token_id,
+    )
+    name = settings.model_name or _name_of(settings.model)
+    logger.info(
+        "model loaded name=%s seconds=%.1f kv_tokens=%d max_sequences=%d",
+        name,
+        time.monotonic() - started_s,
+        engine.kv_tokens_total,
+        engine.max_sequences,
+    )
+    return ServedModel(name, engine, Intake(_make_detokenizer(tokenizer, folder), facts), ranks)
+
+
+def _build_engine(
+    folder: Path, config: NeoXConfig, settings: WorkerSettings, *, banned_token_ids: frozenset[int]
+) -> tuple[Engine, RankProcesses | None]:
+    options = RuntimeOptions(
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        threads=settings.threads,
+        kv_tokens=settings.kv_tokens,
+        max_sequences=settings.max_sequences,
+        split=settings.split,
+        num_ranks=settings.num_ranks,
+    )
+    try:
+        executor = build_executor(folder, options, banned_token_ids=banned_token_ids)
+        is_on_cpu = executor.device.type == "cpu"
+        engine = Engine(
+            executor,
+            EngineConfig(
+                eos_token_id=config.eos_token_id,
+                max_positions=config.max_positions,
+                max_sequences=settings.max_sequences,
+                step_tokens=settings.step_tokens,
+                speculate=_CPU_SPECULATION * is_on_cpu if settings.speculate is None else settings.speculate,
+            ),
+        )
+        return engine, executor.ranks
+    except ValueError as error:
+        raise StartError(str(error)) from error
+
+
+def _name_of(path_or_id: str) -> str:
+    """The hub id, or the folder's own name: what the gateway calls the model as well."""
+    path = Path(path_or_id).expanduser()
+    return path.resolve().name if path.is_dir() else path_or_id
+
+
+def _load_tokenizer(folder: Path, config: NeoXConfig) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises a bare Exception for every fault in the file.
+        raise CheckpointError(f"{path}: is missing or not a tokenizer: {error}.") from error
+    if _size_of(tokenizer) > config.vocab_size:
+        raise CheckpointError(f"{path}: has {_size_of(tokenizer)} ids; the model has only {config.vocab_size} rows.")
+    end_of_text = tokenizer.token_to_id(ControlToken.END_OF_TEXT.value)
+    if end_of_text != config.eos_token_id:
+        raise CheckpointError(
+            f"{path}: {ControlToken.END_OF_TEXT.value} has id {end_of_text}; config.json says {config.eos_token_id}."
+        )
+    return tokenizer
+
+
+def _make_detokenizer(tokenizer: Tokenizer, folder: Path) -> Detokenizer:
+    try:
+        return Detokenizer(tokenizer)
+    except UnsupportedTokenizerError as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}.") from error
+
+
+def _banned_token_ids(tokenizer: Tokenizer, config: NeoXConfig) -> frozenset[int]:
+    """Ids that are never drawn: control tokens other than end-of-text, and the padding rows of the vocabulary."""
+    named = {tokenizer.token_to_id(token.value) for token in ControlToken} - {None}
+    flagged = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    padding_rows = range(_size_of(tokenizer), config.vocab_size)
+    return frozenset({*named, *flagged, *padding_rows} - {config.eos_token_id})
+
+
+def _size_of(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

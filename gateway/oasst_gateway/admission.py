@@ -50,8 +50,8 @@ class Outlook:
         """The most tokens that can be served before a request of so many must begin; None if any number may be."""
         if remaining_s is None or self.tokens_per_s is None:
             return None
-        own_s = own_tokens * self.token_s
-        return int(max(0.0, remaining_s - own_s - _HALF_DONE * own_s) * self.tokens_per_s)
+        needed_s = (1 + _HALF_DONE) * own_tokens * self.token_s
+        return int(max(0.0, remaining_s - needed_s) * self.tokens_per_s)
 
     def retry_after_s(self, waiting_tokens: int, *, spread: float) -> float:
         """When to come back to so many tokens; `spread` keeps those refused together from coming back together."""

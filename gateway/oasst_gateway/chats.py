@@ -23,6 +23,7 @@ from oasst_gateway.admission import Admission
 from oasst_gateway.chat import Chat
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import GatewayLeavingError, UnknownChatError
+from oasst_gateway.event_loop import beside_streams
 from oasst_gateway.events import build_response
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
@@ -37,9 +38,6 @@ from oasst_gateway.watches import Watch, Watches
 __all__ = ["Chats"]
 
 logger = logging.getLogger(__name__)
-
-# Larger requests are prepared in a thread: tokenizing them would hold up every other stream.
-_BIG_REQUEST_BYTES = 8 * 1024
 
 
 class Chats:
@@ -197,7 +195,7 @@ class Chats:
             remaining_s=remaining_s,
             default_grace_s=default_grace_s,
         )
-        return await asyncio.to_thread(prepare) if request.ByteSize() > _BIG_REQUEST_BYTES else prepare()
+        return await beside_streams(request, prepare)
 
     @contextmanager
     def _following(

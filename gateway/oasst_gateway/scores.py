@@ -1,6 +1,5 @@
 """The life of a request to score in this gateway: prepared, submitted, and watched until all its scores are there."""
 
-import asyncio
 import functools
 import logging
 import time
@@ -14,6 +13,7 @@ from oasst_telemetry import Span
 from oasst_gateway.admission import Admission
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import ChatFailedError, GatewayLeavingError
+from oasst_gateway.event_loop import beside_streams
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.open_requests import OpenRequests
@@ -25,9 +25,6 @@ from oasst_gateway.watches import Watches
 __all__ = ["Scores"]
 
 logger = logging.getLogger(__name__)
-
-# Larger requests are prepared in a thread: looking at each of their ids would hold up every stream.
-_BIG_REQUEST_BYTES = 8 * 1024
 
 
 class Scores:
@@ -96,7 +93,7 @@ class Scores:
             remaining_s=remaining_s,
             grace_s=self._grace_s,
         )
-        return await asyncio.to_thread(prepare) if request.ByteSize() > _BIG_REQUEST_BYTES else prepare()
+        return await beside_streams(request, prepare)
 
     async def _submit(self, prepared: PreparedJob, tenant: Tenant, span: Span) -> job_pb2.Job:
         with submitting(prepared.job, span):

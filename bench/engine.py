@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +9,14 @@ import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from rich.table import Table
-from transformers import GenerationConfig, GPTNeoXForCausalLM
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import GPTNeoXForCausalLM
 
 from bench.checkpoints import random_prompts
+from bench.peers.answering import Generate
+from bench.peers.programs.transformers_continuous import continuous_batching
+from bench.peers.programs.transformers_static import static_batch
 
 __all__ = ["EngineRow", "engine_table", "generate_greedily", "measure_engine"]
-
-# Prompts, tokens to generate for each -> what was generated.
-Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 OURS = "oasst-serve"
 
@@ -117,41 +115,12 @@ def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Gen
     def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         return generate_greedily(runner, config, prompts, new_tokens)[0]
 
-    @torch.inference_mode()
-    def static_batch(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        output = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
-            ),
-        )
-        return output[:, ids.shape[1] :].tolist()
-
-    # Its own choice of a cache is gigabytes, and most of its time; this one holds what is asked for.
-    page_size = 32
-    batching = ContinuousBatchingConfig(
-        page_size=page_size,
-        num_blocks=max_sequences * (-(-max_tokens // page_size) + 1),
-        max_batch_tokens=512,
-    )
-
-    def continuous_batching(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        outputs = reference.generate_batch(
-            prompts,
-            generation_config=GenerationConfig(
-                max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=1
-            ),
-            continuous_batching_config=batching,
-        )
-        by_number = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[-1]))
-        return [list(output.generated_tokens) for output in by_number]
-
     return {
         OURS: ours,
-        "transformers generate": static_batch,
-        "transformers continuous batching": continuous_batching,
+        "transformers generate": static_batch(reference),
+        "transformers continuous batching": continuous_batching(
+            reference, max_sequences=max_sequences, max_tokens=max_tokens
+        ),
     }
 
 

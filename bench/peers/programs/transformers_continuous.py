@@ -13,10 +13,14 @@ PAGE_SIZE = 32
 def load(setup: Setup) -> Generate:
     torch.set_num_threads(setup.threads)
     model = GPTNeoXForCausalLM.from_pretrained(setup.checkpoint, dtype=DTYPES[setup.dtype]).eval()
+    return continuous_batching(model, max_sequences=setup.max_sequences, max_tokens=setup.max_tokens)
+
+
+def continuous_batching(model: GPTNeoXForCausalLM, *, max_sequences: int, max_tokens: int) -> Generate:
     # Its own choice of a cache is gigabytes, and most of its time; this one holds what is asked for.
     batching = ContinuousBatchingConfig(
         page_size=PAGE_SIZE,
-        num_blocks=setup.max_sequences * (-(-setup.max_tokens // PAGE_SIZE) + 1),
+        num_blocks=max_sequences * (-(-max_tokens // PAGE_SIZE) + 1),
         max_batch_tokens=512,
     )
 

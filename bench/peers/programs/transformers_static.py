@@ -10,8 +10,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def load(setup: Setup) -> Generate:
     torch.set_num_threads(setup.threads)
-    model = GPTNeoXForCausalLM.from_pretrained(setup.checkpoint, dtype=DTYPES[setup.dtype]).eval()
+    return static_batch(GPTNeoXForCausalLM.from_pretrained(setup.checkpoint, dtype=DTYPES[setup.dtype]).eval())
 
+
+def static_batch(model: GPTNeoXForCausalLM) -> Generate:
     @torch.inference_mode()
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         ids = torch.tensor(prompts)

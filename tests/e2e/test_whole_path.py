@@ -44,7 +44,7 @@ def test_a_conversation_gets_the_demo_models_sentences(client):
     with conversation.ask_stream("And who coined the word?") as stream:
         pieces = list(stream)
     assert "".join(pieces) == COINED
-    assert len(pieces) > 3
+    assert len(pieces) > 1
 
 
 def test_a_completion_tells_its_usage_timings_and_reason(client):

@@ -258,12 +258,13 @@ class CompiledLinear:
 
 
 def _into_panels(weight: Tensor, width: int) -> Tensor:
-    """[out_features, in_features] -> [panels, words, width, inputs of a word], filled up with zeros."""
+    """[out_features, in_features] -> [panels, words, width], words of 4 bytes, filled up with zeros."""
     inputs_of_a_word = _INPUTS_OF_A_WORD[weight.itemsize]
     inputs_at_once = 1 if inputs_of_a_word == 1 else _TILE_WORDS * inputs_of_a_word
     outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, -inputs % inputs_at_once, 0, -outputs % width))
-    return padded.view(-1, width, padded.shape[1] // inputs_of_a_word, inputs_of_a_word).transpose(1, 2).contiguous()
+    missing = (0, -inputs % inputs_at_once, 0, -outputs % width)
+    words = (F.pad(weight, missing) if any(missing) else weight.contiguous()).view(torch.int32)
+    return words.view(-1, width, words.shape[1]).transpose(1, 2).contiguous()
 
 
 def _whole_panels(of_outputs: Tensor, width: int) -> Tensor:

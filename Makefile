@@ -12,6 +12,10 @@ run: .venv/all            ## Start the whole stack on this machine and chat with
 test: .venv/dev .venv/helm ## Run the tests
 	$(BIN)/pytest
 
+test-triton: .venv/dev    ## Run the tests of the kernels for GPUs, in Triton's interpreter; installs 200 MB
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'triton>=3.6,<3.8' >&2
+	$(BIN)/pytest tests/worker/test_paged_attention.py
+
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs
 
@@ -93,4 +97,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz faults soak lint format proto docs train-demo bench bench-peers chart generated observe images lock clean help
+.PHONY: run test test-triton fuzz faults soak lint format proto docs train-demo bench bench-peers chart generated observe images lock clean help

@@ -65,7 +65,7 @@ class NeoX:
         share = self._share_config
         linears = self._layers[0].linears(share.hidden_size, share.num_heads * share.head_dim, share.intermediate_size)
         return all(
-            is_row_exact(linear, in_features, self.dtype)
+            is_row_exact(linear, in_features, self.dtype, self.device)
             for linear, in_features in [*linears, (self._head, share.hidden_size)]
         )
 

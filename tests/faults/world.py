@@ -144,6 +144,7 @@ class World:
                 watched_by_sentinel(self.folder, self.valkey_port)
             )
         self._connect(url)
+        await self._redis.ping()  # The connection stays: later there may be none to be had.
         async with asyncio.TaskGroup() as starts:
             for index in range(self.shape.workers):
                 starts.create_task(self.start_worker(f"worker-{index}"))

@@ -252,7 +252,7 @@ def measure_steps(model: NeoX, linears: str, machine: Machine, shape: Shape) -> 
 def measure_mixed(model: NeoX, shape: Shape) -> MixedRow:
     """From when all places are taken until no request waits any more."""
     lengths = torch.randint(shape.max_positions // 16, shape.max_positions // 2, (4 * shape.mixed_batch, 2))
-    runner = ModelRunner(model, num_blocks=shape.mixed_batch * shape.max_positions // BLOCK_SIZE)
+    runner = _runner(model, shape.mixed_batch * shape.max_positions // BLOCK_SIZE, shape.mixed_batch)
     engine = Engine(runner, _engine_config(model, shape.mixed_batch))
     for number, (prompt_tokens, new_tokens) in enumerate(lengths.tolist()):
         [prompt] = random_prompts(1, prompt_tokens, shape.vocab_size, seed=number)
@@ -287,7 +287,7 @@ def measure_peers(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, roun
 def _compare(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, batch: int, rounds: int) -> EngineRow:
     prompt_tokens, new_tokens = shape.peer_tokens
     max_tokens = prompt_tokens + new_tokens
-    runner = ModelRunner(model, num_blocks=batch * (-(-max_tokens // BLOCK_SIZE) + 1))
+    runner = _runner(model, batch * (-(-max_tokens // BLOCK_SIZE) + 1), batch)
 
     def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         return generate_greedily(runner, _engine_config(model, batch), prompts, new_tokens)[0]
@@ -340,7 +340,7 @@ def _decode_steps(model: NeoX, batch: int, context: int, steps: int) -> list[tup
     # While the last prompts come in the first sequences decode.
     prefill_steps = -(-batch * context // STEP_TOKENS)
     new_tokens = prefill_steps + steps + 2
-    runner = ModelRunner(model, num_blocks=batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1))
+    runner = _runner(model, batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1), batch)
     engine = Engine(runner, _engine_config(model, batch))
     for number, prompt in enumerate(random_prompts(batch, context, model.config.vocab_size)):
         engine.add(Sequence(str(number), prompt, _params(new_tokens)))
@@ -360,7 +360,7 @@ def _work_of(batch: Batch) -> StepWork:
 
 
 def _prefill_s(model: NeoX, length: int) -> float:
-    runner = ModelRunner(model, num_blocks=-(-(length + 1) // BLOCK_SIZE) + 1)
+    runner = _runner(model, -(-(length + 1) // BLOCK_SIZE) + 1, 1)
     engine = Engine(runner, _engine_config(model, 1))
     [prompt] = random_prompts(1, length, model.config.vocab_size)
     engine.add(Sequence("prompt", prompt, _params(1)))
@@ -368,6 +368,11 @@ def _prefill_s(model: NeoX, length: int) -> float:
     while engine.has_work():
         engine.step()
     return time.perf_counter() - start
+
+
+def _runner(model: NeoX, num_blocks: int, max_sequences: int) -> ModelRunner:
+    """As a worker makes it; a bucket is made when it is first needed, before anything is timed."""
+    return ModelRunner(model, num_blocks=num_blocks, max_decoding=max_sequences)
 
 
 def _engine_config(model: NeoX, max_sequences: int) -> EngineConfig:

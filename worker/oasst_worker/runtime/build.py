@@ -143,7 +143,14 @@ def _make_runner(
     )
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
-    return ModelRunner(model, num_blocks=kv_tokens // BLOCK_SIZE, banned_token_ids=banned)
+    runner = ModelRunner(
+        model,
+        num_blocks=kv_tokens // BLOCK_SIZE,
+        banned_token_ids=banned,
+        max_decoding=options.max_sequences if model.device.type == "cuda" else 0,
+    )
+    runner.make_buckets()
+    return runner
 
 
 def _choose_device(name: str) -> torch.device:

@@ -76,7 +76,7 @@ def attend_part(
     positions,  # [rows] int64
     rows,  # [tokens] int32: the rows that attend by themselves
     block_starts,  # [tokens] int32
-    blocks,  # int32
+    blocks,  # int32 or int64
     sums,  # [tokens, heads, parts, head_dim] fp32, written: values weighted by e^(score - peak)
     peaks,  # [tokens, heads, parts] fp32, written: the highest score, in powers of two
     weights,  # [tokens, heads, parts] fp32, written: the sum of the weights

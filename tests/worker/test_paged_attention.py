@@ -3,7 +3,11 @@
 Without a GPU the kernels run in Triton's interpreter: the same program, its products by NumPy.
 """
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 # Around the borders of blocks, of tiles and of the parts that a generated token's positions are cut into.
 LENGTHS = [1, 15, 16, 63, 64, 65, 127]
 GENERATED = 3
+# Shared memory that a program may have on any card from 8.0 on.
+LEAST_SHARED_BYTES = 99 * 1024
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +131,21 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are():
     outcome = attention.prepare(inputs)(torch.cat([broken, sound]), cache)
     assert outcome[: len(broken)].isnan().all()
     assert torch.equal(outcome[len(broken) :], attend_in_chunks(attention, sound, [], blocks))
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernels_compile_for_cards_that_are_not_here(capability, tmp_path):
+    script = Path(__file__).parents[1] / "kernels_for_cards.py"
+    compiled = subprocess.run(
+        [sys.executable, script, capability],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    shared_bytes = dict(line.split() for line in compiled.stdout.splitlines())
+    assert shared_bytes.keys() == {"attend_part", "attend_tile", "join_parts", "write_rows"}
+    assert max(map(int, shared_bytes.values())) <= LEAST_SHARED_BYTES
 
 
 @pytest.mark.parametrize("max_positions", [1024, 32])

@@ -21,8 +21,8 @@ __all__ = ["PagedAttention"]
 # 128 a single sequence still gives every processor of a GPU something to do, and what the parts leave to be joined is
 # a hundredth of what they read.
 _PART_SIZE = 128
-# What a program holds at once: keys where it attends, heads where it writes.
-_KEYS = 64
+# What a program holds at once: keys where it attends, as bytes of each dimension, and heads where it writes.
+_KEY_BYTES = 128
 _HEADS_AT_ONCE = 8
 _SMALLEST_VECTOR = 16
 
@@ -52,6 +52,7 @@ class PagedAttention:
             "head_dim": config.head_dim,
             "dims": max(_SMALLEST_VECTOR, 1 << (config.head_dim - 1).bit_length()),
         }
+        self._keys = _KEY_BYTES // dtype.itemsize
 
     def make_cache(self, num_blocks: int) -> Tensor:
         config = self._config
@@ -122,7 +123,7 @@ class PagedAttention:
                     **sizes,
                     block_size=BLOCK_SIZE,
                     tile_size=PREFILL_TILE,
-                    keys=_KEYS,
+                    keys=self._keys,
                 )
             if len(rows):
                 kernels.attend_part[len(rows), heads, num_parts](
@@ -139,7 +140,7 @@ class PagedAttention:
                     **sizes,
                     block_size=BLOCK_SIZE,
                     part_size=_PART_SIZE,
-                    keys=_KEYS,
+                    keys=self._keys,
                 )
                 kernels.join_parts[len(rows), heads](
                     sums, peaks, weights, positions, rows, attended, num_parts, **sizes, part_size=_PART_SIZE

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from oasst_cli.plan.roofline import Card, Link, Machine, ModelShape, StepWork
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.linear import Linear, TiledLinear, build_linear
+from oasst_worker.model.linear import Linear, build_linear, build_row_exact_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerWeights, NeoXWeights, deinterleave_qkv
 from oasst_worker.runtime import ModelRunner
@@ -39,9 +38,6 @@ from bench.engine import OURS, EngineRow, compare_systems, engine_table, generat
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
 
-# Rows of a product where a sequence's bits must not depend on its batch: as many as decode in the time that reading
-# the weights takes.
-EXACT_ROWS = 128
 STEP_TOKENS = 8192
 UNPACED = 1e6
 
@@ -150,10 +146,7 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
 
     reference = random_model(shape, device, dtype)
     config, weights = share_weights(reference)
-    ways: dict[str, Callable[..., Linear]] = {
-        "plain": build_linear,
-        "row-exact": partial(TiledLinear, tile_rows=EXACT_ROWS),
-    }
+    ways: dict[str, Callable[..., Linear]] = {"plain": build_linear, "row-exact": build_row_exact_linear}
     steps: list[StepRow] = []
     for linears, make_linear in ways.items():
         model = NeoX(config, weights, make_linear)

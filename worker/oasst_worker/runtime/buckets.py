@@ -37,7 +37,7 @@ class CudaGraphs:
 
     def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         # Before the recording kernels are compiled and libraries take their workspaces, on a stream of their own.
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             compute()
@@ -101,10 +101,11 @@ class _Bucket:
         self._on_host = torch.zeros(size * (3 + num_blocks), dtype=torch.int64, pin_memory=model.device.type == "cuda")
         self._on_device = self._on_host.to(model.device)
         self._rows, self._block_table = _views(self._on_host, size)
-        rows, block_table = _views(self._on_device, size)
+        (token_ids, positions, cells), block_table = _views(self._on_device, size)
         self._blocks: list[Sequence[int]] = [()] * size  # As they stand in the table.
         self._load(())
-        self._compute = record(model.prepare_decode(DecodeInputs(*rows, block_table), cache))
+        inputs = DecodeInputs(token_ids, positions, cells, block_table)
+        self._compute = record(model.prepare_decode(inputs, cache))
 
     def compute(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits of all rows, those of the chunks first."""

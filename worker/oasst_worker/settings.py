@@ -5,6 +5,7 @@ import re
 import secrets
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
@@ -70,6 +71,11 @@ class WorkerSettings(BaseSettings):
 
     model: str = Field(description="Checkpoint folder or hub id.")
     model_name: str | None = Field(None, description="Name jobs call the model by. Unset: hub id or folder name.")
+    convert_bin: Path | None = Field(
+        None,
+        description="Folder in which a checkpoint of .bin files is kept as safetensors, converted once. Unset: .bin"
+        " files are read as they are.",
+    )
     redis_url: Annotated[str, AfterValidator(_check_redis_url)] = Field(
         "redis://127.0.0.1:6379/0",
         description="Where the queue is: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://.",

@@ -19,7 +19,7 @@ from torch import Tensor
 from oasst_worker.model.attention import Attend, Attention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
-from oasst_worker.model.layers import CompiledLayers, LayerLinears
+from oasst_worker.model.layers import CompiledLayers, LayerParts
 from oasst_worker.model.linear import Linear, build_linear, is_row_exact
 from oasst_worker.model.ranks import ALONE, Ranks
 from oasst_worker.model.weights import LayerWeights, NeoXWeights
@@ -38,7 +38,7 @@ class NeoX:
         make_attention: Callable[..., Attention] = build_attention,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`weights` are those of the share of `ranks`."""
+        """`weights` are those of the share of `ranks`; their layers are taken one by one."""
         self.config = config
         self.ranks = ranks
         self._share_config = ranks.share.of_config(config)
@@ -50,8 +50,7 @@ class NeoX:
         self._attention = make_attention(self._share_config, dtype=self.dtype, device=self.device)
         self._compiled: CompiledLayers | None = None
         with suppress(RuntimeError):  # Then the layers are called one by one.
-            parts = [layer.parts for layer in self._layers]
-            self._compiled = CompiledLayers(config, weights.layers, parts, self._attention)
+            self._compiled = CompiledLayers(config, [layer.parts for layer in self._layers], self._attention)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +65,7 @@ class NeoX:
         share = self._share_config
         linears = self._layers[0].linears(share.hidden_size, share.num_heads * share.head_dim, share.intermediate_size)
         return all(
-            is_row_exact(linear, in_features, self.dtype)
+            is_row_exact(linear, in_features, self.dtype, self.device)
             for linear, in_features in [*linears, (self._head, share.hidden_size)]
         )
 
@@ -132,8 +131,9 @@ class _Layer:
         self._mlp_out = make_linear(weights.mlp_out_weight, weights.mlp_out_bias)
 
     @property
-    def parts(self) -> LayerLinears:
-        return LayerLinears(self._qkv, self._dense, self._mlp_in, self._mlp_out)
+    def parts(self) -> LayerParts:
+        norms = (*self._norm1.tensors, *self._norm2.tensors)
+        return LayerParts(norms, self._qkv, self._dense, self._mlp_in, self._mlp_out)
 
     def linears(self, hidden: int, attended: int, intermediate: int) -> list[tuple[Linear, int]]:
         """The layer's products with their numbers of input features."""
@@ -165,6 +165,10 @@ class _Norm:
         self._weight = weight
         self._bias = bias
         self._eps = eps
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self._weight, self._bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)

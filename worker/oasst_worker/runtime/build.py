@@ -13,12 +13,12 @@ from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, Ranks, Share, connect_ranks
-from oasst_worker.model.weights import NeoXWeights, load_weights
+from oasst_worker.model.weights import NeoXWeights, Progress, open_weights
 from oasst_worker.runtime.ranks import LostRankError, RankProcesses, SplitModel
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
 
-__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "load_share"]
+__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "open_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +45,14 @@ class RuntimeOptions:
     num_ranks: int | None = None  # Processes of one model; None is one for each GPU, or one.
 
 
-def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: Iterable[int] = ()) -> ModelRunner:
-    """The checkpoint's model is in memory and computes.
+def build_executor(
+    folder: Path,
+    options: RuntimeOptions,
+    *,
+    banned_token_ids: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> ModelRunner:
+    """The checkpoint's model is in memory and computes. `progress` is told how much of it, or of a share, is read.
 
     Raises:
         CheckpointError: the folder holds no checkpoint that can be served.
@@ -61,16 +67,14 @@ def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: I
         raise UnsupportedOptionError(str(error)) from error
     _log.info("split=%s ranks=%d: %s", split.kind, split.num_ranks, split.reason)
     if split.num_ranks == 1:
-        return _make_runner(load_share(folder, options, Share()).alone(), config, options, 1, banned_token_ids)
+        model = open_share(folder, options, Share(), progress).load(ALONE)
+        return _make_runner(model, config, options, 1, banned_token_ids)
     threads = options.threads or torch.get_num_threads()
     of_rank = replace(options, threads=max(1, threads // split.num_ranks))
     processes = RankProcesses(split.num_ranks, {"folder": str(folder), "options": asdict(of_rank)})
     try:
-        loaded = load_share(folder, of_rank, Share(0, split.num_ranks))
-        processes.wait_until_loaded()
-        ranks = connect_ranks(loaded.share, loaded.device, processes.meeting_file)
-        model = SplitModel(loaded.join(ranks), processes, ranks)
-        return _make_runner(model, config, options, split.num_ranks, banned_token_ids)
+        split_model = _load_split(folder, of_rank, Share(0, split.num_ranks), processes, progress)
+        return _make_runner(split_model, config, options, split.num_ranks, banned_token_ids)
     except LostRankError as error:
         processes.close()
         raise UnsupportedOptionError(str(error)) from error
@@ -79,9 +83,20 @@ def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: I
         raise
 
 
+def _load_split(
+    folder: Path, options: RuntimeOptions, share: Share, processes: RankProcesses, progress: Progress | None
+) -> SplitModel:
+    opened = open_share(folder, options, share, progress)
+    processes.wait_until_ready()
+    ranks = connect_ranks(share, opened.device, processes.meeting_file)
+    model = opened.load(ranks)
+    processes.wait_until_ready()
+    return SplitModel(model, processes, ranks)
+
+
 @dataclass(frozen=True, slots=True)
-class LoadedShare:
-    """A rank's weights in memory, not yet connected to the others."""
+class OpenedShare:
+    """A rank's weights: checked, and in memory but for the layers."""
 
     config: NeoXConfig
     weights: NeoXWeights
@@ -89,22 +104,20 @@ class LoadedShare:
     device: torch.device
     make_linear: Callable[..., Linear]
 
-    def alone(self) -> NeoX:
-        return self.join(ALONE)
+    def load(self, ranks: Ranks) -> NeoX:
+        """The model, all of it in memory.
 
-    def connect(self, meeting_file: Path) -> NeoX:
-        """The model, once all ranks have met."""
-        return self.join(connect_ranks(self.share, self.device, meeting_file))
-
-    def join(self, ranks: Ranks) -> NeoX:
+        Raises:
+            CheckpointError: as `build_executor`.
+        """
         model = NeoX(self.config, self.weights, self.make_linear, ranks=ranks)
         if self.device.type == "cpu" and self.share.is_first and not model.is_row_exact():
             _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
         return model
 
 
-def load_share(folder: Path, options: RuntimeOptions, share: Share) -> LoadedShare:
-    """The share's weights are in memory, on the rank's own device.
+def open_share(folder: Path, options: RuntimeOptions, share: Share, progress: Progress | None = None) -> OpenedShare:
+    """The share can be loaded onto the rank's own device.
 
     Raises:
         CheckpointError, UnsupportedOptionError: as `build_executor`.
@@ -118,8 +131,8 @@ def load_share(folder: Path, options: RuntimeOptions, share: Share) -> LoadedSha
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     make_linear = _choose_linear(options.quantize, device)
-    weights = load_weights(folder, config, dtype=dtype, device=device, share=share)
-    return LoadedShare(config, weights, share, device, make_linear)
+    weights = open_weights(folder, config, dtype=dtype, device=device, share=share, progress=progress)
+    return OpenedShare(config, weights, share, device, make_linear)
 
 
 def _make_runner(

@@ -71,8 +71,8 @@ class RankProcesses:
         """Of the processes, in the order of ranks from 1 on."""
         return [process.pid for process in self._processes.values()]
 
-    def wait_until_loaded(self) -> None:
-        """Every rank has its weights in memory.
+    def wait_until_ready(self) -> None:
+        """Every rank is ready for what comes next: to meet the others, then to be told what to compute.
 
         Raises:
             LostRankError: if one ended instead.

@@ -5,6 +5,7 @@ Without a GPU nothing is recorded: the same launches on the same memory, one by 
 
 import pytest
 import torch
+from attention_samples import require_triton
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.model.attention import PagedAttention, PlainAttention
 from oasst_worker.model.config import load_config
@@ -33,7 +34,7 @@ class RecordingRunner(ModelRunner):
 
 @pytest.fixture
 def model(make_checkpoint) -> NeoX:
-    pytest.importorskip("triton", reason="Triton is not installed: `make test-triton` installs it")
+    require_triton()
     folder = make_checkpoint()
     config = load_config(folder)
     return NeoX(config, load_weights(folder, config, dtype=torch.float32), make_attention=PagedAttention)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs
+from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs, require_triton
 from oasst_worker.model import attention as attention_package
 from oasst_worker.model.attention import PagedAttention, PlainAttention, build_attention, try_attention
 from oasst_worker.model.inputs import BLOCK_SIZE
@@ -28,7 +28,7 @@ LEAST_SHARED_BYTES = 99 * 1024
 @pytest.fixture(scope="module", autouse=True)
 def _triton():
     """Triton, and products of bf16 in its interpreter, which takes their bits for integers."""
-    pytest.importorskip("triton", reason="Triton is not installed: `make test-triton` installs it")
+    require_triton()
     if DEVICE.type == "cuda":
         yield
         return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "AttentionSpan", "StepInputs"]
+__all__ = ["BLOCK_SIZE", "AttentionSpan", "DecodeInputs", "StepInputs"]
 
 # Positions in a block of the KV cache.
 BLOCK_SIZE = 16
@@ -32,3 +32,13 @@ class StepInputs:
     cells: Tensor  # [rows] int64, block * BLOCK_SIZE + offset: where each row's key and value go
     spans: Sequence[AttentionSpan]
     drawing_rows: Tensor  # [drawing] int64, the rows whose logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Rows that are one generated token each, told by tensors alone: what stands in them may change between steps."""
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64, in the sequence
+    cells: Tensor  # [rows] int64, as in StepInputs
+    block_table: Tensor  # [rows, blocks] int64: each row's blocks; behind its own position's, anything

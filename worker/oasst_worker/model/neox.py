@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasst_worker.model.attention import Attend, Attention, build_attention
+from oasst_worker.model.attention import Attend, Attention, PagedAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.inputs import StepInputs
+from oasst_worker.model.inputs import DecodeInputs, StepInputs
 from oasst_worker.model.layers import CompiledLayers, LayerParts
 from oasst_worker.model.linear import Linear, build_linear, is_row_exact
 from oasst_worker.model.ranks import ALONE, Ranks
@@ -98,15 +98,37 @@ class NeoX:
         hidden = self._embed(inputs.token_ids)
         if self._compiled:
             return self._compiled(hidden, inputs, cache)
-        attend = self._attention.prepare(inputs)
-        for layer, layer_cache in zip(self._layers, cache, strict=True):
-            hidden = layer(hidden, attend, layer_cache)
-        return hidden
+        return self._through_layers(hidden, self._attention.prepare(inputs), cache)
+
+    @property
+    def can_decode(self) -> bool:
+        """`prepare_decode` works here."""
+        return isinstance(self._attention, PagedAttention) and self.ranks is ALONE
+
+    def prepare_decode(self, inputs: DecodeInputs, cache: Tensor) -> Callable[[], Tensor]:
+        """A function that computes what stands in the inputs' tensors when it is called: every row's logits.
+
+        It launches the same kernels on the same memory each time and waits for none of them.
+        """
+        if not isinstance(self._attention, PagedAttention):
+            raise RuntimeError(f"{type(self._attention).__name__} cannot decode from tensors alone")
+        attend = self._attention.prepare_decode(inputs)
+
+        @torch.inference_mode()
+        def decode() -> Tensor:
+            return self.logits(self._through_layers(self._embed(inputs.token_ids), attend, cache))
+
+        return decode
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of rows of `hidden`, [rows, vocab] in fp32; whole at the first rank, where tokens are drawn."""
         return self.ranks.gather_columns(self._head(self._final_norm(hidden)), self.config.vocab_size).float()
+
+    def _through_layers(self, hidden: Tensor, attend: Attend, cache: Tensor) -> Tensor:
+        for layer, layer_cache in zip(self._layers, cache, strict=True):
+            hidden = layer(hidden, attend, layer_cache)
+        return hidden
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self.ranks is ALONE:

@@ -15,7 +15,7 @@ from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
 from oasst_worker.runtime.ranks import LostRankError, pack_inputs, unpack_inputs
 from oasst_worker.runtime.runner import ModelRunner
-from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
+from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 SIZES = {
@@ -107,7 +107,7 @@ def test_the_ranks_weights_together_are_the_checkpoint(folder):
     parts = [load_weights(folder, config, dtype=torch.float32, share=Share(rank, 4)) for rank in range(4)]
     assert torch.equal(torch.cat([part.head for part in parts]), whole.head)
     assert torch.equal(torch.cat([part.embed_in for part in parts]), whole.embed_in)
-    ours, layers = whole.layers[1], [part.layers[1] for part in parts]
+    ours, layers = [*whole.layers][1], [[*part.layers][1] for part in parts]
     qkv = torch.cat([layer.qkv_weight.view(3, 16, 64) for layer in layers], dim=1)
     assert torch.equal(qkv.reshape(192, 64), ours.qkv_weight)
     assert torch.equal(torch.cat([layer.dense_weight for layer in layers], dim=1), ours.dense_weight)
@@ -141,12 +141,28 @@ def test_inputs_arrive_as_they_were_packed():
         ("none", None, 8, ("none", 1)),
         ("tensor", None, 4, ("tensor", 4)),
         ("tensor", 2, 0, ("tensor", 2)),
+        ("layers", None, 0, ("layers", 1)),
     ],
 )
 def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num_gpus, expected):
-    split = choose_split(load_config(folder), kind, num_ranks, num_gpus=num_gpus)
+    split = choose_split(load_config(folder), kind, num_ranks, Machine([80 * 10**9] * num_gpus, 10**9))
     assert (split.kind, split.num_ranks) == expected
     assert split.reason
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "machine", "kind"),
+    [
+        (4, Machine([24, 24], 40), "tensor"),
+        (4, Machine([24, 10], 40), "layers"),  # A half does not fit the smaller one.
+        (3, Machine([24, 24], 40), "layers"),  # Two ranks do not divide three heads.
+        (4, Machine([24, 24], 40, has_placement=True), "layers"),
+        (4, Machine([24], 40), "none"),
+    ],
+)
+def test_auto_takes_layers_where_a_tensor_split_does_not_fit(folder, num_heads, machine, kind):
+    split = choose_split(replace(load_config(folder), num_heads=num_heads), "auto", None, machine)
+    assert (split.kind, split.num_ranks) == (kind, 2 if kind == "tensor" else 1)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +172,12 @@ def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num
         ("tensor", None, 0, "on a CPU give --num-ranks"),
         ("tensor", 4, 2, "--num-ranks 4 needs as many GPUs, and there are 2"),
         ("none", 2, 0, "leave one out"),
+        ("layers", 2, 0, "--split layers is one process"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused_with_what_to_change(folder, kind, num_ranks, num_gpus, said):
     with pytest.raises(UnsupportedSplitError, match=said):
-        choose_split(load_config(folder), kind, num_ranks, num_gpus=num_gpus)
+        choose_split(load_config(folder), kind, num_ranks, Machine([80 * 10**9] * num_gpus, 10**9))
 
 
 def test_a_bad_split_stops_before_a_process_is_started(folder):

@@ -12,7 +12,7 @@ from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.ranks import ALONE, Ranks, Share, connect_ranks
+from oasst_worker.model.ranks import ALONE, ExchangeError, Ranks, Share, connect_ranks
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
 from oasst_worker.runtime.placement import (
     DeviceMemory,
@@ -101,7 +101,7 @@ def build_executor(
     try:
         split_model = _load_split(folder, of_rank, Share(0, split.num_ranks), processes, progress)
         return _make_runner(split_model, config, options, split.num_ranks, banned_token_ids)
-    except LostRankError as error:
+    except (LostRankError, ExchangeError) as error:
         processes.close()
         raise UnsupportedOptionError(str(error)) from error
     except BaseException:

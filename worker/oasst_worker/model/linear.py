@@ -76,13 +76,21 @@ class PlainLinear:
 class TiledLinear:
     """The plain product in tiles of a fixed number of rows, the last one padded."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None = None,
+        *,
+        tile_rows: int = _TILE_ROWS,
+    ) -> None:
         self._plain = PlainLinear(weight, bias, activation)
+        self._tile_rows = tile_rows
 
     def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
         rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % _TILE_ROWS))
-        product = torch.cat([self._plain(tile) for tile in torch.split(padded, _TILE_ROWS)])[:rows]
+        padded = F.pad(x, (0, 0, 0, -rows % self._tile_rows))
+        product = torch.cat([self._plain(tile) for tile in torch.split(padded, self._tile_rows)])[:rows]
         return _add_(product, residuals)
 
 
@@ -301,10 +309,10 @@ def build_quantized_linear(weight: Tensor, bias: Tensor | None, activation: Acti
 
 
 @torch.inference_mode()
-def is_row_exact(linear: Linear, in_features: int, dtype: torch.dtype) -> bool:
+def is_row_exact(linear: Linear, in_features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
     """Rows come out the same, bit for bit, at several numbers of rows and in another order, here and now."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(96, in_features, generator=generator).to(dtype)
+    x = torch.randn(96, in_features, generator=generator).to(device, dtype)
     whole = linear(x)
     order = torch.randperm(len(x), generator=generator)
     return torch.equal(linear(x[order]), whole[order]) and all(

@@ -70,7 +70,7 @@ class NeoX:
             (parts.mlp_out, self._share_config.intermediate_size),
             (self._head, hidden),
         ]
-        return all(is_row_exact(linear, in_features, self.dtype) for linear, in_features in linears)
+        return all(is_row_exact(linear, in_features, self.dtype, self.device) for linear, in_features in linears)
 
     @property
     def has_compiled_layers(self) -> bool:

@@ -21,7 +21,7 @@ from bench.checkpoints import DEMO, random_checkpoint
 from bench.client import client_table, measure_client
 from bench.engine import engine_table, measure_engine
 from bench.evals import evals_table, measure_evals
-from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
+from bench.gateway import flood_table, gateway_table, measure_bare_flood, measure_flood, measure_gateway
 from bench.goodput import goodput_table, measure_goodput, measure_share, share_table
 from bench.interference import interference_table, measure_interference
 from bench.loading import loading_table, measure_loading
@@ -134,8 +134,8 @@ def _gateway(options: Options) -> Measured:
 
 
 def _flood(options: Options) -> Measured:
-    row = measure_flood(10_000, max_waiting=100)
-    return [row], [flood_table(row)]
+    row, bare = measure_flood(10_000, max_waiting=100), measure_bare_flood(10_000)
+    return [row, bare], [flood_table(row, bare)]
 
 
 def _share(options: Options) -> Measured:

@@ -13,8 +13,8 @@ test: .venv/dev .venv/helm ## Run the tests
 	$(BIN)/pytest
 
 test-triton: .venv/dev    ## Run the tests of the kernels for GPUs, in Triton's interpreter; installs 200 MB
-	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'triton>=3.6,<3.8' >&2
-	$(BIN)/pytest tests/worker/test_paged_attention.py
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'triton>=3.7,<3.8' >&2
+	$(BIN)/pytest tests/worker/test_paged_attention.py tests/worker/test_buckets.py
 
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs

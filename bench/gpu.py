@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from oasst_cli.plan.roofline import Card, Link, Machine, ModelShape, StepWork
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.linear import Linear, TiledLinear, build_linear
+from oasst_worker.model.linear import Linear, build_linear, build_row_exact_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerPlace, LayerRun, LayerWeights, NeoXWeights, deinterleave_qkv
 from oasst_worker.runtime import ModelRunner
@@ -39,9 +38,6 @@ from bench.engine import OURS, EngineRow, compare_systems, engine_table, generat
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
 
-# Rows of a product where a sequence's bits must not depend on its batch: as many as decode in the time that reading
-# the weights takes.
-EXACT_ROWS = 128
 STEP_TOKENS = 8192
 UNPACED = 1e6
 
@@ -79,7 +75,7 @@ class Shape:
 
 SHAPES = {
     "12b": Shape(
-        36, 5120, 40, 2048, VOCAB_SIZE, (512, 1024), (1, 8, 32, 64, 128), 32, 2047, (256, 128), 64, 8192, 2**33
+        36, 5120, 40, 2048, VOCAB_SIZE, (512, 1024), (1, 8, 32, 64, 128), 32, 2047, (256, 128), 32, 8192, 2**33
     ),
     "tiny": Shape(2, 64, 2, 128, 1000, (32, 48), (1, 4), 3, 96, (32, 8), 4, 256, 2**20),
 }
@@ -150,10 +146,7 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
 
     reference = random_model(shape, device, dtype)
     config, weights = share_weights(reference)
-    ways: dict[str, Callable[..., Linear]] = {
-        "plain": build_linear,
-        "row-exact": partial(TiledLinear, tile_rows=EXACT_ROWS),
-    }
+    ways: dict[str, Callable[..., Linear]] = {"plain": build_linear, "row-exact": build_row_exact_linear}
     steps: list[StepRow] = []
     for linears, make_linear in ways.items():
         model = NeoX(config, weights, make_linear)
@@ -162,12 +155,13 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
     console.print(steps_table(steps))
 
     model = NeoX(config, weights)
-    mixed = measure_mixed(model, shape)
-    console.print(mixed_table(mixed))
+    mixed = _if_it_fits("a load of mixed lengths", measure_mixed, model, shape)
+    if mixed:
+        console.print(mixed_table(mixed))
     peers = measure_peers(model, reference, shape, rounds)
     if peers:
         console.print(engine_table(peers, dtype_name))
-    rows = {"steps": steps, "mixed": [mixed], "peers": peers}
+    rows = {"steps": steps, "mixed": [mixed] if mixed else [], "peers": peers}
     return {"about": about} | {part: [dataclasses.asdict(row) for row in of_part] for part, of_part in rows.items()}
 
 
@@ -253,7 +247,7 @@ def measure_steps(model: NeoX, linears: str, machine: Machine, shape: Shape) -> 
 def measure_mixed(model: NeoX, shape: Shape) -> MixedRow:
     """From when all places are taken until no request waits any more."""
     lengths = torch.randint(shape.max_positions // 16, shape.max_positions // 2, (4 * shape.mixed_batch, 2))
-    runner = ModelRunner(model, num_blocks=shape.mixed_batch * shape.max_positions // BLOCK_SIZE)
+    runner = _runner(model, shape.mixed_batch * shape.max_positions // BLOCK_SIZE, shape.mixed_batch)
     engine = Engine(runner, _engine_config(model, shape.mixed_batch))
     for number, (prompt_tokens, new_tokens) in enumerate(lengths.tolist()):
         [prompt] = random_prompts(1, prompt_tokens, shape.vocab_size, seed=number)
@@ -288,7 +282,7 @@ def measure_peers(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, roun
 def _compare(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, batch: int, rounds: int) -> EngineRow:
     prompt_tokens, new_tokens = shape.peer_tokens
     max_tokens = prompt_tokens + new_tokens
-    runner = ModelRunner(model, num_blocks=batch * (-(-max_tokens // BLOCK_SIZE) + 1))
+    runner = _runner(model, batch * (-(-max_tokens // BLOCK_SIZE) + 1), batch)
 
     def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         return generate_greedily(runner, _engine_config(model, batch), prompts, new_tokens)[0]
@@ -341,7 +335,7 @@ def _decode_steps(model: NeoX, batch: int, context: int, steps: int) -> list[tup
     # While the last prompts come in the first sequences decode.
     prefill_steps = -(-batch * context // STEP_TOKENS)
     new_tokens = prefill_steps + steps + 2
-    runner = ModelRunner(model, num_blocks=batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1))
+    runner = _runner(model, batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1), batch)
     engine = Engine(runner, _engine_config(model, batch))
     for number, prompt in enumerate(random_prompts(batch, context, model.config.vocab_size)):
         engine.add(Sequence(str(number), prompt, _params(new_tokens)))
@@ -361,7 +355,7 @@ def _work_of(batch: Batch) -> StepWork:
 
 
 def _prefill_s(model: NeoX, length: int) -> float:
-    runner = ModelRunner(model, num_blocks=-(-(length + 1) // BLOCK_SIZE) + 1)
+    runner = _runner(model, -(-(length + 1) // BLOCK_SIZE) + 1, 1)
     engine = Engine(runner, _engine_config(model, 1))
     [prompt] = random_prompts(1, length, model.config.vocab_size)
     engine.add(Sequence("prompt", prompt, _params(1)))
@@ -369,6 +363,11 @@ def _prefill_s(model: NeoX, length: int) -> float:
     while engine.has_work():
         engine.step()
     return time.perf_counter() - start
+
+
+def _runner(model: NeoX, num_blocks: int, max_sequences: int) -> ModelRunner:
+    """As a worker makes it; a bucket is made when it is first needed, before anything is timed."""
+    return ModelRunner(model, num_blocks=num_blocks, max_decoding=max_sequences)
 
 
 def _engine_config(model: NeoX, max_sequences: int) -> EngineConfig:

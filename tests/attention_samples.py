@@ -1,10 +1,17 @@
 """One layer's attention to random rows."""
 
+import pytest
 import torch
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs
 
 NUM_BLOCKS = 64
+
+
+def require_triton() -> None:
+    """Skips the test where Triton's kernels cannot run: before 3.7 its interpreter fails with NumPy 2.4."""
+    version = None if torch.cuda.is_available() else "3.7"
+    pytest.importorskip("triton", minversion=version, reason="no Triton that runs here: `make test-triton` installs it")
 
 
 def make_config(head_dim: int, rotary_dim: int, num_heads: int = 3) -> NeoXConfig:

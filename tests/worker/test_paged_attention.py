@@ -3,11 +3,15 @@
 Without a GPU the kernels run in Triton's interpreter: the same program, its products by NumPy.
 """
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs
+from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs, require_triton
 from oasst_worker.model import attention as attention_package
 from oasst_worker.model.attention import PagedAttention, PlainAttention, build_attention, try_attention
 from oasst_worker.model.inputs import BLOCK_SIZE
@@ -17,12 +21,14 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 # Around the borders of blocks, of tiles and of the parts that a generated token's positions are cut into.
 LENGTHS = [1, 15, 16, 63, 64, 65, 127]
 GENERATED = 3
+# Shared memory that a program may have on any card from 8.0 on.
+LEAST_SHARED_BYTES = 99 * 1024
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _triton():
     """Triton, and products of bf16 in its interpreter, which takes their bits for integers."""
-    pytest.importorskip("triton", reason="Triton is not installed: `make test-triton` installs it")
+    require_triton()
     if DEVICE.type == "cuda":
         yield
         return
@@ -125,6 +131,21 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are():
     outcome = attention.prepare(inputs)(torch.cat([broken, sound]), cache)
     assert outcome[: len(broken)].isnan().all()
     assert torch.equal(outcome[len(broken) :], attend_in_chunks(attention, sound, [], blocks))
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernels_compile_for_cards_that_are_not_here(capability, tmp_path):
+    script = Path(__file__).parents[1] / "kernels_for_cards.py"
+    compiled = subprocess.run(
+        [sys.executable, script, capability],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    shared_bytes = dict(line.split() for line in compiled.stdout.splitlines())
+    assert shared_bytes.keys() == {"attend_part", "attend_tile", "join_parts", "write_rows"}
+    assert max(map(int, shared_bytes.values())) <= LEAST_SHARED_BYTES
 
 
 @pytest.mark.parametrize("max_positions", [1024, 32])

@@ -82,6 +82,7 @@ def _build_engine(
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        batch_invariant=settings.batch_invariant,
         threads=settings.threads,
         kv_tokens=settings.kv_tokens,
         max_sequences=settings.max_sequences,

@@ -118,6 +118,11 @@ class WorkerSettings(BaseSettings):
         None,
         description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",
     )
+    batch_invariant: bool = Field(
+        False,
+        description="On a GPU: a choice's tokens do not depend on what runs beside it; prompts take longer. On a CPU"
+        " they never do.",
+    )
     split: Literal["auto", "none", "tensor", "layers"] = Field(
         "auto",
         description="tensor: every matrix over several processes, a GPU each. layers: whole layers over unequal"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "AttentionSpan", "StepInputs"]
+__all__ = ["BLOCK_SIZE", "AttentionSpan", "DecodeInputs", "StepInputs"]
 
 # Positions in a block of the KV cache.
 BLOCK_SIZE = 16
@@ -40,3 +40,13 @@ class StepInputs:
             return self
         tensors = ("token_ids", "positions", "cells", "drawing_rows")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Rows that are one generated token each, told by tensors alone: what stands in them may change between steps."""
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64, in the sequence
+    cells: Tensor  # [rows] int64, as in StepInputs
+    block_table: Tensor  # [rows, blocks] int64: each row's blocks; behind its own position's, anything

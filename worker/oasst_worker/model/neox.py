@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oasst_worker.model.attention import Attention, build_attention
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.inputs import StepInputs
+from oasst_worker.model.inputs import DecodeInputs, StepInputs
 from oasst_worker.model.linear import Linear, build_linear, is_row_exact
 from oasst_worker.model.ranks import ALONE, Ranks
 from oasst_worker.model.stack import LayerStack, Norm
@@ -102,6 +102,25 @@ class NeoX:
         for stack, stack_cache in zip(self._stacks, cache, strict=True):
             hidden = stack(hidden, inputs, stack_cache)
         return hidden.to(self.device)
+
+    @property
+    def can_decode(self) -> bool:
+        """`prepare_decode` works here."""
+        return len(self._stacks) == 1 and self._stacks[0].can_decode and self.ranks is ALONE
+
+    def prepare_decode(self, inputs: DecodeInputs, cache: KVCache) -> Callable[[], Tensor]:
+        """A function that computes what stands in the inputs' tensors when it is called: every row's logits.
+
+        It launches the same kernels on the same memory each time and waits for none of them.
+        """
+        [stack], [stack_cache] = self._stacks, cache
+        through_layers = stack.prepare_decode(inputs, stack_cache)
+
+        @torch.inference_mode()
+        def decode() -> Tensor:
+            return self.logits(through_layers(self._embed(inputs.token_ids)))
+
+        return decode
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

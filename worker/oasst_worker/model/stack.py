@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasst_worker.model.attention import Attend, Attention
+from oasst_worker.model.attention import Attend, Attention, PagedAttention
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.inputs import StepInputs
+from oasst_worker.model.inputs import DecodeInputs, StepInputs
 from oasst_worker.model.layers import CompiledLayers, LayerParts
 from oasst_worker.model.linear import Linear
 from oasst_worker.model.ranks import Ranks
@@ -53,6 +53,17 @@ class LayerStack:
     def is_position_exact(self) -> bool:
         """Keys and values of a position have the same bits however it is computed."""
         return self._attention.is_position_exact
+
+    @property
+    def can_decode(self) -> bool:
+        """`prepare_decode` works here."""
+        return self._kept is not None and isinstance(self._attention, PagedAttention)
+
+    def prepare_decode(self, inputs: DecodeInputs, cache: Tensor) -> Callable[[Tensor], Tensor]:
+        """Computes [rows, hidden] -> [rows, hidden] for what stands in the inputs' tensors when it is called."""
+        if self._kept is None or not isinstance(self._attention, PagedAttention):
+            raise RuntimeError(f"{type(self._attention).__name__} cannot decode from tensors alone")
+        return partial(self._kept.one_by_one, attend=self._attention.prepare_decode(inputs), cache=cache)
 
     def first_layer(self) -> LayerParts:
         """What the first layer is made of."""
@@ -94,7 +105,10 @@ class _Layers:
     def __call__(self, hidden: Tensor, inputs: StepInputs, cache: Tensor) -> Tensor:
         if self.compiled:
             return self.compiled(hidden, inputs, cache)
-        attend = self._attention.prepare(inputs)
+        return self.one_by_one(hidden, self._attention.prepare(inputs), cache)
+
+    def one_by_one(self, hidden: Tensor, attend: Attend, cache: Tensor) -> Tensor:
+        """As calling it, with what every layer attends by."""
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             hidden = layer(hidden, attend, layer_cache)
         return hidden

@@ -10,7 +10,7 @@ import torch
 
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
+from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear, build_row_exact_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, ExchangeError, Ranks, Share, connect_ranks
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
@@ -47,6 +47,7 @@ class RuntimeOptions:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantize: str | None = None  # int8: weights of the linear layers, on a CPU.
+    batch_invariant: bool = False  # On a GPU too, a sequence's bits do not depend on its batch.
     threads: int | None = None  # None is PyTorch's choice: one per core.
     kv_tokens: int | None = None  # Positions of KV cache; None is what memory allows.
     max_sequences: int = 32
@@ -162,8 +163,9 @@ class OpenedShare:
             CheckpointError: as `build_executor`.
         """
         model = NeoX(self.config, self.weights, self.make_linear, ranks=ranks)
-        if self.device.type == "cpu" and self.share.is_first and not model.is_row_exact():
-            _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
+        is_promised = self.device.type == "cpu" or self.make_linear is build_row_exact_linear
+        if is_promised and self.share.is_first and not model.is_row_exact():
+            _log.warning("on this device a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
         return model
 
 
@@ -187,7 +189,7 @@ def open_share(
     dtype = _choose_dtype(options.dtype, device, config)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    make_linear = _choose_linear(options.quantize, device)
+    make_linear = _choose_linear(options, device)
     weights = open_weights(folder, config, dtype=dtype, device=device, share=share, places=places, progress=progress)
     return OpenedShare(config, weights, share, device, make_linear)
 
@@ -200,7 +202,14 @@ def _make_runner(
     )
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
-    return ModelRunner(model, num_blocks=kv_tokens // BLOCK_SIZE, banned_token_ids=banned)
+    runner = ModelRunner(
+        model,
+        num_blocks=kv_tokens // BLOCK_SIZE,
+        banned_token_ids=banned,
+        max_decoding=options.max_sequences if model.device.type == "cuda" else 0,
+    )
+    runner.make_buckets()
+    return runner
 
 
 def _choose_device(name: str) -> torch.device:
@@ -220,11 +229,11 @@ def _choose_dtype(name: str, device: torch.device, config: NeoXConfig) -> torch.
     return _DTYPES[name]
 
 
-def _choose_linear(quantize: str | None, device: torch.device) -> Callable[..., Linear]:
-    if quantize is None:
-        return build_linear
+def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..., Linear]:
+    if options.quantize is None:
+        return build_row_exact_linear if options.batch_invariant else build_linear
     if device.type != "cpu":
-        raise UnsupportedOptionError(f"--quantize {quantize} needs --device cpu; leave it out on {device.type}")
+        raise UnsupportedOptionError(f"--quantize {options.quantize} needs --device cpu; leave it out on {device.type}")
     return build_quantized_linear
 
 

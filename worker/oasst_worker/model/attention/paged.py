@@ -13,7 +13,7 @@ from torch import Tensor
 from oasst_worker.model.attention.interface import Attend, rotary_table
 from oasst_worker.model.attention.plain import PREFILL_TILE
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
+from oasst_worker.model.inputs import BLOCK_SIZE, DecodeInputs, StepInputs
 
 __all__ = ["PagedAttention"]
 
@@ -21,8 +21,8 @@ __all__ = ["PagedAttention"]
 # 128 a single sequence still gives every processor of a GPU something to do, and what the parts leave to be joined is
 # a hundredth of what they read.
 _PART_SIZE = 128
-# What a program holds at once: keys where it attends, heads where it writes.
-_KEYS = 64
+# What a program holds at once: keys where it attends, as bytes of each dimension, and heads where it writes.
+_KEY_BYTES = 128
 _HEADS_AT_ONCE = 8
 _SMALLEST_VECTOR = 16
 
@@ -52,6 +52,7 @@ class PagedAttention:
             "head_dim": config.head_dim,
             "dims": max(_SMALLEST_VECTOR, 1 << (config.head_dim - 1).bit_length()),
         }
+        self._keys = _KEY_BYTES // dtype.itemsize
 
     def make_cache(self, num_blocks: int) -> Tensor:
         config = self._config
@@ -74,12 +75,20 @@ class PagedAttention:
         longest = max((span.start + span.num_rows for span in inputs.spans), default=0)
         sizes = [len(tiles), len(rows), len(rows), len(blocks)]
         numbers = torch.tensor([*tiles, *rows, *block_starts, *blocks], dtype=torch.int32)
-        return self._prepare(inputs, torch.split(numbers.to(self._device, non_blocking=True), sizes), longest)
+        return self._prepare(
+            inputs.positions, inputs.cells, torch.split(numbers.to(self._device, non_blocking=True), sizes), longest
+        )
 
-    def _prepare(self, inputs: StepInputs, numbers: Sequence[Tensor], longest: int) -> Attend:
+    def prepare_decode(self, inputs: DecodeInputs) -> Attend:
+        """As `prepare`, for whatever will stand in the inputs' tensors when a layer calls it."""
+        num_rows, num_blocks = inputs.block_table.shape
+        rows = torch.arange(num_rows, dtype=torch.int32, device=self._device)
+        numbers = (rows[:0], rows, rows * num_blocks, inputs.block_table)
+        return self._prepare(inputs.positions, inputs.cells, numbers, self._config.max_positions)
+
+    def _prepare(self, positions: Tensor, cells: Tensor, numbers: Sequence[Tensor], longest: int) -> Attend:
         """`longest` is the highest number of positions that a row attends to."""
         tiles, rows, block_starts, blocks = numbers
-        positions, cells = inputs.positions, inputs.cells
         kernels, sizes, heads, head_dim = self._kernels, self._sizes, self._config.num_heads, self._config.head_dim
         num_parts = -(-longest // _PART_SIZE)
         # Used by one layer after the other.
@@ -114,7 +123,7 @@ class PagedAttention:
                     **sizes,
                     block_size=BLOCK_SIZE,
                     tile_size=PREFILL_TILE,
-                    keys=_KEYS,
+                    keys=self._keys,
                 )
             if len(rows):
                 kernels.attend_part[len(rows), heads, num_parts](
@@ -131,7 +140,7 @@ class PagedAttention:
                     **sizes,
                     block_size=BLOCK_SIZE,
                     part_size=_PART_SIZE,
-                    keys=_KEYS,
+                    keys=self._keys,
                 )
                 kernels.join_parts[len(rows), heads](
                     sums, peaks, weights, positions, rows, attended, num_parts, **sizes, part_size=_PART_SIZE

@@ -14,6 +14,9 @@ No program knows of a second sequence, and every sum has one order:
 
 Sums, softmax and rotation are fp32, whatever the rows are. Dimensions are padded to `dims`, a power of two of at
 least 16, because Triton's vectors are.
+
+Triton compiles a kernel anew for a pointer that is not aligned to 16 bytes, and for some values of a number. It may not
+where arguments change so between steps, and are read one by one anyway: no step may wait for a compiler.
 """
 
 import triton
@@ -22,7 +25,7 @@ import triton.language as tl
 __all__ = ["attend_part", "attend_tile", "join_parts", "write_rows"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "cells"])
 def write_rows(
     qkv,  # [rows, 3 * heads * head_dim]
     cos,  # [max_positions, rotary_dim] fp32
@@ -69,14 +72,14 @@ def write_rows(
     tl.store(to_key + heads * block_size * head_dim, value, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "rows", "block_starts", "blocks", "peaks", "weights"])
 def attend_part(
     queries,  # [rows, heads, head_dim]
     cache,
     positions,  # [rows] int64
     rows,  # [tokens] int32: the rows that attend by themselves
     block_starts,  # [tokens] int32
-    blocks,  # int32
+    blocks,  # int32 or int64
     sums,  # [tokens, heads, parts, head_dim] fp32, written: values weighted by e^(score - peak)
     peaks,  # [tokens, heads, parts] fp32, written: the highest score, in powers of two
     weights,  # [tokens, heads, parts] fp32, written: the sum of the weights
@@ -127,7 +130,7 @@ def attend_part(
     tl.store(weights + at, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["peaks", "weights", "positions", "rows"])
 def join_parts(
     sums,
     peaks,
@@ -164,7 +167,7 @@ def join_parts(
     tl.store(attended + (row * heads + head) * head_dim + dim, outcome, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "tiles", "blocks"])
 def attend_tile(
     queries,  # [rows, heads, head_dim]
     cache,

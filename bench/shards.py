@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,14 +86,14 @@ def _measure(
     alone_s, split_s = [], []
     num_exchanges = num_bytes = 0
     for _ in range(rounds):
-        of_alone = _decode_steps(alone, config, concurrent, context, threads=_RANKS)
-        of_split = _decode_steps(split, config, concurrent, context, threads=1)
-        for alone_step_s in of_alone:
-            before = replace(split.traffic)
-            split_s.append(next(of_split))
-            alone_s.append(alone_step_s)
-            num_exchanges += split.traffic.num_exchanges - before.num_exchanges
-            num_bytes += split.traffic.num_bytes - before.num_bytes
+        of_alone = _prefill(alone, config, concurrent, context)
+        of_split = _prefill(split, config, concurrent, context)
+        before = replace(split.traffic)
+        while of_split.has_work():
+            alone_s.append(_step(of_alone, threads=_RANKS))
+            split_s.append(_step(of_split, threads=1))
+        num_exchanges += split.traffic.num_exchanges - before.num_exchanges
+        num_bytes += split.traffic.num_bytes - before.num_bytes
     sums = config.num_layers * (1 if config.parallel_residual else 2) + 1
     fewest = concurrent * _ITEM_BYTES * (sums * config.hidden_size + -(-config.vocab_size // _RANKS))
     return ShardsRow(
@@ -109,23 +108,20 @@ def _measure(
     )
 
 
-def _decode_steps(
-    runner: ModelRunner, config: NeoXConfig, concurrent: int, context: int, *, threads: int
-) -> Iterator[float]:
-    """The seconds of each of so many steps that decode and do nothing else, by so many threads of this process."""
-    engine = Engine(
-        runner,
-        EngineConfig(
-            config.eos_token_id, config.max_positions, max_sequences=concurrent, step_tokens=concurrent * context
-        ),
-    )
+def _prefill(runner: ModelRunner, config: NeoXConfig, concurrent: int, context: int) -> Engine:
+    """What is left is to decode, for so many sequences."""
+    step_tokens = concurrent * context
+    engine = Engine(runner, EngineConfig(config.eos_token_id, config.max_positions, concurrent, step_tokens))
     params = GenerationParams(max_new_tokens=_STEPS + 1, temperature=0.0, ignore_eos=True)
     for number, prompt in enumerate(random_prompts(concurrent, context, config.vocab_size)):
         engine.add(Sequence(str(number), prompt, params))
+    engine.step()
+    return engine
+
+
+def _step(engine: Engine, *, threads: int) -> float:
+    """The seconds of a step, by so many threads of this process."""
     torch.set_num_threads(threads)
-    engine.step()  # Prefills all of them.
-    while engine.has_work():
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        engine.step()
-        yield time.perf_counter() - start
+    start = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - start

@@ -12,6 +12,10 @@ run: .venv/all            ## Start the whole stack on this machine and chat with
 test: .venv/dev .venv/helm ## Run the tests
 	$(BIN)/pytest
 
+test-triton: .venv/dev    ## Run the tests of the kernels for GPUs, in Triton's interpreter; installs 200 MB
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'triton>=3.7,<3.8' >&2
+	$(BIN)/pytest tests/worker/test_paged_attention.py tests/worker/test_buckets.py
+
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs
 
@@ -53,6 +57,9 @@ bench-peers: .venv/dev    ## Measure beside other systems; SHAPES=160m DTYPES=in
 		$(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(CONCURRENT),--concurrent $(CONCURRENT)) \
 		$(if $(ROUNDS),--rounds $(ROUNDS))
 
+bench-gpu: .venv/dev      ## Measure on one GPU, at the 12 B model's shape, beside what the card can do and transformers
+	$(BIN)/python -m bench.gpu
+
 chart: .venv/dev .venv/helm ## Check the chart, its rules and the images; prints a table of profiles and checks
 	@command -v promtool >/dev/null || { echo "make chart needs promtool: apt-get install prometheus" >&2; exit 1; }
 	$(BIN)/pytest tests/ops --matrix
@@ -93,4 +100,4 @@ help:                     ## Show this list
 	@touch $@
 
 .DELETE_ON_ERROR:
-.PHONY: run test fuzz faults soak lint format proto docs train-demo bench bench-peers chart generated observe images lock clean help
+.PHONY: run test test-triton fuzz faults soak lint format proto docs train-demo bench bench-peers bench-gpu chart generated observe images lock clean help

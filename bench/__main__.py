@@ -21,14 +21,16 @@ from bench.checkpoints import DEMO, random_checkpoint
 from bench.client import client_table, measure_client
 from bench.engine import engine_table, measure_engine
 from bench.evals import evals_table, measure_evals
-from bench.gateway import flood_table, gateway_table, measure_flood, measure_gateway
+from bench.gateway import flood_table, gateway_table, measure_bare_flood, measure_flood, measure_gateway
 from bench.goodput import goodput_table, measure_goodput, measure_share, share_table
 from bench.interference import interference_table, measure_interference
+from bench.loading import loading_table, measure_loading
 from bench.path import measure_path, path_table
 from bench.prefix import measure_prefix, prefix_table
 from bench.profile import measure_profile, measure_roofline, profile_table, roofline_table
 from bench.queue import measure_queue, queue_table
 from bench.scoring import measure_scoring, scoring_table
+from bench.shards import measure_shards, shards_table
 from bench.speculation import measure_speculation, read_chats, speculation_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
@@ -132,8 +134,8 @@ def _gateway(options: Options) -> Measured:
 
 
 def _flood(options: Options) -> Measured:
-    row = measure_flood(10_000, max_waiting=100)
-    return [row], [flood_table(row)]
+    row, bare = measure_flood(10_000, max_waiting=100), measure_bare_flood(10_000)
+    return [row, bare], [flood_table(row, bare)]
 
 
 def _share(options: Options) -> Measured:
@@ -160,9 +162,24 @@ def _scoring(options: Options) -> Measured:
     return rows, [scoring_table(rows)]
 
 
+def _shards(options: Options) -> Measured:
+    measured = (
+        measure_shards(name, path, options.concurrent, context=options.prompt_tokens, rounds=options.rounds)
+        for name, path in options.checkpoints.items()
+    )
+    rows = [row for rows in measured for row in rows]
+    return rows, [shards_table(rows)]
+
+
 def _start(options: Options) -> Measured:
     row = measure_start(options.rounds)
     return [row], [start_table(row)]
+
+
+def _loading(options: Options) -> Measured:
+    with tempfile.TemporaryDirectory(prefix="oasst-bench-") as folder:
+        rows = measure_loading(random_checkpoint("1b", Path(folder), dtype=torch.bfloat16), options.rounds)
+    return rows, [loading_table(rows)]
 
 
 def _client(options: Options) -> Measured:
@@ -198,7 +215,9 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "goodput": _goodput,
     "queue": _queue,
     "scoring": _scoring,
+    "shards": _shards,
     "start": _start,
+    "loading": _loading,
     "client": _client,
     "training": _training,
     "evals": _evals,

@@ -13,12 +13,13 @@ DEMO = Path(__file__).parent.parent / "training" / "oasst_training" / "demo"
 SHAPES = {
     "70m": {"num_hidden_layers": 6, "hidden_size": 512, "num_attention_heads": 8},
     "160m": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
+    "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 8},
 }
 VOCAB_SIZE = 50288
 
 
-def random_checkpoint(shape: str, folder: Path) -> Path:
-    """A checkpoint of random fp32 weights of this shape in `folder`, made once."""
+def random_checkpoint(shape: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of random weights of this shape in `folder`, made once, in files of at most 500 MB."""
     path = folder / shape
     if not (path / "config.json").exists():
         torch.manual_seed(0)
@@ -29,9 +30,10 @@ def random_checkpoint(shape: str, folder: Path) -> Path:
             max_position_embeddings=2048,
             bos_token_id=0,
             eos_token_id=0,
+            dtype=dtype,
             **sizes,
         )
-        GPTNeoXForCausalLM(config).save_pretrained(path)
+        GPTNeoXForCausalLM(config).to(dtype).save_pretrained(path, max_shard_size="500MB")
     return path
 
 

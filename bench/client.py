@@ -1,6 +1,7 @@
-"""What the client costs before it does anything: the time of its import, and the room of its base install."""
+"""What the client and its load generator cost: the import, the room of the base install, a token that is measured."""
 
 import importlib.metadata
+import json
 import os
 import resource
 import statistics
@@ -24,6 +25,9 @@ class ClientRow:
     import_s: float  # Processor time of `import oasst_client` in a fresh interpreter, which itself is taken off.
     own_bytes: int
     dependency_bytes: dict[str, int]
+    # Processor time of `oasst bench` for each token that came by itself, and how late 99 of 100 were read.
+    measured_token_s: float
+    read_delay_s: float
 
 
 def measure_client(rounds: int) -> ClientRow:
@@ -32,18 +36,36 @@ def measure_client(rounds: int) -> ClientRow:
     times = [_cpu_s("import oasst_client") - _cpu_s("pass") for _ in range(rounds)]
     own_bytes = sum(_size_of(Path(package.__path__[0])) for package in (oasst, oasst_client))
     sizes = {name: _installed_size(name) for name in sorted(_requirements(_OURS))}
-    return ClientRow(statistics.median(times), own_bytes, sizes)
+    overheads = [_load_generator_overhead() for _ in range(rounds)]
+    return ClientRow(
+        statistics.median(times),
+        own_bytes,
+        sizes,
+        measured_token_s=statistics.median(each["cpu_s_per_token"] for each in overheads),
+        read_delay_s=statistics.median(each["loop_delay_p99_s"] for each in overheads),
+    )
 
 
 def client_table(row: ClientRow) -> Table:
-    table = Table(title="The client's base install")
+    table = Table(title="The client")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_row("import oasst_client, processor time", f"{row.import_s:.2f} s")
     table.add_row("oasst and oasst_client", f"{row.own_bytes / 2**20:.1f} MiB")
     for name, size in row.dependency_bytes.items():
         table.add_row(name, f"{size / 2**20:.1f} MiB")
+    table.add_row("oasst bench, processor time of a token", f"{row.measured_token_s * 1e6:.0f} us")
+    table.add_row("oasst bench, 99 of 100 read within", f"{row.read_delay_s * 1e3:.1f} ms")
     return table
+
+
+def _load_generator_overhead() -> dict[str, float]:
+    """What `oasst bench` tells of itself under 8 streams of a service that answers at once."""
+    command = [sys.executable, "-m", "oasst_cli", "bench", "--overhead", "--concurrency", "8", "--json"]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    (summary,) = json.loads(told)
+    overhead: dict[str, float] = summary["overhead"]
+    return overhead
 
 
 def _cpu_s(code: str) -> float:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from bench.peers.answering import Generate
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
 
-__all__ = ["EngineRow", "engine_table", "generate_greedily", "measure_engine"]
+__all__ = ["OURS", "EngineRow", "compare_systems", "engine_table", "generate_greedily", "measure_engine"]
 
 OURS = "oasst-serve"
 
@@ -39,29 +40,31 @@ def measure_engine(
 ) -> list[EngineRow]:
     systems = _systems(folder, max(concurrencies), prompt_tokens + new_tokens)
     vocab_size = GPTNeoXForCausalLM.config_class.from_pretrained(folder).vocab_size
-    rows = []
-    for concurrent in concurrencies:
-        prompts = random_prompts(concurrent, prompt_tokens, vocab_size)
-        for generate in systems.values():
-            generate(prompts, 4)  # Warms up.
-        generated: dict[str, list[list[int]]] = {}
-        seconds: dict[str, list[float]] = {system: [] for system in systems}
-        for _ in range(rounds):
-            for system, generate in systems.items():
-                start = time.perf_counter()
-                generated[system] = generate(prompts, new_tokens)
-                seconds[system].append(time.perf_counter() - start)
-                if [len(of_one) for of_one in generated[system]] != [new_tokens] * concurrent:
-                    raise RuntimeError(f"{system} generated another number of tokens: the work would not be equal")
-        rows.append(
-            EngineRow(
-                name,
-                concurrent,
-                {system: concurrent * new_tokens / statistics.median(times) for system, times in seconds.items()},
-                {system: _share_equal(tokens, generated[OURS]) for system, tokens in generated.items()},
-            )
-        )
-    return rows
+    prompts = [random_prompts(concurrent, prompt_tokens, vocab_size) for concurrent in concurrencies]
+    return [compare_systems(name, systems, of_cell, new_tokens=new_tokens, rounds=rounds) for of_cell in prompts]
+
+
+def compare_systems(
+    name: str, systems: Mapping[str, Generate], prompts: list[list[int]], *, new_tokens: int, rounds: int
+) -> EngineRow:
+    """The systems in turn, ours among them, each answering all prompts at once."""
+    for generate in systems.values():
+        generate(prompts, 4)  # Warms up.
+    generated: dict[str, list[list[int]]] = {}
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    for _ in range(rounds):
+        for system, generate in systems.items():
+            start = time.perf_counter()
+            generated[system] = generate(prompts, new_tokens)
+            seconds[system].append(time.perf_counter() - start)
+            if [len(of_one) for of_one in generated[system]] != [new_tokens] * len(prompts):
+                raise RuntimeError(f"{system} generated another number of tokens: the work would not be equal")
+    return EngineRow(
+        name,
+        len(prompts),
+        {system: len(prompts) * new_tokens / statistics.median(times) for system, times in seconds.items()},
+        {system: _share_equal(tokens, generated[OURS]) for system, tokens in generated.items()},
+    )
 
 
 def generate_greedily(
@@ -83,9 +86,9 @@ def generate_greedily(
     return list(tokens.values()), first_s
 
 
-def engine_table(rows: list[EngineRow]) -> Table:
+def engine_table(rows: list[EngineRow], dtype: str = "fp32") -> Table:
     peers = [system for system in rows[0].tokens_per_s if system != OURS]
-    table = Table(title="Engine alone: generated tokens per second, fp32, greedy, prefill included")
+    table = Table(title=f"Engine alone: generated tokens per second, {dtype}, greedy, prefill included")
     for heading in ("checkpoint", "concurrent", OURS, *peers):
         table.add_column(heading, justify="right")
     for peer in peers:

@@ -2,11 +2,12 @@
 
 A feeder in place of a worker logs one token of every stream at each step, and a caller reads all streams. Gateway,
 feeder and caller are processes of their own, so the figure is the gateway's alone: processor time, not wall time.
-Beside it stands a bare gRPC server that writes messages of the same size to as many streams and does nothing else:
-what is left between the two is ours.
+Beside it stands a bare gRPC server that writes messages of the same size to as many streams, or refuses as many
+requests with the same words, and does nothing else: what is left between the two is ours.
 
     python -m bench.gateway feed URL STREAMS TOKENS STEP_S     is the feeder
-    python -m bench.gateway bare STREAMS TOKENS STEP_S         is the bare server
+    python -m bench.gateway bare STREAMS TOKENS STEP_S         is the bare server of streams
+    python -m bench.gateway refuse                             is the bare server that refuses
 """
 
 import asyncio
@@ -28,6 +29,7 @@ import uvloop
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2
 from oasst_cli.valkey import find_server
+from oasst_gateway.status import RpcStatus
 from oasst_jobs import ClaimedJob, Claimer, PushItem, QueueClient, connect
 from rich.table import Table
 
@@ -40,6 +42,7 @@ __all__ = [
     "first_line",
     "flood_table",
     "gateway_table",
+    "measure_bare_flood",
     "measure_flood",
     "measure_gateway",
     "running_gateway",
@@ -49,6 +52,8 @@ __all__ = [
 MODEL = "measured"
 CHAT_STREAM = "/oasst.v1.ChatService/ChatStream"
 CHAT = "/oasst.v1.ChatService/Chat"
+
+_ANSWERED_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,14 @@ def measure_flood(requests: int, *, max_waiting: int) -> FloodRow:
     """So many requests in a second, into a queue that takes few of them and has no worker."""
     options = ["--max-waiting-jobs", str(max_waiting), "--max-open-chats", str(requests)]
     with running_gateway(*options) as (process, address, _):
-        return asyncio.run(_flood(process, address, requests))
+        return asyncio.run(_flood(process, address, requests, most_accepted=max_waiting))
+
+
+def measure_bare_flood(requests: int) -> FloodRow:
+    """As many, into a server that does nothing but refuse."""
+    with contextlib.ExitStack() as exits:
+        bare = start(exits, sys.executable, "-m", "bench.gateway", "refuse")
+        return asyncio.run(_flood(psutil.Process(bare.pid), first_line(bare), requests, most_accepted=0))
 
 
 @contextlib.contextmanager
@@ -138,18 +150,21 @@ def gateway_table(rows: list[GatewayRow]) -> Table:
     return table
 
 
-def flood_table(row: FloodRow) -> Table:
-    table = Table(title="A flood of requests into a queue that takes a hundred")
+def flood_table(row: FloodRow, bare: FloodRow) -> Table:
+    table = Table(title="A flood of requests into a queue that takes a hundred, beside a bare server that refuses all")
     table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_row("requests, and the seconds in which they were sent", f"{row.requests} in {row.sent_in_s:.1f} s")
-    table.add_row("accepted", str(row.accepted))
-    table.add_row("refused by the gateway", str(row.refused))
-    table.add_row("turned away by gRPC's limit on streams", str(row.turned_away))
-    table.add_row(
-        "from sending to refusal, median and 99 %", f"{row.refusal_p50_ms:.0f} and {row.refusal_p99_ms:.0f} ms"
-    )
-    table.add_row("processor time of the gateway for each", f"{row.cpu_us_per_request:.0f} us")
+    for heading in ("gateway", "bare"):
+        table.add_column(heading, justify="right")
+    for figure, of in (
+        ("requests, and the seconds in which they were sent", lambda row: f"{row.requests} in {row.sent_in_s:.1f} s"),
+        ("accepted", lambda row: str(row.accepted)),
+        ("refused by the server", lambda row: str(row.refused)),
+        ("turned away by gRPC's limit on streams", lambda row: str(row.turned_away)),
+        ("from sending to refusal, median", lambda row: f"{row.refusal_p50_ms:.0f} ms"),
+        ("from sending to refusal, 99 %", lambda row: f"{row.refusal_p99_ms:.0f} ms"),
+        ("processor time of the server for each", lambda row: f"{row.cpu_us_per_request:.0f} us"),
+    ):
+        table.add_row(figure, of(row), of(bare))
     return table
 
 
@@ -186,7 +201,7 @@ async def _read_all(process: psutil.Process, address: str, streams: int, tokens:
         return _cpu_s(process) - busy_s, time.perf_counter() - started_s, num_messages
 
 
-async def _flood(process: psutil.Process, address: str, requests: int) -> FloodRow:
+async def _flood(process: psutil.Process, address: str, requests: int, *, most_accepted: int) -> FloodRow:
     refusal_s: list[float] = []
     codes: Counter[grpc.StatusCode] = Counter()
     async with grpc.aio.insecure_channel(address) as channel:
@@ -209,10 +224,9 @@ async def _flood(process: psutil.Process, address: str, requests: int) -> FloodR
             await asyncio.sleep(max(0.0, started_s + index / requests - time.perf_counter()))
         sent_in_s = time.perf_counter() - started_s
         # Whoever was accepted waits for a worker that never comes.
-        num_answered = -1
-        while num_answered != len(refusal_s):
-            num_answered = len(refusal_s)
-            await asyncio.sleep(0.5)
+        async with asyncio.timeout(_ANSWERED_WITHIN_S):
+            while requests - codes.total() > most_accepted:  # noqa: ASYNC110 - the others are tasks of their own
+                await asyncio.sleep(0.1)
         cpu_s = _cpu_s(process) - busy_s
         num_accepted = requests - codes.total()
         for call in calls:
@@ -303,16 +317,37 @@ async def _serve_bare(streams: int, tokens: int, step_s: float) -> None:
     await server.wait_for_termination()
 
 
+async def _refuse() -> None:
+    """Refuses every request as the gateway does when its queue is full."""
+    status = RpcStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", retry_after_s=1.0)
+    metadata = status.trailing_metadata()
+
+    async def chat(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await context.abort(status.code, status.message, trailing_metadata=metadata)
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(chat)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("oasst.v1.ChatService", {"Chat": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
 def _item_event() -> chat_pb2.ChatEvent:
     delta = generation_pb2.Delta(position=1000, text=" token", token_ids=[1000])
     return chat_pb2.ChatEvent(next_position=1000, delta=delta)
 
 
+def _main(role: str, *arguments: str) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if role == "refuse":
+            runner.run(_refuse())
+            return
+        *url, streams, tokens, step_s = arguments
+        load = int(streams), int(tokens), float(step_s)
+        runner.run(_feed(*url, *load) if role == "feed" else _serve_bare(*load))
+
+
 if __name__ == "__main__":
-    role, *arguments = sys.argv[1:]
-    num_streams, num_tokens, pause_s = int(arguments[-3]), int(arguments[-2]), float(arguments[-1])
-    if role == "feed":
-        asyncio.run(_feed(arguments[0], num_streams, num_tokens, pause_s))
-    else:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve_bare(num_streams, num_tokens, pause_s))
+    _main(*sys.argv[1:])

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,15 @@ from oasst_jobs import (
     PushStatus,
     QueueClient,
     QueueLimits,
+    Reconciler,
     Submitter,
+    Sweeper,
     connect,
     job_id_for,
 )
 from rich.table import Table
 
-__all__ = ["ClaimRow", "MemoryRow", "PushRow", "QueueFigures", "measure_queue", "queue_table"]
+__all__ = ["ClaimRow", "MemoryRow", "PollRow", "PushRow", "QueueFigures", "measure_queue", "queue_table"]
 
 _MODEL = "measured"
 _PROMPT_TOKENS = 128
@@ -37,6 +39,8 @@ _STEP_S = 0.025  # Of a worker of 40 steps a second, which says how many pushes 
 _LEASE_MS = 4_000
 _SUBMITS_AT_ONCE = 200
 _NUM_CALLS = 300
+_IDLE_PROCESSES = 50
+_IDLE_SECONDS = 4
 _START_TIMEOUT_S = 20.0
 
 
@@ -65,11 +69,21 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
+class PollRow:
+    """What a process that has nothing to do costs the server each second, with so many workers known."""
+
+    workers: int
+    gateway_us: float  # Processor time: it looks at the load, sweeps, and waits for news.
+    worker_us: float  # It beats, sweeps, reconciles, waits for work and looks for some.
+
+
+@dataclass(frozen=True)
 class QueueFigures:
     server: str
     pushes: list[PushRow]
     claims: list[ClaimRow]
     memory: MemoryRow
+    polls: list[PollRow]
     claimed_after_ms: dict[str, float]  # From the begin of a submit to the end of an idle worker's claim.
 
 
@@ -90,6 +104,9 @@ def queue_table(figures: QueueFigures) -> Table:
         table.add_row(f"submit, {claim.waiting_jobs:,} jobs waiting", f"{claim.submit_us:.0f} us")
     table.add_row("memory of a waiting job of 128 tokens", f"{figures.memory.bytes_per_waiting_job:.0f} bytes")
     table.add_row("memory of a logged token", f"{figures.memory.bytes_per_logged_token:.0f} bytes")
+    for poll in figures.polls:
+        table.add_row(f"idle gateway, {poll.workers} workers known", f"{poll.gateway_us:.0f} us/s")
+        table.add_row(f"idle worker, {poll.workers} workers known", f"{poll.worker_us:.0f} us/s")
     for name, value_ms in figures.claimed_after_ms.items():
         table.add_row(f"submit to claim by an idle worker, {name}", f"{value_ms:.1f} ms")
     return table
@@ -103,6 +120,7 @@ async def _measure(streams: tuple[int, ...], waiting_jobs: tuple[int, ...], roun
         pushes=[await _median_push(number, rounds) for number in streams],
         claims=await _claims(waiting_jobs),
         memory=await _memory(),
+        polls=[await _polls(workers) for workers in (_IDLE_PROCESSES, 20 * _IDLE_PROCESSES)],
         claimed_after_ms=await _claimed_after_ms(),
     )
 
@@ -260,6 +278,44 @@ async def _memory() -> MemoryRow:
         await _push(queue, claims, 0, 200)
         logged = await queue.log_bytes(claims)
     return MemoryRow((waiting - before) / 10_000, logged / (100 * 200))
+
+
+async def _polls(workers: int) -> PollRow:
+    """Each as often a second as the processes themselves."""
+    async with _fresh_queue() as queue:
+        names = [f"worker-{number}" for number in range(workers)]
+        claimers = [Claimer(queue.client, worker_id=name, model=_MODEL, lease_ms=_LEASE_MS) for name in names]
+        statuses = [job_pb2.WorkerStatus(worker_id=name, model=_MODEL, version="0") for name in names]
+        for claimer, status in zip(claimers, statuses, strict=True):
+            await claimer.heartbeat(status)
+        [shard] = queue.client.shards
+        sweeper, reconciler = Sweeper(queue.client), Reconciler(queue.client)
+
+        async def gateway(number: int) -> None:
+            await queue.submitter.load()
+            await sweeper.sweep()
+            await shard.read_updates(f"gateway-{number}", "0")
+
+        async def worker(number: int) -> None:
+            await claimers[number].heartbeat(statuses[number])
+            await sweeper.sweep()
+            for _ in range(2):
+                await reconciler.walk()
+            for is_scoring in (False, True):
+                await claimers[number].wait_for_work(1.0, is_scoring=is_scoring)
+                await claimers[number].claim(max_jobs=1, max_tokens=2**50, is_scoring=is_scoring)
+
+        gateway_us, worker_us = [await _cost_us(queue, poll) for poll in (gateway, worker)]
+        return PollRow(workers, gateway_us, worker_us)
+
+
+async def _cost_us(queue: _Queue, poll: Callable[[int], Awaitable[None]]) -> float:
+    """Processor time of the server for one process's second."""
+    await asyncio.gather(*map(poll, range(_IDLE_PROCESSES)))  # Connects.
+    before_s = await queue.server_s()
+    for _ in range(_IDLE_SECONDS):
+        await asyncio.gather(*map(poll, range(_IDLE_PROCESSES)))
+    return (await queue.server_s() - before_s) / (_IDLE_SECONDS * _IDLE_PROCESSES) * 1e6
 
 
 async def _claimed_after_ms() -> dict[str, float]:

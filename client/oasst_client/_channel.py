@@ -51,9 +51,14 @@ def target_of(address: str) -> str:
     'ipv4:127.0.0.1:50051,127.0.0.1:50052'
     >>> target_of("unix:/run/oasst.sock")
     'unix:/run/oasst.sock'
+
+    Raises:
+        ValueError: the address is empty, or a URL.
     """
     if not address:
         raise ValueError("the address is empty; give HOST:PORT")
+    if address.startswith(("http://", "https://")):
+        raise ValueError(f"{address} is a URL; give HOST:PORT, and tls=True where it would be https")
     if address.startswith(("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")):
         return address
     if "," in address:

@@ -33,6 +33,7 @@ from oasst_client._types import (
     Model,
     ScoreItem,
     ScoreItemLike,
+    Token,
 )
 
 __all__ = ["Client", "CompletionStream"]
@@ -102,6 +103,12 @@ class CompletionStream:
                 self._recover(error_from_call(error, request_id=self.request_id), error)
             except APIError as error:
                 self._recover(error, error)
+
+    def tokens(self) -> Iterator[Token]:
+        """The first choice's tokens one by one, end-of-text included."""
+        for event in self.events():
+            if isinstance(event, Delta) and event.choice == 0:
+                yield from event.tokens
 
     def completion(self) -> Completion:
         """The whole completion, after reading what is left of the stream."""
@@ -391,13 +398,14 @@ class Client:
     def detokenize(
         self, *sequences: Sequence[int], model: str = "", skip_control_tokens: bool = False
     ) -> tuple[str, ...]:
-        """The text of each sequence of token ids.
+        """The text of each sequence of token ids. Any number of sequences: they travel in several requests.
 
         >>> client.detokenize([72, 105])
         ('Hi',)
         """
-        request = wire.detokenize_request(sequences, model, skip_control_tokens)
-        return tuple(self._query(self._model.Detokenize, request).texts)
+        requests = wire.detokenize_requests(sequences, model, skip_control_tokens)
+        responses = (self._query(self._model.Detokenize, request) for request in requests)
+        return tuple(text for response in responses for text in response.texts)
 
     def load(self, model: str = "") -> Load:
         """How much waits and runs now, and on which workers."""

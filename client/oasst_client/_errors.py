@@ -104,9 +104,9 @@ class APIError(OasstError):
         self.request_id = request_id
 
     def __str__(self) -> str:
-        parts = [f"{self.message} ({self.reason or self.code})"]
-        parts += [f"{violation.field}: {violation.description}" for violation in self.field_violations]
-        return "; ".join(parts)
+        violations = (f"{violation.field}: {violation.description}" for violation in self.field_violations)
+        untold = [each for each in violations if each not in self.message]
+        return "; ".join([f"{self.message} ({self.reason or self.code})", *untold])
 
 
 class InvalidArgumentError(APIError):

@@ -30,6 +30,7 @@ __all__ = [
     "ScoreItem",
     "ScoreItemLike",
     "Timings",
+    "Token",
     "TokenAlternative",
     "TokenLogprob",
     "Truncation",
@@ -164,6 +165,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, as `stream(...).tokens()` yields it."""
+
+    token_id: int
+    # Natural logarithm of its probability, from the model's own logits; None unless the request asked for it.
+    logprob: float | None = None
+    # Best first.
+    alternatives: tuple[TokenAlternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens read and written."""
 
@@ -231,6 +243,13 @@ class Delta:
     token_ids: tuple[int, ...]
     # One per token where the request asked for them.
     logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        if not self.logprobs:
+            return tuple(map(Token, self.token_ids))
+        pairs = zip(self.token_ids, self.logprobs, strict=True)
+        return tuple(Token(token_id, each.logprob, each.alternatives) for token_id, each in pairs)
 
 
 @dataclass(frozen=True, slots=True)

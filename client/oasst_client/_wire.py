@@ -42,7 +42,7 @@ __all__ = [
     "chat_request",
     "completion_from",
     "delta_from",
-    "detokenize_request",
+    "detokenize_requests",
     "finish_from",
     "get_request",
     "load_from",
@@ -63,9 +63,10 @@ _LIMIT_FIELDS = tuple(field.name for field in generation_pb2.GenerationLimits.DE
 _REQUEST_FIELDS = ("request_id", "model", "n", "logprobs", "truncation", "priority", "detach_grace")
 _OPTION_NAMES = frozenset(ChatOptions.__annotations__)
 
-# Of one request to tokenize: what a server takes.
+# Of one request to tokenize, or back: what a server takes, and its answer's room in one message.
 _TEXTS_PER_CALL = 256
 _CHARS_PER_CALL = 500_000
+_IDS_PER_CALL = 500_000
 
 
 # ---------------------------------------------------------------------------------------------------- to the server
@@ -134,14 +135,16 @@ def tokenize_requests(
         yield model_pb2.TokenizeRequest(model=model, texts=part, parse_control_tokens=parse_control_tokens)
 
 
-def detokenize_request(
+def detokenize_requests(
     sequences: Sequence[Sequence[int]], model: str, skip_control_tokens: bool
-) -> model_pb2.DetokenizeRequest:
-    return model_pb2.DetokenizeRequest(
-        model=model,
-        sequences=[model_pb2.TokenSequence(ids=ids) for ids in sequences],
-        skip_control_tokens=skip_control_tokens,
-    )
+) -> Iterator[model_pb2.DetokenizeRequest]:
+    """Requests that hold all the sequences, in order."""
+    for part in batches(sequences, map(len, sequences), most=_TEXTS_PER_CALL, most_cost=_IDS_PER_CALL):
+        yield model_pb2.DetokenizeRequest(
+            model=model,
+            sequences=[model_pb2.TokenSequence(ids=ids) for ids in part],
+            skip_control_tokens=skip_control_tokens,
+        )
 
 
 def message_from(message: MessageLike) -> Message:

@@ -207,7 +207,7 @@ class _FakeChat:
         self._answer = answer
         self._token_interval_s = interval_s
         self._started_s = time.monotonic()
-        self.prompt_tokens = len(tokenizer.encode(_question_of(request)))
+        self.prompt_tokens = len(request.token_ids.ids) or len(tokenizer.encode(_question_of(request)))
         pieces = tokenizer.encode(answer.text)
         limit = request.limits.max_new_tokens if request.limits.HasField("max_new_tokens") else len(pieces)
         self.token_ids = pieces[:limit]

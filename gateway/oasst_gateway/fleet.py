@@ -47,8 +47,12 @@ _EXIT_NOT_STARTED = 1
 _PR_SET_PDEATHSIG = 1
 
 
-async def run_fleet(settings: GatewaySettings, arguments: Sequence[str]) -> int:
+async def run_fleet(
+    settings: GatewaySettings, arguments: Sequence[str], *, max_silent_looks: int = _MAX_SILENT_LOOKS
+) -> int:
     """Serves with `settings.processes` processes until asked to stop; the exit code.
+
+    Looks are a second apart, two where a process says nothing.
 
     Raises:
         StartError: if an address is taken.
@@ -57,7 +61,7 @@ async def run_fleet(settings: GatewaySettings, arguments: Sequence[str]) -> int:
         reserved = stack.enter_context(_reserve(settings.listen))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oasst-gateway-")))
         listen = f"{settings.listen.rpartition(':')[0]}:{reserved.getsockname()[1]}"
-        fleet = _Fleet(settings, arguments, listen=listen, folder=folder)
+        fleet = _Fleet(settings, arguments, listen=listen, folder=folder, max_silent_looks=max_silent_looks)
         metrics = None
         if settings.metrics:
             port = stack.enter_context(serving_probes(settings.metrics_listen, fleet.registry, fleet))
@@ -75,7 +79,9 @@ async def run_fleet(settings: GatewaySettings, arguments: Sequence[str]) -> int:
 class _Fleet:
     """Owns the processes. Ready while any of them is, alive while our own event loop turns."""
 
-    def __init__(self, settings: GatewaySettings, arguments: Sequence[str], *, listen: str, folder: Path) -> None:
+    def __init__(
+        self, settings: GatewaySettings, arguments: Sequence[str], *, listen: str, folder: Path, max_silent_looks: int
+    ) -> None:
         self.registry = CollectorRegistry()
         self._metrics = FleetMetrics(self.registry)
         self._gathered = GatheredMetrics()
@@ -84,6 +90,7 @@ class _Fleet:
         self._arguments = arguments
         self._listen = listen
         self._folder = folder
+        self._max_silent_looks = max_silent_looks
         secret = settings.resume_secret
         # A resume token of one process must be good at the others.
         self._environment = os.environ | {
@@ -127,7 +134,10 @@ class _Fleet:
         return next((code for code in codes if code not in _GOOD_ENDS), 0)
 
     def _start_all(self) -> list["_Keeper"]:
-        keepers = [_Keeper(self._start_one, self._gathered, self._metrics) for _ in range(self._settings.processes)]
+        keepers = [
+            _Keeper(self._start_one, self._gathered, self._metrics, max_silent_looks=self._max_silent_looks)
+            for _ in range(self._settings.processes)
+        ]
         for keeper in keepers:
             self._runs[asyncio.create_task(keeper.run())] = keeper
         return keepers
@@ -196,10 +206,13 @@ class _Keeper:
         start: Callable[[], Awaitable["_Process"]],
         gathered: GatheredMetrics,
         metrics: FleetMetrics,
+        *,
+        max_silent_looks: int,
     ) -> None:
         self._start = start
         self._gathered = gathered
         self._metrics = metrics
+        self._max_silent_looks = max_silent_looks
         self._process: _Process | None = None
         self._retired = asyncio.Event()
         self.served = asyncio.Event()  # Since the first process served.
@@ -252,14 +265,15 @@ class _Keeper:
         silent_looks = 0
         while True:
             silent_looks = silent_looks + 1 if await process.is_silent() else 0
-            if silent_looks >= _MAX_SILENT_LOOKS:
+            if silent_looks >= self._max_silent_looks:
                 logger.error("process hangs, killed process=%s", process.name)
                 process.send(signal.SIGKILL)
                 return
-            self.is_ready = not self._retired.is_set() and await process.is_ready()
+            # Each further question to a silent one would only put off the next look.
+            self.is_ready = not silent_looks and not self._retired.is_set() and await process.is_ready()
             if self.is_ready:
                 self.served.set()
-            if page := await process.metrics_page():
+            if not silent_looks and (page := await process.metrics_page()):
                 self._gathered.record(process.name, page)
             await asyncio.sleep(_LOOK_INTERVAL_S)
 

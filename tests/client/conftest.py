@@ -191,6 +191,8 @@ class ScriptedServer(
         )
 
     def Detokenize(self, request, context):
+        if len(request.sequences) > 256:
+            self.refuse(context, code_pb2.INVALID_ARGUMENT, "sequences must be 1 to 256")
         return model_pb2.DetokenizeResponse(texts=[bytes(each.ids).decode() for each in request.sequences])
 
     def GetLoad(self, request, context):

@@ -77,6 +77,11 @@ async def test_chat_and_stream_give_the_same_completion(async_client):
     assert await stream.completion() == completion
 
 
+async def test_a_stream_gives_its_tokens_one_by_one(client, async_client):
+    async with async_client.stream("What is a meme?") as stream:
+        assert [token async for token in stream.tokens()] == list(client.stream("What is a meme?").tokens())
+
+
 async def test_many_streams_run_at_once_on_one_connection(async_client):
     completions = await asyncio.gather(*(async_client.stream("Hi").completion() for _ in range(6)))
     assert {completion.text for completion in completions} == {TEXT}
@@ -157,7 +162,8 @@ async def test_queries_answer_as_the_synchronous_ones_do(client, async_client):
     assert await async_client.tokenize("Hi") == client.tokenize("Hi")
     many = [str(number) for number in range(600)]
     assert await async_client.tokenize(*many) == client.tokenize(*many) == tuple(tuple(each.encode()) for each in many)
-    assert await async_client.detokenize([72]) == client.detokenize([72])
+    ids = await async_client.tokenize(*many)
+    assert await async_client.detokenize(*ids) == client.detokenize(*ids) == tuple(many)
     assert await async_client.load() == client.load()
     assert await async_client.cancel("known") == client.cancel("known")
     with pytest.raises(NotFoundError):

@@ -162,7 +162,7 @@ def test_the_tool_measures_itself_on_a_service_that_answers_at_once():
     result = run("--overhead", "--concurrency", 2, "--num-requests", 6, "--output-tokens", 20, "--json")
     assert result.exit_code == 0, result.output
     (summary,) = json.loads(result.stdout)
-    assert summary["output_tokens"] == 120
+    assert (summary["prompt_tokens"], summary["output_tokens"]) == (6 * 128, 120)
     assert summary["overhead"]["cpu_s_per_token"] > 0
 
 

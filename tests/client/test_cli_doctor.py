@@ -4,6 +4,8 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import grpc
 import pytest
@@ -52,12 +54,14 @@ def serve(gateway) -> Iterator:
     """Starts the gateway, with TLS if it gets a certificate; its address."""
     server = grpc.server(ThreadPoolExecutor(max_workers=4))
 
-    def start(files=None) -> str:
+    def start(files=None, client_ca=None) -> str:
         model_pb2_grpc.add_ModelServiceServicer_to_server(gateway, server)
         health_pb2_grpc.add_HealthServicer_to_server(gateway, server)
         if files:
             pair = (files.key.read_bytes(), files.cert.read_bytes())
-            port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+            asked = client_ca and client_ca.read_bytes()
+            credentials = grpc.ssl_server_credentials([pair], asked, require_client_auth=bool(asked))
+            port = server.add_secure_port("127.0.0.1:0", credentials)
         else:
             port = server.add_insecure_port("127.0.0.1:0")
         server.start()
@@ -124,6 +128,43 @@ def test_a_certificate_is_checked_against_the_profile(serve, authority, tmp_path
     verdict, message = found(address, "doubting")["tls"]
     assert verdict is Verdict.BROKEN
     assert "tls_ca_file" in message
+
+
+def test_a_server_that_asks_for_a_certificate_gets_one_or_is_found_out(serve, authority, tmp_path, monkeypatch):
+    address, mine = serve(authority.issue("server"), authority.ca), authority.issue("me")
+    monkeypatch.setenv("OASST_CONFIG", str(tmp_path / "profiles.toml"))
+    without = f"tls_ca_file = '{authority.ca}'"
+    (tmp_path / "profiles.toml").write_text(
+        f"[without]\n{without}\n[with]\n{without}\ntls_cert_file = '{mine.cert}'\ntls_key_file = '{mine.key}'\n"
+    )
+    (tmp_path / "profiles.toml").chmod(0o600)
+    verdict, message = found(address, "without")["tls"]
+    assert verdict is Verdict.BROKEN
+    assert "name yours in tls_cert_file" in message
+    assert found(address, "with")["access"][0] is Verdict.OK
+
+
+@pytest.mark.parametrize(
+    ("address", "complaint"),
+    [
+        ("http://127.0.0.1:50051", "is a URL; give HOST:PORT"),
+        ("127.0.0.1:grpc", "write HOST:PORT"),
+        ("no-port.invalid", "there is no host no-port.invalid"),
+    ],
+)
+def test_an_address_that_is_none_is_told_at_once(address, complaint):
+    *_, (verdict, message) = found(address).values()
+    assert verdict is Verdict.BROKEN
+    assert complaint in message
+
+
+def test_what_listens_there_and_is_no_gateway_is_found_out():
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        *_, (verdict, message) = found(f"127.0.0.1:{other.server_port}").values()
+        other.shutdown()
+    assert verdict is Verdict.BROKEN
+    assert "does a gateway listen there?" in message
 
 
 def test_a_key_that_is_missing_and_a_file_that_others_can_read_are_told(serve, gateway, tmp_path, monkeypatch):

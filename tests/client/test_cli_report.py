@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from oasst_cli.__main__ import app
 from oasst_cli.report.analysis import compare_reports, describe_report
 from oasst_cli.report.configs import NOPREFIX, SamplingConfig, chat_options, read_configs
 from oasst_cli.report.document import PromptResults, Report, ReportError, SamplingResult, read_prompts
+from oasst_cli.report.screen import draw_comparison
 from oasst_client import InternalError, Priority
 from oasst_client.testing import FakeServer
 from typer.testing import CliRunner
@@ -85,6 +87,11 @@ def test_a_prompt_that_is_no_json_string_is_refused_with_its_line(tmp_path, line
     (tmp_path / "prompts.jsonl").write_text(f'"Why?"\n{line}\n')
     with pytest.raises(ReportError, match=complaint):
         read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_prompts_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('"a\u2028b\u0085c"\r\n\n"d"\n', encoding="utf-8", newline="")
+    assert read_prompts(tmp_path / "prompts.jsonl") == ["a\u2028b\u0085c", "d"]
 
 
 # ------------------------------------------------------------------------------------------------------- the configs
@@ -184,6 +191,35 @@ def test_what_is_asked_for_must_be_one_thing(arguments):
 
 # ------------------------------------------------------------------------------------------------ describing, comparing
 
+# As the original tool writes it: ASCII, nulls in `args`, absent parameters left out, one output of greedy.
+ORIGINAL = r"""{
+  "model_name": "somebody/a-model",
+  "date": "2023-04-03T20:32:13.225641",
+  "args": {"device": "cuda", "seed": 42, "n": null, "half": true, "auth_token": null},
+  "prompts": [
+    {"prompt": "caf\u00e9?\nWhy?", "results": [
+      {"sampling_config": "k50", "sampling_params": {"do_sample": true, "top_k": 50}, "outputs":
+        [" \ud83d\ude00 yes\n<|endoftext|>", "cut in the mid"]},
+      {"sampling_config": "greedy", "sampling_params": {"do_sample": false, "num_beams": 1}, "outputs":
+        ["<|endoftext|>"]}]},
+    {"prompt": "Who?", "results": [
+      {"sampling_config": "k50", "sampling_params": {"do_sample": true, "top_k": 50}, "outputs":
+        ["a <|endoftext|> inside", "four<|endoftext|>"]},
+      {"sampling_config": "greedy", "sampling_params": {"do_sample": false, "num_beams": 1}, "outputs":
+        ["no end"]}]}
+  ]
+}"""
+
+
+def test_a_report_of_the_original_tool_is_described(tmp_path):
+    (tmp_path / "original.json").write_text(ORIGINAL)
+    k50, greedy = json.loads(run("--stats", tmp_path / "original.json", "--json").stdout)
+    # 7, 14, 22 and 4 characters: a pair of surrogates is one, and end-of-text is left out at the end alone.
+    assert (k50["config"], k50["num_outputs"], k50["num_ended"], k50["ended_rate"]) == ("k50", 4, 2, 0.5)
+    assert (k50["mean_chars"], k50["median_chars"], k50["max_chars"]) == (11.75, 10.5, 22)
+    assert (greedy["config"], greedy["num_outputs"], greedy["num_ended"]) == ("greedy", 2, 1)
+    assert (greedy["mean_chars"], greedy["median_chars"], greedy["max_chars"]) == (3, 3, 6)
+
 
 def test_lengths_leave_end_of_text_out():
     (described,) = describe_report(report_of(("Why?", {"k50": ["abc<|endoftext|>", "abcdefg"]})))
@@ -213,3 +249,16 @@ def test_a_comparison_is_told_and_drawn(tmp_path):
     assert (tmp_path / "plots" / "both.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads(run("--compare", *paths, "--json").stdout)
     assert [(each["config"], each["equal_rate"]) for each in told["agreement"]] == [("k50", 0), ("greedy", 1)]
+
+
+def test_reports_whose_names_begin_alike_and_whose_outputs_are_equal_are_drawn_apart(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    name = "2023-04-03_somebody_a-model-with-a-long-name_sampling_{}.json"
+    reports = (report_of(("Why?", {"k50": ["same"], "greedy": ["same"]})),) * 2
+    names = (name.format("noprefix"), name.format("prefix"))
+    draw_comparison(tmp_path / "both.png", names, reports, compare_reports(*reports))
+    legends = {axes.get_title("left"): axes.get_legend() for axes in drawn[0].axes}
+    texts = [each.get_text() for each in legends["Ended by the model"].get_texts()]
+    assert [text[:3] for text in texts] == ["A: ", "B: "]
+    assert legends["First difference, of the outputs that differ"] is None

@@ -12,6 +12,7 @@ from oasst_client import (
     Client,
     DeadlineExceededError,
     Delta,
+    FieldViolation,
     Finished,
     FinishReason,
     InternalError,
@@ -22,6 +23,7 @@ from oasst_client import (
     ProtocolError,
     RequestCancelledError,
     RetryPolicy,
+    Token,
     TokenAlternative,
     TokenLogprob,
     UnavailableError,
@@ -77,6 +79,22 @@ def test_completion_reads_what_is_left_of_a_stream(client):
     with client.stream("What is a meme?") as stream:
         assert next(iter(stream)) == "An "
         assert stream.completion().text == TEXT
+
+
+def test_a_stream_gives_its_tokens_one_by_one(server, client):
+    def script(request, context):
+        yield server.accepted(request)
+        joined = server.delta(0, "An idea")
+        joined.delta.token_ids.append(101)
+        joined.delta.logprobs.append(joined.delta.logprobs[0])
+        yield joined
+        yield server.delta(0, "Another", choice=1)
+        yield server.finished(3, choices=2)
+
+    server.script = script
+    with client.stream("What is a meme?", n=2, logprobs=1) as stream:
+        assert list(stream.tokens()) == [Token(number, -0.5, (TokenAlternative(9, -0.5),)) for number in (100, 101)]
+    assert Delta(0, 0, "An idea", (100, 101)).tokens == (Token(100), Token(101))
 
 
 def test_choices_are_kept_apart(server, client):
@@ -172,6 +190,20 @@ def test_invalid_arguments_name_every_field(server, client):
     assert [violation.field for violation in error.value.field_violations] == ["sampling.top_p", "limits.stop[3]"]
     assert "sampling.top_p: must be > 0 and <= 1" in str(error.value)
     assert error.value.reason == "INVALID_FIELD"
+
+
+def test_an_error_tells_nothing_twice():
+    violation = FieldViolation("n", "must be at least 1")
+    whole = InvalidArgumentError("n: must be at least 1", code="INVALID_ARGUMENT", field_violations=(violation,))
+    assert str(whole) == "n: must be at least 1 (INVALID_ARGUMENT)"
+    short = InvalidArgumentError("invalid", code="INVALID_ARGUMENT", field_violations=(violation,))
+    assert str(short) == "invalid (INVALID_ARGUMENT); n: must be at least 1"
+
+
+@pytest.mark.parametrize("address", ["", "http://127.0.0.1:50051", "https://chat.example"])
+def test_an_address_that_is_none_is_refused_with_what_to_give(address):
+    with pytest.raises(ValueError, match="give HOST:PORT"):
+        Client(address)
 
 
 def test_a_refusal_tells_when_to_come_back(server):

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from oasst_cli.__main__ import app
-from oasst_cli.plan.capacity import Load, make_plan, make_service_plan
+from oasst_cli.plan.capacity import Load, ServicePlan, make_plan, make_service_plan
 from oasst_cli.plan.roofline import CARDS, PYTHIA_12B, Machine, StepWork
 from typer.testing import CliRunner
 
@@ -61,7 +62,7 @@ def test_batches_are_as_large_as_readers_and_memory_allow() -> None:
     machine = Machine(CARDS["H200"])
     patient = make_plan(LOAD, machine, max_sequences=1024, max_time_per_token_s=1.0)
     hasty = make_plan(LOAD, machine, max_sequences=1024, max_time_per_token_s=0.02)
-    assert patient.batch_size == patient.max_sequences == machine.kv_tokens // 500
+    assert patient.batch_size == patient.num_fitting == machine.kv_tokens // 500
     assert hasty.batch_size < patient.batch_size
     assert hasty.time_per_token_s <= 0.02
 
@@ -78,14 +79,31 @@ def test_there_is_no_plan_where_none_can_hold(load: Load, machine: Machine, toke
     assert make_plan(load, machine, max_time_per_token_s=token_s) is None
 
 
-def test_gateways_and_shards_grow_with_the_streams() -> None:
-    small, large = (
-        make_service_plan(dataclasses.replace(LOAD, requests_per_s=rate), time_per_token_s=0.02) for rate in (1, 10_000)
-    )
-    assert (small.num_gateways, small.num_shards) == (2, 1)
-    assert large.num_streams == 40_000
-    assert large.num_gateways > 100
-    assert large.num_shards > 10
+def service_plan(rate: float) -> ServicePlan:
+    load = dataclasses.replace(LOAD, requests_per_s=rate)
+    return make_service_plan(load, make_plan(load, Machine(CARDS["H200"])))
+
+
+def test_a_small_load_needs_one_queue_and_a_second_gateway_for_the_day_that_one_dies() -> None:
+    small = service_plan(1)
+    assert (small.num_services, small.num_gateways, small.num_shards) == (1, 2, 1)
+
+
+def test_gateways_and_shards_grow_with_the_tokens() -> None:
+    some, twice = service_plan(350), service_plan(700)
+    assert some.num_services == twice.num_services == 1
+    assert some.num_gateways == math.ceil(350 * (200 * 110e-6 + 1e-3) / 0.6)
+    assert twice.num_gateways == pytest.approx(2 * some.num_gateways, rel=0.1)
+    assert 2 * some.num_shards <= twice.num_shards <= 3 * some.num_shards  # A push reaches most of them.
+
+
+def test_a_queue_that_would_spend_itself_on_being_asked_becomes_several() -> None:
+    large = service_plan(360_000)
+    assert large.num_streams > 1_000_000
+    assert large.num_services > 10
+    assert large.num_shards <= 8 * large.num_services
+    # What 0.6 of a core writes at most, were nobody to ask.
+    assert large.num_shards > large.tokens_per_s * 12e-6 / 0.6
 
 
 def test_the_command_prints_a_choice_for_each_line() -> None:
@@ -102,6 +120,9 @@ def test_the_command_prints_a_choice_for_each_line() -> None:
         (["--gpu", "H2O0"], "'H2O0' is not one of H200"),
         (["--prompt", "2000", "--output", "100"], "do not fit the model's 2048"),
         (["--gpu", "T4", "--cards", "1"], "more cards"),
+        (["--cards", "3"], "3 cards cannot share the model's 40 heads evenly: one of 1, 2, 4, 5, 8"),
+        (["--rate", "inf"], "Input should be less than or equal to 10000000"),
+        (["--price", "nan"], "Input should be less than or equal to 1000000000"),
     ],
 )
 def test_what_cannot_be_planned_is_told(arguments: list[str], told: str) -> None:

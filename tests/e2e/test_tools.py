@@ -11,10 +11,19 @@ import pytest
 from oasst_cli.report.document import Report
 from oasst_client import Client, Conversation
 
-TOUR = (Path(__file__).parents[2] / "docs" / "client" / "tour.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "client"
+TOUR = (DOCS / "tour.md").read_text()
 BIN = Path(sys.executable).parent
 SESSIONS = re.findall(r"```console\n(.*?)```", TOUR, re.DOTALL)
 STEPS = [step for session in SESSIONS for step in re.split(r"^\$ ", session, flags=re.MULTILINE) if step]
+# Those that talk to a service; the others show how a connection or a test is written.
+PROGRAMS = [
+    program
+    for page in (ROOT / "README.md", DOCS / "python.md")
+    for program in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    if "\nwith " in program
+]
 
 
 @pytest.fixture
@@ -53,6 +62,17 @@ def test_the_tour_in_python_is_true(environment, tmp_path):
     assert len(json.loads((tmp_path / "memes.json").read_text())["messages"]) == 4
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_programs_of_the_documentation_run(program, up, environment, tmp_path):
+    command = [sys.executable, "-c", program.replace("127.0.0.1:50051", up.address)]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_are_programs_in_the_documentation():
+    assert len(PROGRAMS) >= 4
+
+
 def test_a_conversation_counts_its_tokens_as_the_service_does(up):
     with Client(up.address) as client:
         conversation = Conversation(client, system="Be brief.", temperature=0)
@@ -75,13 +95,13 @@ def test_a_report_is_made_of_real_answers_and_comes_out_the_same_again(up, envir
     assert greedy.endswith("<|endoftext|>")
 
 
-def test_buf_curl_speaks_to_a_gateway_that_describes_itself(up):
-    request = {
-        "conversation": {"messages": [{"role": "ROLE_USER", "content": "What is a meme?"}]},
-        "sampling": {"temperature": 0},
-    }
-    command = [BIN / "buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", json.dumps(request)]
-    url = f"http://{up.address}/oasst.v1.ChatService/Chat"
-    result = subprocess.run([*command, url], capture_output=True, text=True, timeout=60)
+def test_buf_curl_speaks_to_a_gateway_that_describes_itself(up, environment):
+    (commands,) = re.findall(r"```sh\n(buf curl.*?)```", (DOCS / "other-languages.md").read_text(), re.DOTALL)
+    script = commands.replace("127.0.0.1:50051", up.address)
+    result = subprocess.run(
+        ["/bin/bash", "-e", "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["choices"][0]["text"].startswith("A meme is an idea")
+    answer, end = json.JSONDecoder().raw_decode(result.stdout)
+    assert answer["choices"][0]["text"].startswith("A meme is an idea")
+    assert "oasst.v1.ChatService/WatchChat" in result.stdout[end:].split()

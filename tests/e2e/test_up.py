@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,32 @@ def test_ctrl_c_stops_everything_and_leaves_nothing(start_up):
     family = up.processes()
     assert len(family) == 5
 
+    assert up.stop(signal.SIGINT) == 0
+    assert not any(process.is_running() for process in family)
+    assert list(up.temporary.iterdir()) == []
+
+
+def test_a_split_worker_answers_and_leaves_no_rank_behind(start_up):
+    up = start_up("--split", "tensor", "--num-ranks", "2")
+    up.wait_until_serving()
+    with Client(up.address) as client:
+        assert client.chat("What is a meme?", temperature=0).text == MEME
+    family = up.processes()
+    assert any("oasst_worker.runtime.follow" in process.cmdline() for process in family)
+    assert up.stop(signal.SIGINT) == 0
+    assert not any(process.is_running() for process in family)
+
+
+def test_a_gateway_of_several_processes_has_one_address_and_one_page_and_leaves_nothing(start_up):
+    up = start_up("--gateway-processes", "2")
+    up.wait_until_serving()
+    [gateway] = [each for each in up.summary["processes"] if each["role"] == "gateway"]
+    assert len(psutil.Process(gateway["pid"]).children()) == 2
+    with Client(up.address) as client:
+        assert client.chat("What is a meme?", temperature=0).text == MEME
+    with urllib.request.urlopen(f"http://{gateway['metrics']}/metrics", timeout=10) as page:
+        assert b"oasst_gateway_processes " in page.read()
+    family = up.processes()
     assert up.stop(signal.SIGINT) == 0
     assert not any(process.is_running() for process in family)
     assert list(up.temporary.iterdir()) == []

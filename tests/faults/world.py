@@ -16,13 +16,14 @@ from pathlib import Path
 import redis.exceptions
 from oasst_client import AsyncClient
 from oasst_jobs import JobState, QueueClient, connect, job_id_for
-from valkey_server import ValkeyServer
+from valkey_server import ValkeyServer, free_port
 
 from faults.checker import Transcript, queue_defects, stream_defects
 from faults.link import Link, linked
 from faults.load import Load
 from faults.machine import Clock, SmallDisk
 from faults.processes import ServiceProcess
+from faults.standby import Standby, replicating, watched_by_sentinel
 from faults.verifiable import MODEL, MODEL_FOLDER
 
 __all__ = ["DefectError", "Shape", "Step", "World"]
@@ -49,6 +50,9 @@ class Shape:
     worker_options: tuple[str, ...] = ()
     gateway_options: tuple[str, ...] = ()
     valkey_options: tuple[str, ...] = ()
+    # Whether the queue's server has a replica, and whether a sentinel puts that in its place when it is gone.
+    has_standby: bool = False
+    has_sentinel: bool = False
     # Size of a disk of its own for the queue's server; None for the machine's.
     disk_mib: int | None = None
     # Whose wall clock the world can set: "worker", "gateway", "valkey".
@@ -80,7 +84,9 @@ class World:
         self.gateways: dict[str, ServiceProcess] = {}
         self.clock = Clock(folder / "clock")
         self.disk = SmallDisk(folder / "disk")
+        self.valkey_port = free_port() if shape.has_standby else 0
         self.valkey = self._make_valkey()
+        self.standby: Standby | None = None
         # What happened when, for whoever has to find out why a run failed.
         self.history: list[tuple[float, str]] = []
         self.load: Load
@@ -99,6 +105,8 @@ class World:
         prefix, options = self.clock.prefix if "valkey" in self.shape.clocks else (), self.shape.valkey_options
         if self.shape.disk_mib is not None:
             prefix, options = self.disk.prefix(self.shape.disk_mib), (*options, "--dir", str(self.disk.folder))
+        if self.shape.has_standby:
+            options = (*options, "--bind", "127.0.0.1", "--port", str(self.valkey_port))
         return ValkeyServer(self.folder, *options, prefix=prefix)
 
     # --- Making and ending it
@@ -125,9 +133,17 @@ class World:
     async def _start(self) -> None:
         self.valkey.start()
         self._exits.callback(self.valkey.kill)
-        self._redis = connect(self.valkey.url)
-        self._exits.push_async_callback(self._redis.aclose)
-        self.queue = QueueClient(self._redis)
+        url = self.valkey.url
+        if self.shape.has_standby:
+            to_primary = await self._link("replication", f"127.0.0.1:{self.valkey_port}")
+            self.standby = await self._exits.enter_async_context(
+                replicating(self.folder / "standby", to_primary.address)
+            )
+        if self.shape.has_sentinel:
+            url = self._sentinel_url = await self._exits.enter_async_context(
+                watched_by_sentinel(self.folder, self.valkey_port)
+            )
+        self._connect(url)
         async with asyncio.TaskGroup() as starts:
             for index in range(self.shape.workers):
                 starts.create_task(self.start_worker(f"worker-{index}"))
@@ -146,17 +162,21 @@ class World:
         self.load.transcripts.clear()
         self._floor = await self._lasting_keys()
 
+    def _connect(self, url: str) -> None:
+        self._redis = connect(url)
+        self._exits.push_async_callback(self._redis.aclose)
+        self.queue = QueueClient(self._redis)
+
     async def start_worker(
         self, name: str, *options: str, step_s: float | None = None, packages: Path | None = None
     ) -> ServiceProcess:
         """A worker of this name serves, linked to the queue; with these packages instead of the world's."""
         shape = self.shape
-        link = await self._link(name, str(self.folder / "valkey.sock"))
         command = [
             *(sys.executable, str(_WORKER), "--step-s", str(shape.step_s if step_s is None else step_s)),
             *(("--ledger", str(self.folder / f"{name}.ledger")) if shape.has_ledgers else ()),
             *("--", "--worker-id", name),
-            *("--redis-url", f"redis://{link.address}/0", "--metrics-listen", "127.0.0.1:0"),
+            *("--redis-url", await self._queue_url(name), "--metrics-listen", "127.0.0.1:0"),
             *("--lease-s", str(shape.lease_s), *shape.worker_options, *options),
         ]
         self.workers[name] = await self._run(name, "worker", command, packages)
@@ -164,10 +184,9 @@ class World:
 
     async def start_gateway(self, name: str, *options: str, packages: Path | None = None) -> ServiceProcess:
         """A gateway of this name serves, linked to queue and callers; at its old address if it was there before."""
-        link = await self._link(name, str(self.folder / "valkey.sock"))
         command = [
             *(sys.executable, "-m", "oasst_gateway", "--model", str(MODEL_FOLDER), "--model-name", MODEL),
-            *("--gateway-id", name, "--redis-url", f"redis://{link.address}/0", "--listen", "127.0.0.1:0"),
+            *("--gateway-id", name, "--redis-url", await self._queue_url(name), "--listen", "127.0.0.1:0"),
             *("--metrics-listen", "127.0.0.1:0", "--resume-secret", "the same on all gateways"),
             *(*self.shape.gateway_options, *options),
         ]
@@ -175,6 +194,13 @@ class World:
         to_gateway = await self._link(f"to {name}", gateway.listen)
         to_gateway.target = gateway.listen
         return gateway
+
+    async def _queue_url(self, name: str) -> str:
+        """Where this process finds the queue: over a link of its own, or by asking the sentinel."""
+        if self.shape.has_sentinel:
+            return self._sentinel_url
+        link = await self._link(name, str(self.folder / "valkey.sock"))
+        return f"redis://{link.address}/0"
 
     async def _link(self, name: str, target: str) -> Link:
         if name not in self.links:
@@ -190,6 +216,20 @@ class World:
         process = await ServiceProcess.start(name, command, log=log, environment=environment)
         self._exits.push_async_callback(process.end)
         return process
+
+    async def fail_over(self) -> None:
+        """The primary is gone for good, and its replica stands in its place, alone."""
+        self.valkey.kill()
+        await self.standby.promote()
+        for name in (*self.workers, *self.gateways):
+            self.links[name].target = self.standby.socket
+        self._connect(self.standby.server.url)
+
+    async def add_replica(self) -> None:
+        """Who stands in for the primary has a replica again."""
+        await self._exits.enter_async_context(
+            replicating(self.folder / "second-standby", f"127.0.0.1:{self.standby.port}")
+        )
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[list[str]]:
@@ -277,6 +317,11 @@ class World:
         """Where the request is in its life; None if the queue does not know it."""
         snapshot = await self.queue.status(self.job_id(transcript))
         return None if snapshot is None else snapshot.state
+
+    async def num_logged(self, transcript: Transcript) -> int | None:
+        """How many of the request's tokens the queue holds; None if it does not know the request."""
+        log = await self.queue.read(self.job_id(transcript), 0)
+        return None if log is None else log.end_position
 
     async def job_versions(self) -> Counter[int]:
         """How many jobs there are of each version."""

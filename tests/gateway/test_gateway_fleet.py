@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 from gateway_harness import RuleWorker, ask, eventually, read_text, text_of
 from oasst.v1 import chat_pb2_grpc
 from oasst_client import AsyncClient
+from oasst_gateway.tenants import draw_api_key
 from prometheus_client.parser import text_string_to_metric_families
 
 NUM_PROCESSES = 2
@@ -29,6 +30,7 @@ class Fleet:
     parent: subprocess.Popen[str]
     listen: str
     metrics: str
+    log: Path
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.parent.pid).children()
@@ -53,27 +55,51 @@ class Fleet:
         await eventually(is_told, timeout_s=60)  # Another process may have to start first.
 
 
+# As `python -m oasst_gateway --processes`, with less patience.
+HASTY = """
+import asyncio, sys
+from oasst_gateway.fleet import run_fleet
+from oasst_gateway.settings import read_settings
+sys.exit(asyncio.run(run_fleet(read_settings(sys.argv[1:]), sys.argv[1:], max_silent_looks=2)))
+"""
+
+
 @pytest.fixture
-def fleet(checkpoint: Path, valkey_url: str) -> Iterator[Fleet]:
-    options = {
-        "--model": str(checkpoint),
-        "--model-name": "tiny",
-        "--redis-url": valkey_url,
-        "--listen": "127.0.0.1:0",
-        "--metrics-listen": "127.0.0.1:0",
-        "--processes": str(NUM_PROCESSES),
-    }
-    command = [sys.executable, "-m", "oasst_gateway", *(word for option in options.items() for word in option)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        serving = json.loads(parent.stdout.readline())
-        yield Fleet(parent, serving["listen"], serving["metrics"])
-    finally:
-        children = psutil.Process(parent.pid).children() if parent.poll() is None else []
-        parent.kill()
-        parent.communicate()
-        for child in children:
-            child.kill()
+def start_fleet(checkpoint: Path, valkey_url: str, tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
+    """Starts a fleet with further options; stopped at the end of the test."""
+    with ExitStack() as exits:
+
+        def start(*further: str, program: Sequence[str] = ("-m", "oasst_gateway")) -> Fleet:
+            options = {
+                "--model": str(checkpoint),
+                "--model-name": "tiny",
+                "--redis-url": valkey_url,
+                "--listen": "127.0.0.1:0",
+                "--metrics-listen": "127.0.0.1:0",
+                "--processes": str(NUM_PROCESSES),
+            }
+            command = [sys.executable, *program, *(word for option in options.items() for word in option), *further]
+            log = tmp_path / "log"
+            errors = exits.enter_context(log.open("wb"))
+            parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
+            exits.callback(_end, parent)
+            serving = json.loads(parent.stdout.readline())
+            return Fleet(parent, serving["listen"], serving["metrics"], log)
+
+        yield start
+
+
+def _end(parent: subprocess.Popen[str]) -> None:
+    children = psutil.Process(parent.pid).children() if parent.poll() is None else []
+    parent.kill()
+    parent.communicate()
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture
+def fleet(start_fleet: Callable[..., Fleet]) -> Fleet:
+    return start_fleet()
 
 
 @pytest.fixture
@@ -124,6 +150,24 @@ async def test_a_killed_process_is_replaced_and_its_streams_go_on(fleet: Fleet, 
     assert await asyncio.to_thread(fleet.value, "oasst_gateway_tenant_requests_total") >= 1
 
 
+async def test_a_process_that_hangs_is_killed_and_replaced_and_its_streams_go_on(
+    start_fleet: Callable[..., Fleet], worker: RuleWorker
+) -> None:
+    fleet = start_fleet(program=("-c", HASTY))
+    async with AsyncClient(fleet.listen) as client:
+        worker.hold()
+        answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=4))
+        await eventually(lambda: len(worker.claimed) == 1)
+        [hanging] = [child for child in fleet.children() if fleet.connections(child)]
+        hanging.suspend()
+        worker.free()
+        assert (await answer).text == text_of(4)
+    await fleet.told("oasst_gateway_process_restarts_total", 1)
+    await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
+    assert hanging.pid not in [child.pid for child in fleet.children()]
+    assert fleet.log.read_text().count("process hangs, killed") == 1
+
+
 async def test_a_reload_replaces_every_process_and_fails_no_request(fleet: Fleet, worker: RuleWorker) -> None:
     before = {child.pid for child in fleet.children()}
     answers = 0
@@ -146,6 +190,26 @@ async def test_a_reload_replaces_every_process_and_fails_no_request(fleet: Fleet
         await eventually(lambda: answers >= enough, timeout_s=60)
         is_reloaded.set()
     assert len(fleet.children()) == NUM_PROCESSES
+
+
+async def test_a_reload_of_what_is_broken_says_why_and_leaves_the_processes_as_they_were(
+    start_fleet: Callable[..., Fleet], worker: RuleWorker, tmp_path: Path
+) -> None:
+    acme = draw_api_key()
+    tenants = tmp_path / "tenants.toml"
+    whole = f'[[tenants]]\nname = "acme"\nkeys = [{{ id = "{acme.key_id}", sha256 = "{acme.sha256}" }}]\n'
+    tenants.write_text(whole)
+    fleet = start_fleet("--tenants", str(tenants))
+    before = {child.pid for child in fleet.children()}
+    tenants.write_text(whole.replace("sha256", "md5"))
+    fleet.parent.send_signal(signal.SIGHUP)
+    await eventually(
+        lambda: "reload failed, the processes before go on exit_code=" in fleet.log.read_text(), timeout_s=60
+    )
+    assert f"oasst_gateway: {tenants}: " in fleet.log.read_text()
+    await eventually(lambda: {child.pid for child in fleet.children()} == before, timeout_s=60)
+    async with AsyncClient(fleet.listen, api_key=acme.key) as client:
+        assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
 
 
 def test_an_address_that_is_taken_stops_the_start(checkpoint: Path) -> None:

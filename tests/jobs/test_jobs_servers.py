@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import ssl
 import subprocess
 import time
@@ -34,18 +33,7 @@ from oasst_jobs import (
 from oasst_jobs.__main__ import main
 from oasst_jobs.acl import Role, acl_rules
 from oasst_jobs.library import LIBRARY
-from valkey_server import ValkeyServer
-
-
-def free_port() -> int:
-    """A port that was free just now, with 10,000 more free for a cluster's own bus."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 10_000))
-                return port
+from valkey_server import ValkeyServer, free_port, start_sentinel
 
 
 @pytest.fixture
@@ -349,12 +337,8 @@ async def test_the_queue_goes_on_when_sentinels_make_a_replica_the_primary(start
     ports = {name: free_port() for name in ("primary", "replica", "sentinel")}
     primary = start_server("primary", ports["primary"])
     start_server("replica", ports["replica"], "--replicaof", f"127.0.0.1 {ports['primary']}")
-    settings = [
-        *("--sentinel", "monitor", "main", "127.0.0.1", str(ports["primary"]), "1"),
-        *("--sentinel", "down-after-milliseconds", "main", "300"),
-        *("--sentinel", "failover-timeout", "main", "2000"),
-    ]
-    sentinel = start_sentinel(Path(primary.url.removeprefix("unix://")).parent, ports["sentinel"], settings)
+    folder = Path(primary.url.removeprefix("unix://")).parent
+    sentinel = start_sentinel(folder, ports["sentinel"], ports["primary"], down_after_ms=300)
     redis_client = connect(f"redis+sentinel://127.0.0.1:{ports['sentinel']}/main")
     try:
         client = QueueClient(redis_client)
@@ -365,24 +349,6 @@ async def test_the_queue_goes_on_when_sentinels_make_a_replica_the_primary(start
         await redis_client.aclose()
         sentinel.kill()
         sentinel.wait()
-
-
-def start_sentinel(folder: Path, port: int, settings: list[str]) -> subprocess.Popen[bytes]:
-    """The server's other mode. It keeps its state in its file of settings."""
-    lines, words = [f"port {port}", "bind 127.0.0.1", f"dir {folder}"], iter(settings)
-    line: list[str] = []
-    for word in words:
-        if word == "--sentinel":
-            line = ["sentinel"]
-            lines.append("")
-        else:
-            line.append(word)
-        lines[-1] = " ".join(line) if line else lines[-1]
-    path = folder / "sentinel.conf"
-    path.write_text("\n".join(lines) + "\n")
-    return subprocess.Popen(
-        [ValkeyServer.binary(), str(path), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
 
 
 async def eventually_served(client: QueueClient, request_id: str) -> None:

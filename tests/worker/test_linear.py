@@ -15,12 +15,15 @@ from oasst_worker.model.linear import (
     PlainQuantizedLinear,
     QuantizedWeight,
     TiledLinear,
+    build_linear,
     build_quantized_linear,
+    build_row_exact_linear,
     is_row_exact,
 )
 
 FP32, BF16 = torch.float32, torch.bfloat16
 compiled_int8 = partial(CompiledLinear, quantize=True)
+tiled_by_128 = partial(TiledLinear, tile_rows=128)
 ROWS_WITH_A_REST = (1, 2, 33, 512, 700)
 
 
@@ -42,6 +45,7 @@ def random_layer(outputs: int, inputs: int, dtype: torch.dtype = FP32) -> tuple[
         (PlainQuantizedLinear, FP32),
         (PackedLinear, FP32),
         (TiledLinear, FP32),
+        (tiled_by_128, FP32),
     ],
 )
 def test_rows_do_not_depend_on_each_other(kind, dtype, shape, activation):
@@ -50,7 +54,7 @@ def test_rows_do_not_depend_on_each_other(kind, dtype, shape, activation):
 
 @pytest.mark.parametrize("num_residuals", [0, 1, 2])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear])
+@pytest.mark.parametrize("kind", [CompiledLinear, PackedLinear, TiledLinear, tiled_by_128])
 def test_a_fast_layer_equals_the_plain_one(kind, activation, num_residuals):
     weight, bias = random_layer(96, 64)
     x, residuals = torch.randn(700, 64), torch.randn(num_residuals, 700, 96)
@@ -196,3 +200,9 @@ def test_without_a_compiler_int8_runs_on_the_plain_path(monkeypatch):
 
 def test_the_check_of_rows_finds_a_layer_whose_rows_do_depend():
     assert not is_row_exact(lambda x: x + x.sum() * 1e-6, 64, FP32)
+
+
+def test_on_other_devices_rows_are_kept_apart_where_it_is_asked_for():
+    weight = torch.empty(48, 33, device="meta")
+    assert isinstance(build_linear(weight, None), PlainLinear)
+    assert isinstance(build_row_exact_linear(weight, None), TiledLinear)

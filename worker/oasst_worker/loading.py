@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
 
 from oasst.prompt import ControlToken
@@ -11,11 +12,13 @@ from oasst_worker.detokenizer import Detokenizer, UnsupportedTokenizerError
 from oasst_worker.engine import Engine, EngineConfig
 from oasst_worker.intake import Intake, ModelFacts
 from oasst_worker.model.config import CheckpointError, NeoXConfig, load_config
-from oasst_worker.model.weights import resolve_checkpoint
+from oasst_worker.model.conversion import convert_bin
+from oasst_worker.model.shards import find_shards, resolve_checkpoint
+from oasst_worker.progress import LoadingProgress
 from oasst_worker.runtime.build import RuntimeOptions, build_executor
 from oasst_worker.runtime.ranks import RankProcesses
 from oasst_worker.served_model import ServedModel
-from oasst_worker.settings import StartError, WorkerSettings
+from oasst_worker.settings import StartError, WorkerSettings, parse_device_memory
 
 __all__ = ["load_model"]
 
@@ -43,7 +46,9 @@ def _load_model(settings: WorkerSettings) -> ServedModel:
     folder = resolve_checkpoint(settings.model)
     config = load_config(folder)
     tokenizer = _load_tokenizer(folder, config)
-    engine, ranks = _build_engine(folder, config, settings, banned_token_ids=_banned_token_ids(tokenizer, config))
+    weights_folder = _find_weights(folder, settings.convert_bin)
+    banned_token_ids = _banned_token_ids(tokenizer, config)
+    engine, ranks = _build_engine(weights_folder, config, settings, banned_token_ids=banned_token_ids)
     facts = ModelFacts(
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
@@ -61,6 +66,15 @@ def _load_model(settings: WorkerSettings) -> ServedModel:
     return ServedModel(name, engine, Intake(_make_detokenizer(tokenizer, folder), facts), ranks)
 
 
+def _find_weights(folder: Path, cache: Path | None) -> Path:
+    """The folder to read the model from, which has safetensors if `cache` is given."""
+    if cache is not None:
+        return convert_bin(folder, cache.expanduser())
+    if find_shards(folder)[0].suffix == ".bin":
+        logger.warning("the weights are .bin files: with --convert-bin FOLDER they are kept as safetensors, once")
+    return folder
+
+
 def _build_engine(
     folder: Path, config: NeoXConfig, settings: WorkerSettings, *, banned_token_ids: frozenset[int]
 ) -> tuple[Engine, RankProcesses | None]:
@@ -68,14 +82,18 @@ def _build_engine(
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        batch_invariant=settings.batch_invariant,
         threads=settings.threads,
         kv_tokens=settings.kv_tokens,
         max_sequences=settings.max_sequences,
         split=settings.split,
         num_ranks=settings.num_ranks,
+        device_memory=parse_device_memory(settings.device_memory),
+        offload=settings.offload,
     )
     try:
-        executor = build_executor(folder, options, banned_token_ids=banned_token_ids)
+        with closing(LoadingProgress()) as progress:
+            executor = build_executor(folder, options, banned_token_ids=banned_token_ids, progress=progress)
         is_on_cpu = executor.device.type == "cpu"
         engine = Engine(
             executor,

@@ -5,6 +5,7 @@ import re
 import secrets
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
@@ -13,7 +14,7 @@ from oasst_telemetry import LogFormat
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "read_settings"]
+__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "parse_device_memory", "read_settings"]
 
 # Places in the worker where a test can break it: between a claim and the jobs being taken in, before and after the
 # call that logs tokens, before what is left goes back at the end, and at the start of each of the engine's steps.
@@ -45,6 +46,27 @@ def _check_failpoints(text: str) -> str:
     return text
 
 
+def parse_device_memory(text: str) -> dict[str, int]:
+    """Bytes by device, of `cuda:0=20GB,cpu=1.5GB`.
+
+    Raises:
+        ValueError: it is not written like that.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        parsed = re.fullmatch(r"(cpu|cuda:\d+)=(\d+(?:\.\d+)?)([MG])B", part.strip())
+        if not parsed:
+            raise ValueError(f"{part.strip()!r} is not like cuda:0=20GB or cpu=500MB")
+        device, number, unit = parsed.groups()
+        sizes[device] = int(float(number) * {"M": 10**6, "G": 10**9}[unit])
+    return sizes
+
+
+def _check_device_memory(text: str) -> str:
+    parse_device_memory(text)
+    return text
+
+
 def _standard_endpoint() -> str | None:
     return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -70,6 +92,11 @@ class WorkerSettings(BaseSettings):
 
     model: str = Field(description="Checkpoint folder or hub id.")
     model_name: str | None = Field(None, description="Name jobs call the model by. Unset: hub id or folder name.")
+    convert_bin: Path | None = Field(
+        None,
+        description="Folder in which a checkpoint of .bin files is kept as safetensors, converted once. Unset: .bin"
+        " files are read as they are.",
+    )
     redis_url: Annotated[str, AfterValidator(_check_redis_url)] = Field(
         "redis://127.0.0.1:6379/0",
         description="Where the queue is: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://.",
@@ -91,11 +118,28 @@ class WorkerSettings(BaseSettings):
         None,
         description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",
     )
-    split: Literal["auto", "none", "tensor"] = Field(
-        "auto", description="tensor: every matrix over several processes, a GPU each. auto: where there are several."
+    batch_invariant: bool = Field(
+        False,
+        description="On a GPU: a choice's tokens do not depend on what runs beside it; prompts take longer. On a CPU"
+        " they never do.",
+    )
+    split: Literal["auto", "none", "tensor", "layers"] = Field(
+        "auto",
+        description="tensor: every matrix over several processes, a GPU each. layers: whole layers over unequal"
+        " devices, in one process. auto: what fits the GPUs, if there are several.",
     )
     num_ranks: int | None = Field(
         None, ge=1, le=64, description="Processes of a split model. Unset: one for each GPU; needed on a CPU."
+    )
+    device_memory: Annotated[str, AfterValidator(_check_device_memory)] = Field(
+        "",
+        description="With --split layers: memory for weights and KV cache, as cuda:0=20GB,cpu=60GB. Unset: most of what"
+        " is free.",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none",
+        description="With --split layers: where layers go that the GPUs have no room for; disk: and the CPU. Those on"
+        " disk are read in every step.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
     max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")

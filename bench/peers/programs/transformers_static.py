@@ -16,7 +16,7 @@ def load(setup: Setup) -> Generate:
 def static_batch(model: GPTNeoXForCausalLM) -> Generate:
     @torch.inference_mode()
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=model.device)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

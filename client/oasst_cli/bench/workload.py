@@ -125,7 +125,8 @@ class PromptFile:
             WorkloadError: the file cannot be read, has a line of another form, or no line.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not `splitlines`: a JSON string may hold U+2028 and the like as they are.
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise WorkloadError(f"{path} cannot be read: {error}") from error
         prompts = [_messages(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -51,7 +51,9 @@ def run_tasks(
         try:
             loaded[task.name] = manager.load([task.harness_name])["tasks"]
         except (DatasetsError, OSError, ValueError) as error:
-            raise HarnessError(f"the data of {task.name} cannot be loaded: {error}") from error
+            raise HarnessError(
+                f"the data of {task.name} cannot be loaded: {error}; off the net, HF_HOME must name a folder with it"
+            ) from error
         for each in loaded[task.name].values():
             each.set_config("num_fewshot", task.num_fewshot)
             if task.generation_kwargs:

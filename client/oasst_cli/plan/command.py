@@ -14,15 +14,16 @@ from oasst_cli.plan.roofline import CARDS, PYTHIA_12B, Machine
 __all__ = ["plan"]
 
 _CARD_COUNTS = (1, 2, 4, 8)
+_MAX_CARDS = 8
 
 
 def plan(
-    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second at the busiest hour.")],
+    rate: Annotated[float, typer.Option(min=0.001, max=1e7, help="Requests a second at the busiest hour.")],
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, with the turns before it.")] = 300,
     output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 200,
     gpu: Annotated[str | None, typer.Option(metavar="|".join(CARDS), help="The card; without it all of them.")] = None,
     cards: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Cards of one worker; without it what fits best.")
+        int | None, typer.Option(min=1, max=_MAX_CARDS, help="Cards of one worker; without it what fits best.")
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, max=1024, help="The worker's option of this name.")] = 64,
     token_ms: Annotated[float, typer.Option(min=1, help="The longest mean wait between two tokens.")] = 100.0,
@@ -32,7 +33,9 @@ def plan(
     utilisation: Annotated[
         float, typer.Option(min=0.05, max=1, help="How busy workers are; the rest is for bursts.")
     ] = 0.7,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one card for an hour, in any currency.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, max=1e9, help="Of one card for an hour, in any currency.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Prints one line of JSON for each choice.")] = False,
 ) -> None:
     """Tell how many GPUs, gateways and queue servers a load needs, for pythia-12b in fp16.
@@ -46,6 +49,12 @@ def plan(
         raise typer.BadParameter(
             f"{prompt} and {output} tokens do not fit the model's {PYTHIA_12B.max_positions} positions",
             param_hint="--prompt, --output",
+        )
+    if cards is not None and not PYTHIA_12B.can_be_split(cards):
+        choices = [str(count) for count in range(1, _MAX_CARDS + 1) if PYTHIA_12B.can_be_split(count)]
+        raise typer.BadParameter(
+            f"{cards} cards cannot share the model's {PYTHIA_12B.num_heads} heads evenly: one of {', '.join(choices)}",
+            param_hint="--cards",
         )
     load = Load(rate, prompt, output)
     plans = [
@@ -68,14 +77,16 @@ def plan(
             "allow more time (--token-ms), more cards (--cards) or another one (--gpu)"
         )
     plans.sort(key=lambda found: (found.num_cards, found.machine.num_cards))
-    services = make_service_plan(load, time_per_token_s=plans[0].time_per_token_s)
     if as_json:
         for found in plans:
-            print(json.dumps(_figures(found, load, services, price)))
+            print(json.dumps(_figures(found, load, price)))
     else:
         console = Console(highlight=False)
-        console.print(_table(plans if gpu else _best_of_each_card(plans), load, price))
-        console.print(_services_text(services))
+        shown = plans if gpu else _best_of_each_card(plans)
+        console.print(_table(shown, load, price))
+        if not all(found.machine.card.is_measured for found in shown):
+            console.print("* by its maker's figures; the others were measured.")
+        console.print(_services_text(make_service_plan(load, plans[0])))
 
 
 def _best_of_each_card(plans: list[Plan]) -> list[Plan]:
@@ -87,16 +98,16 @@ def _best_of_each_card(plans: list[Plan]) -> list[Plan]:
 
 
 def _table(plans: list[Plan], load: Load, price: float | None) -> Table:
-    table = Table(box=None, pad_edge=False)
-    headings = ["worker", "fits", "batch", "ms/token", "first token", "tokens/s", "workers", "cards", "card-h/Mtok"]
-    for heading in [*headings, *(["cost/Mtok"] if price is not None else [])]:
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    headings = ["worker", "fits", "batch", "ms/token", "first", "tokens/s", "workers", "cards", "card-h/\nMtok"]
+    for heading in [*headings, *(["cost/\nMtok"] if price is not None else [])]:
         table.add_column(heading, justify="left" if heading == "worker" else "right", no_wrap=True)
     for found in plans:
         card = found.machine.card
         hours = found.card_hours_per_million_tokens(load)
         table.add_row(
             f"{found.machine.num_cards}x {card.name}{'' if card.is_measured else '*'}",
-            str(found.max_sequences),
+            str(found.num_fitting),
             str(found.batch_size),
             f"{found.time_per_token_s * 1e3:.1f}",
             f"{found.first_token_s * 1e3:.0f} ms",
@@ -110,20 +121,23 @@ def _table(plans: list[Plan], load: Load, price: float | None) -> Table:
 
 
 def _services_text(services: ServicePlan) -> str:
-    return (
-        "* by its maker's figures; the others were measured.\n"
-        f"Beside them, for {services.num_streams:,} streams at once and {services.tokens_per_s:,.0f} tokens/s:\n"
+    text = (
+        f"Beside the first, for {services.num_streams:,} streams at once and {services.tokens_per_s:,.0f} tokens/s:\n"
         f"  gateway processes: {services.num_gateways:,}, each of one core and {services.gateway_bytes / 1e6:,.0f} MB\n"
         f"  Redis primaries: {services.num_shards:,}, of {services.redis_bytes / 1e9:,.2f} GB in all"
     )
+    if services.num_services > 1:
+        shards = services.num_shards // services.num_services
+        text += f"\n  all in {services.num_services:,} services apart, each with a queue of {shards} shards"
+    return text
 
 
-def _figures(found: Plan, load: Load, services: ServicePlan, price: float | None) -> dict[str, object]:
+def _figures(found: Plan, load: Load, price: float | None) -> dict[str, object]:
     hours = found.card_hours_per_million_tokens(load)
     return {
         "card": found.machine.card.name,
         "cards_per_worker": found.machine.num_cards,
-        "max_sequences": found.max_sequences,
+        "num_fitting": found.num_fitting,
         "batch_size": found.batch_size,
         "time_per_token_s": found.time_per_token_s,
         "first_token_s": found.first_token_s,
@@ -132,5 +146,5 @@ def _figures(found: Plan, load: Load, services: ServicePlan, price: float | None
         "cards": found.num_cards,
         "card_hours_per_million_tokens": hours,
         "cost_per_million_tokens": None if price is None else hours * price,
-        "services": dataclasses.asdict(services),
+        "services": dataclasses.asdict(make_service_plan(load, found)),
     }

@@ -21,6 +21,7 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     max_positions: int
+    num_heads: int
     bytes_per_value: int = 2
 
     @property
@@ -39,6 +40,10 @@ class ModelShape:
         """All weights but the embedding, of which a step reads a row for each token."""
         return self.weight_bytes - self.bytes_per_value * self.vocab_size * self.hidden_size
 
+    def can_be_split(self, num_cards: int) -> bool:
+        """Whether each card gets as many heads, and as much of the MLP, as every other."""
+        return self.num_heads % num_cards == 0 and 4 * self.hidden_size % num_cards == 0
+
     @property
     def kv_bytes_per_token(self) -> int:
         """A key and a value in every layer.
@@ -49,7 +54,7 @@ class ModelShape:
         return 2 * self.num_layers * self.hidden_size * self.bytes_per_value
 
 
-PYTHIA_12B = ModelShape(num_layers=36, hidden_size=5120, vocab_size=50288, max_positions=2048)
+PYTHIA_12B = ModelShape(num_layers=36, hidden_size=5120, vocab_size=50288, max_positions=2048, num_heads=40)
 
 
 @dataclass(frozen=True)

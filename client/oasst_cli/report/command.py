@@ -102,19 +102,18 @@ def _tell_agreement(paths: tuple[Path, Path], plot: Path | None, *, as_json: boo
         check_plotting()
     first, second = Report.read(paths[0]), Report.read(paths[1])
     agreements = compare_reports(first, second)
-    statistics = {str(path): describe_report(each) for path, each in zip(paths, (first, second), strict=True)}
     if plot:
         draw_comparison(plot, (paths[0].name, paths[1].name), (first, second), agreements)
     if as_json:
-        told = {
-            "agreement": [each.to_json() for each in agreements],
-            "statistics": {name: [each.to_json() for each in described] for name, described in statistics.items()},
+        statistics = {
+            str(path): [described.to_json() for described in describe_report(each)]
+            for path, each in zip(paths, (first, second), strict=True)
         }
-        print(json_line(told))
+        print(json_line({"agreement": [each.to_json() for each in agreements], "statistics": statistics}))
         return
     console = Console(highlight=False)
-    for path, described in statistics.items():
-        print_statistics(console, Path(path).name, described)
+    for side, path, each in zip("AB", paths, (first, second), strict=True):
+        print_statistics(console, f"{side}: {path}", describe_report(each))
     print_agreement(console, agreements)
 
 

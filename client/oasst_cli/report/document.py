@@ -109,7 +109,8 @@ def read_prompts(path: Path) -> list[str]:
         ReportError: the file cannot be read, a line is no JSON string, or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: a JSON string may hold U+2028 and the like as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} cannot be read: {error}") from error
     prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]

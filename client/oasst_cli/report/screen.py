@@ -1,6 +1,5 @@
 """Reports on the screen and as plots."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_comparison", "print_agreement", "print_statistics"]
 
+# Of a report's name in a plot.
+_NAME_END_CHARS = 18
 _BAR_WIDTH = 0.38
 _SIDES = (-_BAR_WIDTH / 2, _BAR_WIDTH / 2)
 
@@ -58,9 +59,9 @@ def print_agreement(console: Console, agreements: Sequence[Agreement]) -> None:
 def draw_comparison(
     path: Path, names: tuple[str, str], reports: tuple[Report, Report], agreements: Sequence[Agreement]
 ) -> None:
-    """Agreement, first differences, ends and lengths of two reports, as one picture."""
+    """Agreement, first differences, ends and lengths of two reports, A and B, as one picture."""
     configs = [each.config for each in agreements]
-    labels = [textwrap.shorten(name, 40, placeholder="...") for name in names]
+    labels = [f"{side}: {_shortened(name)}" for side, name in zip("AB", names, strict=True)]
     statistics = [{each.config: each for each in describe_report(report)} for report in reports]
     with new_figure(path, " and ".join(labels), rows=2, columns=2) as grid:
         agreement, divergence, ended, lengths = grid.flat
@@ -82,12 +83,20 @@ def draw_comparison(
                 for label, described in zip(labels, statistics, strict=True)
             },
         )
-        for each, colour in zip(agreements, cycle(COLOURS), strict=False):
-            draw_cdf(divergence, [float(at) for at in each.first_divergences], label=each.config, colour=colour)
         divergence.set(title="First difference, of the outputs that differ", xlabel="character")
-        divergence.legend(loc="lower right")
+        _draw_divergences(divergence, agreements)
         lengths.set(title="Characters: range, middle half and median")
         _draw_lengths(lengths, configs, reports)
+
+
+def _draw_divergences(axes: "Axes", agreements: Sequence[Agreement]) -> None:
+    for each, colour in zip(agreements, cycle(COLOURS), strict=False):
+        draw_cdf(axes, [float(at) for at in each.first_divergences], label=each.config, colour=colour)
+    if any(each.first_divergences for each in agreements):
+        axes.legend(loc="lower right")
+    else:
+        axes.text(0.5, 0.5, "no output differs", transform=axes.transAxes, ha="center", va="center")
+        axes.set_xticks([])
 
 
 def _draw_pairs(axes: "Axes", configs: Sequence[str], rates: Mapping[str, Sequence[float]]) -> None:
@@ -123,6 +132,17 @@ def _draw_lengths(axes: "Axes", configs: Sequence[str], reports: tuple[Report, R
 def _name_places(axes: "Axes", configs: Sequence[str]) -> None:
     axes.set_xticks(range(len(configs)), configs)
     axes.grid(visible=False, axis="x")
+
+
+def _shortened(name: str) -> str:
+    """Both ends of a long name: those of reports that one tool wrote begin alike.
+
+    >>> _shortened("2023-04-03_sampling_noprefix_lottery_of_a_model.json")
+    '2023-04-03_samplin...ry_of_a_model.json'
+    """
+    if len(name) <= 2 * _NAME_END_CHARS + 3:
+        return name
+    return f"{name[:_NAME_END_CHARS]}...{name[-_NAME_END_CHARS:]}"
 
 
 def _table(*columns: str) -> Table:

@@ -1,6 +1,6 @@
 """The rows of the fault table, in its order."""
 
-from faults.rows import callers, gateways, machines, network, queue, scoring, service, workers
+from faults.rows import callers, gateways, machines, network, queue, replicas, scoring, service, workers
 from faults.table import Row
 
 __all__ = ["ROWS"]
@@ -23,6 +23,8 @@ ROWS: tuple[Row, ...] = (
     network.connections_to_the_queue_break,
     gateways.connections_to_callers_break,
     gateways.unreachable_for_callers,
+    replicas.primary_is_cut_off_and_dies,
+    replicas.primary_is_cut_off_and_dies_unwaited,
     callers.read_slowly,
     gateways.half_open,
     machines.clocks_of_the_service_jump,
@@ -50,6 +52,7 @@ ROWS: tuple[Row, ...] = (
     gateways.is_replaced,
     service.killed_in_drain,
     service.scraped,
+    replicas.sentinel_fails_over,
     queue.emptied,
     queue.is_slow,
     service.few_files,

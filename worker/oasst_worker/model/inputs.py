@@ -1,11 +1,12 @@
 """What one step hands to the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "AttentionSpan", "StepInputs"]
+__all__ = ["BLOCK_SIZE", "AttentionSpan", "DecodeInputs", "StepInputs"]
 
 # Positions in a block of the KV cache.
 BLOCK_SIZE = 16
@@ -32,3 +33,20 @@ class StepInputs:
     cells: Tensor  # [rows] int64, block * BLOCK_SIZE + offset: where each row's key and value go
     spans: Sequence[AttentionSpan]
     drawing_rows: Tensor  # [drawing] int64, the rows whose logits are wanted
+
+    def to(self, device: torch.device) -> "StepInputs":
+        """The same, where a part of the model is."""
+        if self.token_ids.device == device:
+            return self
+        tensors = ("token_ids", "positions", "cells", "drawing_rows")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Rows that are one generated token each, told by tensors alone: what stands in them may change between steps."""
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64, in the sequence
+    cells: Tensor  # [rows] int64, as in StepInputs
+    block_table: Tensor  # [rows, blocks] int64: each row's blocks; behind its own position's, anything

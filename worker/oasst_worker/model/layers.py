@@ -11,15 +11,15 @@ from oasst_worker.model.attention import Attention, CompiledAttention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
 from oasst_worker.model.linear import CompiledLinear, Linear
-from oasst_worker.model.weights import LayerWeights
 
-__all__ = ["CompiledLayers", "LayerLinears"]
+__all__ = ["CompiledLayers", "LayerParts"]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerLinears:
-    """The products of one layer."""
+class LayerParts:
+    """What one layer is made of."""
 
+    norms: tuple[Tensor, ...]  # Weight and bias of the first and of the second.
     qkv: Linear
     dense: Linear
     mlp_in: Linear
@@ -66,16 +66,15 @@ class CompiledLayers:
     def __init__(
         self,
         config: NeoXConfig,
-        weights: Sequence[LayerWeights],
-        linears: Sequence[LayerLinears],
+        layers: Sequence[LayerParts],
         attention: Attention,
     ) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         shapes = ((hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden))
-        parts = [(each.qkv, each.dense, each.mlp_in, each.mlp_out) for each in linears]
+        linears = [(each.qkv, each.dense, each.mlp_in, each.mlp_out) for each in layers]
         if not isinstance(attention, CompiledAttention):
             raise RuntimeError("attention is not compiled")
-        compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in parts]
+        compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in linears]
         if any(tuple((part.in_features, part.out_features) for part in layer) != shapes for layer in compiled):
             raise RuntimeError("a linear layer is not compiled, or not whole")
         self._config = config
@@ -84,20 +83,17 @@ class CompiledLayers:
         self._kernel.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
         self._kernel.restype = None
         self._most_words = max(part.words for layer in compiled for part in layer)
-        norms = [
-            [norm.float() for norm in (each.norm1_weight, each.norm1_bias, each.norm2_weight, each.norm2_bias)]
-            for each in weights
-        ]
-        layers = (_Layer * len(linears))(
+        norms = [[norm.float() for norm in each.norms] for each in layers]
+        table = (_Layer * len(layers))(
             *(
                 _Layer(*(norm.data_ptr() for norm in layer_norms), *(part.address for part in layer))
                 for layer_norms, layer in zip(norms, compiled, strict=True)
             )
         )
         self._stack = _Stack(
-            len(linears), hidden, config.parallel_residual, config.layer_norm_eps, ctypes.addressof(layers)
+            len(layers), hidden, config.parallel_residual, config.layer_norm_eps, ctypes.addressof(table)
         )
-        self._alive = (norms, compiled, layers)
+        self._alive = (norms, compiled, table)
 
     def __call__(self, hidden: Tensor, inputs: StepInputs, cache: Tensor) -> Tensor:
         """[rows, hidden], which may be overwritten, -> [rows, hidden]; keys and values are in the cache."""

@@ -7,7 +7,8 @@ with the kernel the order of additions; so each layer here computes a row the sa
   any number of rows or threads, and activation and residuals are added on the way out.
 - `PackedLinear`: oneDNN with the weight packed once, where nothing can be compiled. One kernel for 2 to 512 rows, and
   two to four times faster than the plain path at few rows.
-- `TiledLinear`: the plain product, always of the same number of rows. Where oneDNN cannot pack.
+- `TiledLinear`: the plain product, always of the same number of rows. Where oneDNN cannot pack, and on a GPU where
+  it is asked for.
 - `PlainLinear`: the plain product as it is: the reference, and the path of other devices than the CPU.
 - `PlainQuantizedLinear`: the plain product of int8 weights, whose sums are exact in any order.
 
@@ -37,6 +38,7 @@ __all__ = [
     "TiledLinear",
     "build_linear",
     "build_quantized_linear",
+    "build_row_exact_linear",
     "is_row_exact",
 ]
 
@@ -44,6 +46,8 @@ __all__ = [
 MIN_ROWS = 2
 MAX_ROWS = 512
 _TILE_ROWS = 32
+# A GPU takes longer to read a weight than to multiply it with so many rows of fp16: fewer would hardly be faster.
+_GPU_TILE_ROWS = 128
 
 # Activation -> (the function, oneDNN's name for it, oneDNN's variant of it).
 _ACTIVATIONS: dict[Activation, tuple[Callable[[Tensor], Tensor], str, str]] = {
@@ -76,13 +80,21 @@ class PlainLinear:
 class TiledLinear:
     """The plain product in tiles of a fixed number of rows, the last one padded."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None = None,
+        *,
+        tile_rows: int = _TILE_ROWS,
+    ) -> None:
         self._plain = PlainLinear(weight, bias, activation)
+        self._tile_rows = tile_rows
 
     def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
         rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % _TILE_ROWS))
-        product = torch.cat([self._plain(tile) for tile in torch.split(padded, _TILE_ROWS)])[:rows]
+        padded = F.pad(x, (0, 0, 0, -rows % self._tile_rows))
+        product = torch.cat([self._plain(tile) for tile in torch.split(padded, self._tile_rows)])[:rows]
         return _add_(product, residuals)
 
 
@@ -258,12 +270,13 @@ class CompiledLinear:
 
 
 def _into_panels(weight: Tensor, width: int) -> Tensor:
-    """[out_features, in_features] -> [panels, words, width, inputs of a word], filled up with zeros."""
+    """[out_features, in_features] -> [panels, words, width], words of 4 bytes, filled up with zeros."""
     inputs_of_a_word = _INPUTS_OF_A_WORD[weight.itemsize]
     inputs_at_once = 1 if inputs_of_a_word == 1 else _TILE_WORDS * inputs_of_a_word
     outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, -inputs % inputs_at_once, 0, -outputs % width))
-    return padded.view(-1, width, padded.shape[1] // inputs_of_a_word, inputs_of_a_word).transpose(1, 2).contiguous()
+    missing = (0, -inputs % inputs_at_once, 0, -outputs % width)
+    words = (F.pad(weight, missing) if any(missing) else weight.contiguous()).view(torch.int32)
+    return words.view(-1, width, words.shape[1]).transpose(1, 2).contiguous()
 
 
 def _whole_panels(of_outputs: Tensor, width: int) -> Tensor:
@@ -292,6 +305,13 @@ def build_linear(weight: Tensor, bias: Tensor | None, activation: Activation | N
     return TiledLinear(weight, bias, activation)
 
 
+def build_row_exact_linear(weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Linear:
+    """As `build_linear`, with rows that do not depend on each other on other devices than a CPU too."""
+    if weight.device.type == "cpu":
+        return build_linear(weight, bias, activation)
+    return TiledLinear(weight, bias, activation, tile_rows=_GPU_TILE_ROWS)
+
+
 def build_quantized_linear(weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Linear:
     """As `build_linear`, with the weight in int8. CPU only."""
     with suppress(RuntimeError):
@@ -300,10 +320,10 @@ def build_quantized_linear(weight: Tensor, bias: Tensor | None, activation: Acti
 
 
 @torch.inference_mode()
-def is_row_exact(linear: Linear, in_features: int, dtype: torch.dtype) -> bool:
+def is_row_exact(linear: Linear, in_features: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
     """Rows come out the same, bit for bit, at several numbers of rows and in another order, here and now."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(96, in_features, generator=generator).to(dtype)
+    x = torch.randn(96, in_features, generator=generator).to(device, dtype)
     whole = linear(x)
     order = torch.randperm(len(x), generator=generator)
     return torch.equal(linear(x[order]), whole[order]) and all(

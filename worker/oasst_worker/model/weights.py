@@ -1,56 +1,45 @@
-"""Finds a GPT-NeoX checkpoint and loads its weights, checked name by name and shape by shape.
+"""Loads the weights of a GPT-NeoX checkpoint, checked name by name and shape by shape.
 
-Reads single or sharded safetensors, else single or sharded `pytorch_model.bin` (tensors only: pickled code is
-refused). Shards are read one after the other and tensors are copied out one by one, so that memory holds the result
-and at most one shard. A rank of several reads only its share of each matrix.
+Names and shapes are checked before anything is read. Layers can be read one by one as a model takes them in, so that
+memory holds the model and, of the files, at most one. A rank of several reads only its share of each matrix.
 """
 
-import json
-import logging
-import pickle
+import math
 import re
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from oasst_worker.model.config import CheckpointError, NeoXConfig
 from oasst_worker.model.ranks import Share
+from oasst_worker.model.shards import Cut, StoredTensors, some
 
-__all__ = ["CheckpointError", "LayerWeights", "NeoXWeights", "deinterleave_qkv", "load_weights", "resolve_checkpoint"]
-
-_logger = logging.getLogger(__name__)
-
-_SAFETENSORS = "model.safetensors"
-_BIN = "pytorch_model.bin"
-
-# What a server needs of a hub repository; never code.
-_SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+__all__ = [
+    "IGNORED",
+    "LayerPlace",
+    "LayerRun",
+    "LayerWeights",
+    "NeoXWeights",
+    "Progress",
+    "deinterleave_qkv",
+    "load_weights",
+    "open_weights",
 ]
-_WEIGHT_FILES = (
-    ["model*.safetensors", "model.safetensors.index.json"],
-    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
-)
+
+# Told how many bytes of weights have been read, and of how many.
+Progress = Callable[[int, int], None]
 
 _EMBEDDING = "gpt_neox.embed_in.weight"
 _HEAD = "embed_out.weight"
 _HEAD_ALIAS = "lm_head.weight"  # The name in memory; some tools write it to disk.
 
 # Constants that checkpoints of older transformers carry; they follow from the configuration.
-_IGNORED = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|^gpt_neox\.rotary_emb\.inv_freq$")
+IGNORED = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|^gpt_neox\.rotary_emb\.inv_freq$")
 
 # Field of LayerWeights -> name of the tensor within its layer.
 _LAYER_TENSORS = {
@@ -90,41 +79,36 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """Where layers that follow each other are computed."""
+
+    num_layers: int
+    device: torch.device
+    is_kept: bool = True  # In the device's memory. Otherwise their weights stay on disk and are read in every step.
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """The layers of a place."""
+
+    place: LayerPlace
+    weights: Iterable[LayerWeights]  # In order, on the place's device.
+
+
+@dataclass(frozen=True, slots=True)
 class NeoXWeights:
-    """All tensors of a checkpoint, on one device and in one dtype."""
+    """All tensors of a checkpoint, in one dtype; but for the layers on one device."""
 
     embed_in: Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
+    runs: tuple[LayerRun, ...]
     final_norm_weight: Tensor  # [hidden]
     final_norm_bias: Tensor
     head: Tensor  # [vocab, hidden]; the same tensor as embed_in where the checkpoint ties them
 
-
-def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
-    """Returns the local folder of `model`: a folder as it is, a hub id after fetching what is not yet cached.
-
-    Raises:
-        CheckpointError: There is no such folder, or the hub cannot give the repository.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{model}: is a file; a checkpoint is a folder.")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise CheckpointError(f"{model}: no such folder.")
-    for weight_files in _WEIGHT_FILES:
-        try:
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*_SMALL_FILES, *weight_files]))
-        # The hub's client raises its own errors, its HTTP library's and the system's; which ones changes by version.
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise CheckpointError(
-                f"{model}: is no local folder and could not be fetched from the hub: {reason}."
-            ) from error
-        if any(folder.glob(weight_files[0])):
-            break
-    return folder
+    @property
+    def layers(self) -> Iterable[LayerWeights]:
+        """Of all runs."""
+        return chain.from_iterable(run.weights for run in self.runs)
 
 
 def load_weights(
@@ -142,27 +126,48 @@ def load_weights(
     Raises:
         CheckpointError: A file is missing, truncated or corrupt, or the tensors are not those `config` asks for.
     """
-    shapes = _tensor_shapes(config)
-    num_heads = share.of_config(config).num_heads
-    shards = _find_shards(folder)
-    tensors: dict[str, Tensor] = {}
-    for number, shard in enumerate(shards, start=1):
-        for stored_name, stored in _read_shard(shard):
-            if _IGNORED.search(stored_name):
-                continue
-            name = _HEAD if stored_name == _HEAD_ALIAS else stored_name
-            _check_shape(shard, stored_name, stored.shape, shapes.get(name))
-            if name in tensors:
-                raise CheckpointError(f"{shard}: holds {stored_name}, which was already loaded.")
-            tensor = stored.read(_cut(name, stored.shape, share))
-            _check_type(shard, stored_name, tensor)
-            if ".attention.query_key_value." in name:
-                tensor = deinterleave_qkv(tensor, num_heads)
-            tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        _logger.info("loaded %s (%d of %d)", shard.name, number, len(shards))
-    if missing := sorted(shapes.keys() - tensors.keys() - ({_HEAD} if config.tie_word_embeddings else set())):
-        raise CheckpointError(f"{folder}: the checkpoint lacks {_some(missing)}.")
-    return _assemble(tensors, config, share)
+    weights = open_weights(folder, config, dtype=dtype, device=device, share=share)
+    return replace(weights, runs=tuple(replace(run, weights=tuple(run.weights)) for run in weights.runs))
+
+
+def open_weights(
+    folder: Path,
+    config: NeoXConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    share: Share = Share(),  # noqa: B008  # Frozen.
+    places: Sequence[LayerPlace] = (),
+    progress: Progress | None = None,
+) -> NeoXWeights:
+    """As `load_weights`, but each layer is read when an iteration comes to it, and anew by the next iteration.
+
+    Who keeps of a layer only what it makes of it never has two copies of the model in memory. The layers are those of
+    `places`, in order; without any they are all on `device`.
+    """
+    places = places or [LayerPlace(config.num_layers, torch.device(device))]
+    starts = [0, *accumulate(place.num_layers for place in places)]
+    layer_names = [_layer_names(range(start, end)) for start, end in pairwise(starts)]
+    kept = [names for place, names in zip(places, layer_names, strict=True) if place.is_kept]
+    reader = _Reader(folder, config, dtype=dtype, share=share, progress=progress)
+    ends = reader.names - set().union(*layer_names)
+    reader.expect(ends.union(*kept))
+    tensors = reader.read(ends, device)
+    embed_in = tensors[_EMBEDDING]
+    head = tensors.get(_HEAD, embed_in)
+    # A tied checkpoint may hold the head all the same. Like transformers: one tensor if they are equal, else two.
+    if config.tie_word_embeddings and torch.equal(head, embed_in):
+        head = embed_in
+    return NeoXWeights(
+        embed_in=embed_in,
+        runs=tuple(
+            LayerRun(place, _StoredLayers(reader, start, place, share))
+            for start, place in zip(starts, places, strict=False)
+        ),
+        final_norm_weight=tensors["gpt_neox.final_layer_norm.weight"],
+        final_norm_bias=tensors["gpt_neox.final_layer_norm.bias"],
+        head=head,
+    )
 
 
 def deinterleave_qkv(rows: Tensor, num_heads: int) -> Tensor:
@@ -203,40 +208,99 @@ def _layer_name(index: int, field: str) -> str:
     return f"gpt_neox.layers.{index}.{_LAYER_TENSORS[field]}"
 
 
-def _find_shards(folder: Path) -> list[Path]:
-    """Returns the weight files of a checkpoint, safetensors before `.bin`, all of them existing."""
-    for name in (_SAFETENSORS, _BIN):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _indexed_shards(index)
-        if (folder / name).is_file():
-            return [folder / name]
-    raise CheckpointError(f"{folder}: holds neither {_SAFETENSORS} nor {_BIN}, whole or with an index.")
+def _layer_names(indexes: Iterable[int]) -> set[str]:
+    return {_layer_name(index, field) for index in indexes for field in _LAYER_TENSORS}
 
 
-def _indexed_shards(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: is not a readable weight index.") from error
-    # An index names its neighbours, nothing elsewhere on this machine.
-    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file name.")
-    shards = sorted(index.parent / name for name in names)
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise CheckpointError(f"{index}: names {_some(missing)}, which the folder lacks.")
-    return shards
+class _Reader:
+    """Reads tensors as the model wants them: the share's part, in its order, dtype and device."""
+
+    def __init__(
+        self, folder: Path, config: NeoXConfig, *, dtype: torch.dtype, share: Share, progress: Progress | None
+    ) -> None:
+        self._stored = StoredTensors(folder)
+        self._stored_names = _check_tensors(folder, self._stored, config)
+        self._num_heads = share.of_config(config).num_heads
+        self._dtype = dtype
+        self._progress = progress
+        self._cuts = {
+            name: _cut(name, self._stored.located[stored_name].shape, share)
+            for name, stored_name in self._stored_names.items()
+        }
+        self._bytes = {name: dtype.itemsize * _num_elements(cut) for name, cut in self._cuts.items()}
+        self._expected_bytes = 0
+        self._read_bytes = 0
+
+    @property
+    def names(self) -> set[str]:
+        """Of the tensors there are."""
+        return set(self._cuts)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Progress is told of the reading of these tensors."""
+        self._expected_bytes = sum(self._bytes.get(name, 0) for name in names)
+
+    def read(self, names: Iterable[str], device: torch.device | str) -> dict[str, Tensor]:
+        """Those of these tensors that there are, by name; they own their memory."""
+        wanted = {self._stored_names[name]: name for name in names if name in self._stored_names}
+        tensors: dict[str, Tensor] = {}
+        for stored_name, tensor in self._stored.read({stored: self._cuts[name] for stored, name in wanted.items()}):
+            name = wanted[stored_name]
+            if tensor.dtype not in _FLOAT_DTYPES:
+                shard = self._stored.located[stored_name].shard
+                raise CheckpointError(f"{shard}: {stored_name} is of type {tensor.dtype}, not a floating point type.")
+            if ".attention.query_key_value." in name:
+                tensor = deinterleave_qkv(tensor, self._num_heads)
+            tensors[name] = tensor.to(device=device, dtype=self._dtype, copy=True)
+            self._read_bytes += self._bytes[name]
+            if self._progress and self._read_bytes <= self._expected_bytes:  # Not of what steps read anew.
+                self._progress(self._read_bytes, self._expected_bytes)
+        return tensors
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in a file."""
+class _StoredLayers:
+    """Layers of a checkpoint, each read when it is its turn."""
 
-    shape: tuple[int, ...]
-    read: Callable[[tuple[slice, ...]], Tensor]  # A part of it. It may map the file: copy what is kept.
+    reader: _Reader
+    start: int
+    place: LayerPlace
+    share: Share
+
+    def __iter__(self) -> Iterator[LayerWeights]:
+        for index in range(self.start, self.start + self.place.num_layers):
+            names = {field: _layer_name(index, field) for field in _LAYER_TENSORS}
+            tensors = self.reader.read(names.values(), self.place.device)
+            fields: dict[str, Any] = {field: tensors.get(name) for field, name in names.items()}
+            if not self.share.is_first:  # Each rank's product is a part of a sum, in which a bias counts once.
+                fields |= {"dense_bias": None, "mlp_out_bias": None}
+            yield LayerWeights(**fields)
 
 
-def _cut(name: str, shape: tuple[int, ...], share: Share) -> tuple[slice, ...]:
+def _check_tensors(folder: Path, stored: StoredTensors, config: NeoXConfig) -> dict[str, str]:
+    """Returns the name in the files of each of the model's tensors."""
+    shapes = _tensor_shapes(config)
+    stored_names: dict[str, str] = {}
+    for stored_name, located in stored.located.items():
+        if IGNORED.search(stored_name):
+            continue
+        name = _HEAD if stored_name == _HEAD_ALIAS else stored_name
+        if name not in shapes:
+            raise CheckpointError(f"{located.shard}: holds {stored_name}, which config.json has no place for.")
+        if located.shape != shapes[name]:
+            raise CheckpointError(
+                f"{located.shard}: {stored_name} has shape {list(located.shape)};"
+                f" config.json asks for {list(shapes[name])}."
+            )
+        if name in stored_names:
+            raise CheckpointError(f"{located.shard}: holds {stored_name}, which {stored_names[name]} is already.")
+        stored_names[name] = stored_name
+    if missing := sorted(shapes.keys() - stored_names.keys() - ({_HEAD} if config.tie_word_embeddings else set())):
+        raise CheckpointError(f"{folder}: the checkpoint lacks {some(missing)}.")
+    return stored_names
+
+
+def _cut(name: str, shape: tuple[int, ...], share: Share) -> Cut:
     """Which part of a tensor is the share's.
 
     Query-key-value rows lie head by head, so that a run of heads is a run of rows.
@@ -249,72 +313,5 @@ def _cut(name: str, shape: tuple[int, ...], share: Share) -> tuple[slice, ...]:
     return whole
 
 
-def _read_shard(shard: Path) -> Iterator[tuple[str, _Stored]]:
-    return _read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard)
-
-
-def _read_safetensors(shard: Path) -> Iterator[tuple[str, _Stored]]:
-    with _unreadable_as_checkpoint_error(shard), safe_open(shard, framework="pt") as file:
-        names = list(file.keys())
-        for name in names:
-            stored = file.get_slice(name)
-            yield name, _Stored(tuple(stored.get_shape()), stored.__getitem__)
-
-
-def _read_bin(shard: Path) -> Iterator[tuple[str, _Stored]]:
-    with _unreadable_as_checkpoint_error(shard):
-        # Only the zip format of torch >= 1.6 can be mapped.
-        state: Any = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{shard}: holds something other than named tensors.")
-    for name, tensor in state.items():
-        yield name, _Stored(tuple(tensor.shape), tensor.__getitem__)
-
-
-@contextmanager
-def _unreadable_as_checkpoint_error(shard: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CheckpointError(f"{shard}: is truncated, corrupt or not made of plain tensors: {reason}.") from error
-
-
-def _check_shape(shard: Path, name: str, stored: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
-    if shape is None:
-        raise CheckpointError(f"{shard}: holds {name}, which config.json has no place for.")
-    if stored != shape:
-        raise CheckpointError(f"{shard}: {name} has shape {list(stored)}; config.json asks for {list(shape)}.")
-
-
-def _check_type(shard: Path, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOAT_DTYPES:
-        raise CheckpointError(f"{shard}: {name} is of type {tensor.dtype}, not a floating point type.")
-
-
-def _assemble(tensors: dict[str, Tensor], config: NeoXConfig, share: Share) -> NeoXWeights:
-    embed_in = tensors[_EMBEDDING]
-    head = tensors.get(_HEAD, embed_in)
-    # A tied checkpoint may hold the head all the same. Like transformers: one tensor if they are equal, else two.
-    if config.tie_word_embeddings and torch.equal(head, embed_in):
-        head = embed_in
-    return NeoXWeights(
-        embed_in=embed_in,
-        layers=tuple(_assemble_layer(tensors, index, share) for index in range(config.num_layers)),
-        final_norm_weight=tensors["gpt_neox.final_layer_norm.weight"],
-        final_norm_bias=tensors["gpt_neox.final_layer_norm.bias"],
-        head=head,
-    )
-
-
-def _assemble_layer(tensors: dict[str, Tensor], index: int, share: Share) -> LayerWeights:
-    fields: dict[str, Any] = {field: tensors.get(_layer_name(index, field)) for field in _LAYER_TENSORS}
-    if not share.is_first:  # Each rank's product is a part of a sum, in which a bias counts once.
-        fields |= {"dense_bias": None, "mlp_out_bias": None}
-    return LayerWeights(**fields)
-
-
-def _some(names: list[str]) -> str:
-    """Returns the first few names, and how many more there are."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _num_elements(cut: Cut) -> int:
+    return math.prod(part.stop - part.start for part in cut)

@@ -2,23 +2,32 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
+from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear, build_row_exact_linear
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.ranks import ALONE, Ranks, Share, connect_ranks
-from oasst_worker.model.weights import NeoXWeights, load_weights
+from oasst_worker.model.ranks import ALONE, ExchangeError, Ranks, Share, connect_ranks
+from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
+from oasst_worker.runtime.placement import (
+    DeviceMemory,
+    UnplacedError,
+    describe_places,
+    find_devices,
+    place_layers,
+    spare_kv_tokens,
+    weight_bytes,
+)
 from oasst_worker.runtime.ranks import LostRankError, RankProcesses, SplitModel
 from oasst_worker.runtime.runner import ModelRunner
-from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
+from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 
-__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "load_share"]
+__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "build_layered", "open_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,15 +47,25 @@ class RuntimeOptions:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantize: str | None = None  # int8: weights of the linear layers, on a CPU.
+    batch_invariant: bool = False  # On a GPU too, a sequence's bits do not depend on its batch.
     threads: int | None = None  # None is PyTorch's choice: one per core.
     kv_tokens: int | None = None  # Positions of KV cache; None is what memory allows.
     max_sequences: int = 32
-    split: str = "auto"  # auto, none, tensor
+    split: str = "auto"  # auto, none, tensor, layers
     num_ranks: int | None = None  # Processes of one model; None is one for each GPU, or one.
+    # Bytes of each device, by its name, that weights and KV cache may take; none is what is free.
+    device_memory: Mapping[str, int] = field(default_factory=dict)
+    offload: str = "none"  # none, cpu, disk: where layers may go that the devices have no room for.
 
 
-def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: Iterable[int] = ()) -> ModelRunner:
-    """The checkpoint's model is in memory and computes.
+def build_executor(
+    folder: Path,
+    options: RuntimeOptions,
+    *,
+    banned_token_ids: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> ModelRunner:
+    """The checkpoint's model is in memory and computes. `progress` is told how much of it, or of a share, is read.
 
     Raises:
         CheckpointError: the folder holds no checkpoint that can be served.
@@ -54,24 +73,36 @@ def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: I
     """
     config = load_config(folder)
     device = _choose_device(options.device)
+    dtype = _choose_dtype(options.dtype, device, config)
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus)]
+    has_placement = bool(options.device_memory) or options.offload != "none"
+    machine = Machine(gpus, weight_bytes(config, dtype), has_placement)
     try:
-        split = choose_split(config, options.split, options.num_ranks, num_gpus=num_gpus)
+        split = choose_split(config, options.split, options.num_ranks, machine)
     except UnsupportedSplitError as error:
         raise UnsupportedOptionError(str(error)) from error
     _log.info("split=%s ranks=%d: %s", split.kind, split.num_ranks, split.reason)
+    if split.kind == "layers":
+        try:
+            devices = find_devices(device, options.device_memory, options.offload)
+        except UnplacedError as error:
+            raise UnsupportedOptionError(str(error)) from error
+        return build_layered(folder, options, devices, banned_token_ids=banned_token_ids, progress=progress)
+    if has_placement:
+        raise UnsupportedOptionError(
+            f"--device-memory and --offload are for --split layers; leave them out with --split {split.kind}"
+        )
     if split.num_ranks == 1:
-        return _make_runner(load_share(folder, options, Share()).alone(), config, options, 1, banned_token_ids)
+        model = open_share(folder, options, Share(), progress).load(ALONE)
+        return _make_runner(model, config, options, 1, banned_token_ids)
     threads = options.threads or torch.get_num_threads()
     of_rank = replace(options, threads=max(1, threads // split.num_ranks))
     processes = RankProcesses(split.num_ranks, {"folder": str(folder), "options": asdict(of_rank)})
     try:
-        loaded = load_share(folder, of_rank, Share(0, split.num_ranks))
-        processes.wait_until_loaded()
-        ranks = connect_ranks(loaded.share, loaded.device, processes.meeting_file)
-        model = SplitModel(loaded.join(ranks), processes, ranks)
-        return _make_runner(model, config, options, split.num_ranks, banned_token_ids)
-    except LostRankError as error:
+        split_model = _load_split(folder, of_rank, Share(0, split.num_ranks), processes, progress)
+        return _make_runner(split_model, config, options, split.num_ranks, banned_token_ids)
+    except (LostRankError, ExchangeError) as error:
         processes.close()
         raise UnsupportedOptionError(str(error)) from error
     except BaseException:
@@ -79,9 +110,45 @@ def build_executor(folder: Path, options: RuntimeOptions, *, banned_token_ids: I
         raise
 
 
+def build_layered(
+    folder: Path,
+    options: RuntimeOptions,
+    devices: Sequence[DeviceMemory],
+    *,
+    banned_token_ids: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> ModelRunner:
+    """As `build_executor`, the layers over these devices."""
+    config = load_config(folder)
+    dtype = _choose_dtype(options.dtype, devices[0].device, config)
+    may_use_disk = options.offload == "disk"
+    try:
+        kv_tokens = options.kv_tokens or spare_kv_tokens(
+            config, dtype, devices, max_sequences=options.max_sequences, may_use_disk=may_use_disk
+        )
+        places = place_layers(config, dtype, devices, kv_tokens=kv_tokens, may_use_disk=may_use_disk)
+    except UnplacedError as error:
+        raise UnsupportedOptionError(str(error)) from error
+    _log.info("layers by device: %s", describe_places(places))
+    of_devices = replace(options, kv_tokens=kv_tokens, device=str(devices[0].device))
+    model = open_share(folder, of_devices, Share(), progress, places).load(ALONE)
+    return _make_runner(model, config, of_devices, 1, banned_token_ids)
+
+
+def _load_split(
+    folder: Path, options: RuntimeOptions, share: Share, processes: RankProcesses, progress: Progress | None
+) -> SplitModel:
+    opened = open_share(folder, options, share, progress)
+    processes.wait_until_ready()
+    ranks = connect_ranks(share, opened.device, processes.meeting_file)
+    model = opened.load(ranks)
+    processes.wait_until_ready()
+    return SplitModel(model, processes, ranks)
+
+
 @dataclass(frozen=True, slots=True)
-class LoadedShare:
-    """A rank's weights in memory, not yet connected to the others."""
+class OpenedShare:
+    """A rank's weights: checked, and in memory but for the layers."""
 
     config: NeoXConfig
     weights: NeoXWeights
@@ -89,22 +156,27 @@ class LoadedShare:
     device: torch.device
     make_linear: Callable[..., Linear]
 
-    def alone(self) -> NeoX:
-        return self.join(ALONE)
+    def load(self, ranks: Ranks) -> NeoX:
+        """The model, all of it in memory.
 
-    def connect(self, meeting_file: Path) -> NeoX:
-        """The model, once all ranks have met."""
-        return self.join(connect_ranks(self.share, self.device, meeting_file))
-
-    def join(self, ranks: Ranks) -> NeoX:
+        Raises:
+            CheckpointError: as `build_executor`.
+        """
         model = NeoX(self.config, self.weights, self.make_linear, ranks=ranks)
-        if self.device.type == "cpu" and self.share.is_first and not model.is_row_exact():
-            _log.warning("on this processor a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
+        is_promised = self.device.type == "cpu" or self.make_linear is build_row_exact_linear
+        if is_promised and self.share.is_first and not model.is_row_exact():
+            _log.warning("on this device a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
         return model
 
 
-def load_share(folder: Path, options: RuntimeOptions, share: Share) -> LoadedShare:
-    """The share's weights are in memory, on the rank's own device.
+def open_share(
+    folder: Path,
+    options: RuntimeOptions,
+    share: Share,
+    progress: Progress | None = None,
+    places: Sequence[LayerPlace] = (),
+) -> OpenedShare:
+    """The share can be loaded onto the rank's own device, or its layers onto `places`.
 
     Raises:
         CheckpointError, UnsupportedOptionError: as `build_executor`.
@@ -117,9 +189,9 @@ def load_share(folder: Path, options: RuntimeOptions, share: Share) -> LoadedSha
     dtype = _choose_dtype(options.dtype, device, config)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    make_linear = _choose_linear(options.quantize, device)
-    weights = load_weights(folder, config, dtype=dtype, device=device, share=share)
-    return LoadedShare(config, weights, share, device, make_linear)
+    make_linear = _choose_linear(options, device)
+    weights = open_weights(folder, config, dtype=dtype, device=device, share=share, places=places, progress=progress)
+    return OpenedShare(config, weights, share, device, make_linear)
 
 
 def _make_runner(
@@ -130,7 +202,14 @@ def _make_runner(
     )
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
-    return ModelRunner(model, num_blocks=kv_tokens // BLOCK_SIZE, banned_token_ids=banned)
+    runner = ModelRunner(
+        model,
+        num_blocks=kv_tokens // BLOCK_SIZE,
+        banned_token_ids=banned,
+        max_decoding=options.max_sequences if model.device.type == "cuda" else 0,
+    )
+    runner.make_buckets()
+    return runner
 
 
 def _choose_device(name: str) -> torch.device:
@@ -150,11 +229,11 @@ def _choose_dtype(name: str, device: torch.device, config: NeoXConfig) -> torch.
     return _DTYPES[name]
 
 
-def _choose_linear(quantize: str | None, device: torch.device) -> Callable[..., Linear]:
-    if quantize is None:
-        return build_linear
+def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..., Linear]:
+    if options.quantize is None:
+        return build_row_exact_linear if options.batch_invariant else build_linear
     if device.type != "cpu":
-        raise UnsupportedOptionError(f"--quantize {quantize} needs --device cpu; leave it out on {device.type}")
+        raise UnsupportedOptionError(f"--quantize {options.quantize} needs --device cpu; leave it out on {device.type}")
     return build_quantized_linear
 
 

@@ -6,13 +6,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import IO
-
-from torch import Tensor
+from typing import IO, Any
 
 from oasst_worker.model.config import CheckpointError
-from oasst_worker.model.ranks import Share
-from oasst_worker.runtime.build import RuntimeOptions, load_share
+from oasst_worker.model.neox import KVCache, NeoX
+from oasst_worker.model.ranks import ExchangeError, Share, connect_ranks
+from oasst_worker.runtime.build import RuntimeOptions, open_share
 from oasst_worker.runtime.ranks import Command, read_command, unpack_inputs
 
 __all__ = ["follow"]
@@ -24,16 +23,12 @@ def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
     """Serves until `orders` ends; the process's exit code."""
     _end_with_parent()
     told = json.loads(orders.readline())
-    share = Share(told["rank"], told["num_ranks"])
     try:
-        loaded = load_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
-    except CheckpointError as error:
-        sys.stderr.write(f"oasst_worker, rank {share.rank}: {error}\n")
+        model = _load(told, answers)
+    except (CheckpointError, ExchangeError) as error:
+        sys.stderr.write(f"oasst_worker, rank {told['rank']}: {error}\n")
         return 2
-    answers.write(b"loaded\n")
-    answers.flush()
-    model = loaded.connect(Path(told["meeting_file"]))
-    cache: Tensor | None = None
+    cache: KVCache | None = None
     while (command := read_command(orders)) is not None:
         match command:
             case Command.MAKE_CACHE, [num_blocks]:
@@ -47,6 +42,20 @@ def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
             case kind, _:
                 raise RuntimeError(f"told to {kind.name} before there was a cache")
     return 0
+
+
+def _load(told: dict[str, Any], answers: IO[bytes]) -> NeoX:  # Any: JSON.
+    share = Share(told["rank"], told["num_ranks"])
+    opened = open_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
+    _answer(answers, "ready to meet")
+    model = opened.load(connect_ranks(share, opened.device, Path(told["meeting_file"])))
+    _answer(answers, "loaded")
+    return model
+
+
+def _answer(answers: IO[bytes], text: str) -> None:
+    answers.write(f"{text}\n".encode())
+    answers.flush()
 
 
 def _end_with_parent() -> None:

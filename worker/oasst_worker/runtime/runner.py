@@ -1,5 +1,6 @@
 """Executes the engine's batches on one device."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
@@ -22,12 +23,16 @@ from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
+from oasst_worker.model.ranks import TrafficCount
 from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
+from oasst_worker.runtime.buckets import DecodeBuckets
 from oasst_worker.runtime.ranks import RankProcesses, SplitModel
 from oasst_worker.runtime.scoring import BatchTargets, find_targets, score_batch
 from oasst_worker.runtime.tensors import make_inputs
 
 __all__ = ["ModelRunner"]
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -38,22 +43,51 @@ class ModelRunner:
 
     block_size = BLOCK_SIZE
 
-    def __init__(self, model: NeoX | SplitModel, *, num_blocks: int, banned_token_ids: Iterable[int] = ()) -> None:
-        """`banned_token_ids` are never drawn: padding rows of the vocabulary, control tokens other than end-of-text."""
+    def __init__(
+        self,
+        model: NeoX | SplitModel,
+        *,
+        num_blocks: int,
+        banned_token_ids: Iterable[int] = (),
+        max_decoding: int = 0,
+    ) -> None:
+        """`banned_token_ids` are never drawn: padding rows of the vocabulary, control tokens other than end-of-text.
+
+        Steps of up to `max_decoding` sequences that only decode run in buckets, where the model can.
+        """
         config = model.config
         self.num_blocks = num_blocks
         self._model = model
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
-        self._cache = model.make_cache(num_blocks)
+        self._buckets: DecodeBuckets | None = None
+        if max_decoding and isinstance(model, NeoX) and model.can_decode:
+            self._cache = model.make_cache(num_blocks + 1)
+            self._buckets = DecodeBuckets(model, self._cache, padding_block=num_blocks, max_sequences=max_decoding)
+        else:
+            self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
         # Where a position's bits depend on itself alone a prompt may be cut anywhere; blocks are known whole.
         self.prefill_tile = BLOCK_SIZE if model.is_position_exact else PREFILL_TILE
         self.device = model.device
 
+    def make_buckets(self) -> None:
+        """Every bucket is there before it is needed; none, if the device cannot record what they launch."""
+        try:
+            if self._buckets:
+                self._buckets.make_all()
+        except RuntimeError as error:
+            _log.warning("steps that decode are launched kernel by kernel: %s", error)
+            self._buckets = None
+
     @property
     def ranks(self) -> RankProcesses | None:
         """The other processes that compute the model, if it is split."""
         return self._model.processes if isinstance(self._model, SplitModel) else None
+
+    @property
+    def traffic(self) -> TrafficCount:
+        """What this process gave the others so far."""
+        return self._model.traffic if isinstance(self._model, SplitModel) else TrafficCount()
 
     def execute(self, batch: Batch) -> Items[Sample | Scores]:
         """Keys and values of every chunk are in the cache.
@@ -75,7 +109,8 @@ class ModelRunner:
         targets = find_targets(batch)
         if targets.rows:
             return self._compute_scoring(batch, targets)
-        return self._sample(batch, self._forward(batch))
+        logits = self._buckets.logits(batch) if self._buckets else None
+        return self._sample(batch, self._forward(batch) if logits is None else logits)
 
     def _compute_scoring(self, batch: Batch, targets: BatchTargets) -> Items[Sample | Scores]:
         """As `execute`; logits of all targets at once would take too much memory, so those that draw come first."""

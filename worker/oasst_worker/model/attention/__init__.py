@@ -6,19 +6,32 @@ import torch
 
 from oasst_worker.model.attention.compiled import CompiledAttention
 from oasst_worker.model.attention.interface import Attend, Attention
+from oasst_worker.model.attention.paged import PagedAttention
 from oasst_worker.model.attention.plain import PREFILL_TILE, PlainAttention
+from oasst_worker.model.attention.trial import try_attention
 from oasst_worker.model.config import NeoXConfig
 
-__all__ = ["PREFILL_TILE", "Attend", "Attention", "CompiledAttention", "PlainAttention", "build_attention"]
+__all__ = [
+    "PREFILL_TILE",
+    "Attend",
+    "Attention",
+    "CompiledAttention",
+    "PagedAttention",
+    "PlainAttention",
+    "build_attention",
+    "try_attention",
+]
 
 _log = logging.getLogger(__name__)
 
 
 def build_attention(config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> Attention:
     """The best way for this device and dtype on this machine."""
-    if device.type == "cpu":
-        try:
+    try:
+        if device.type == "cpu":
             return CompiledAttention(config, dtype=dtype)
-        except RuntimeError as error:
-            _log.warning("attention runs on the plain path: %s", error)
+        try_attention(PagedAttention, config, dtype=dtype, device=device)
+        return PagedAttention(config, dtype=dtype, device=device)
+    except Exception as error:  # Triton, the compilers it starts and the driver each raise their own.
+        _log.warning("attention runs on the plain path: %s", error)
     return PlainAttention(config, dtype=dtype, device=device)

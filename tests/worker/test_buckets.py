@@ -1,0 +1,117 @@
+"""Steps in buckets give every sequence the bits it has without them, and a bucket is recorded once.
+
+Without a GPU nothing is recorded: the same launches on the same memory, one by one in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from attention_samples import require_triton
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.model.attention import PagedAttention, PlainAttention
+from oasst_worker.model.config import load_config
+from oasst_worker.model.neox import NeoX
+from oasst_worker.model.weights import load_weights
+from oasst_worker.runtime import ModelRunner, buckets
+
+# Prompt tokens and tokens to generate: within a block and across its border, ending one after the other.
+JOBS = {"a": (3, 5), "b": (15, 7), "c": (16, 3), "d": (1, 4), "e": (33, 2)}
+LATE_JOB = ("late", (20, 2))
+
+
+class RecordingRunner(ModelRunner):
+    """Keeps the logits that each sequence drew from."""
+
+    def __init__(self, model, **options) -> None:
+        super().__init__(model, num_blocks=40, **options)
+        self.logits: dict[str, list[torch.Tensor]] = {}
+
+    def _sample(self, batch, logits):
+        drawing = [chunk.sequence.sequence_id for chunk in batch.chunks if chunk.draws]
+        for name, row in zip(drawing, logits, strict=True):
+            self.logits.setdefault(name, []).append(row.clone())
+        return super()._sample(batch, logits)
+
+
+@pytest.fixture
+def model(make_checkpoint) -> NeoX:
+    require_triton()
+    folder = make_checkpoint()
+    config = load_config(folder)
+    return NeoX(config, load_weights(folder, config, dtype=torch.float32), make_attention=PagedAttention)
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list[int]:
+    """How often each recording was replayed."""
+    replays: list[int] = []
+
+    def record(compute):
+        number = len(replays)
+        replays.append(0)
+
+        def replay():
+            replays[number] += 1
+            return compute()
+
+        return replay
+
+    monkeypatch.setattr(buckets, "record_nothing", record)
+    return replays
+
+
+def generate(runner: RecordingRunner) -> dict[str, list[torch.Tensor]]:
+    """All jobs at once, and one whose prompt comes in while they decode."""
+    engine = Engine(runner, EngineConfig(eos_token_id=0, max_positions=64, max_sequences=8, step_tokens=512))
+
+    def add(name, lengths):
+        prompt = [1 + (5 * position + len(name)) % 90 for position in range(lengths[0])]
+        engine.add(Sequence(name, prompt, GenerationParams(lengths[1], temperature=0.0, ignore_eos=True)))
+
+    for name, lengths in JOBS.items():
+        add(name, lengths)
+    for _ in range(2):
+        engine.step()
+    add(*LATE_JOB)
+    while engine.has_work():
+        engine.step()
+    return runner.logits
+
+
+def test_a_sequence_has_the_same_bits_in_buckets_and_a_bucket_is_recorded_once(model, recordings):
+    expected = generate(RecordingRunner(model))
+    assert recordings == []
+    outcome = generate(RecordingRunner(model, max_decoding=5))
+    assert len(recordings) == 4  # Of 8, 4, 2 and 1 rows.
+    assert all(recordings)
+    for name, rows in expected.items():
+        assert len(outcome[name]) == len(rows)
+        assert all(map(torch.equal, outcome[name], rows)), name
+
+
+def test_all_buckets_can_be_made_at_once(model, recordings):
+    runner = RecordingRunner(model, max_decoding=3)
+    runner.make_buckets()
+    assert len(recordings) == 3
+    generate(runner)
+    assert len(recordings) == 3
+
+
+def test_where_nothing_can_be_recorded_steps_run_without_buckets(model, monkeypatch, caplog):
+    def fail(compute):
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr(buckets, "record_nothing", fail)
+    runner = RecordingRunner(model, max_decoding=8)
+    runner.make_buckets()
+    assert "kernel by kernel: the driver is too old" in caplog.text
+    assert {name: len(rows) for name, rows in generate(runner).items()} == {
+        name: new_tokens for name, (_, new_tokens) in [*JOBS.items(), LATE_JOB]
+    }
+
+
+def test_attention_that_needs_more_than_tensors_runs_without_buckets(make_checkpoint):
+    folder = make_checkpoint()
+    config = load_config(folder)
+    model = NeoX(config, load_weights(folder, config, dtype=torch.float32), make_attention=PlainAttention)
+    assert not model.can_decode
+    generate(RecordingRunner(model, max_decoding=8))

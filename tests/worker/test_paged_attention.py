@@ -1,0 +1,176 @@
+"""Triton's attention gives what the plain one gives, and a sequence's bits depend on that sequence alone.
+
+Without a GPU the kernels run in Triton's interpreter: the same program, its products by NumPy.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs, require_triton
+from oasst_worker.model import attention as attention_package
+from oasst_worker.model.attention import PagedAttention, PlainAttention, build_attention, try_attention
+from oasst_worker.model.inputs import BLOCK_SIZE
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+# Around the borders of blocks, of tiles and of the parts that a generated token's positions are cut into.
+LENGTHS = [1, 15, 16, 63, 64, 65, 127]
+GENERATED = 3
+# Shared memory that a program may have on any card from 8.0 on.
+LEAST_SHARED_BYTES = 99 * 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _triton():
+    """Triton, and products of bf16 in its interpreter, which takes their bits for integers."""
+    require_triton()
+    if DEVICE.type == "cuda":
+        yield
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def create_dot_of_fp32(self, a, b, d, *options):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.create_fp_to_fp(each, tl.float32, None) for each in (a, b))
+        return create_dot(self, a, b, d, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_dot", create_dot_of_fp32)
+        yield
+
+
+def make_attention(head_dim=64, rotary_dim=16, *, dtype=torch.float32) -> PagedAttention:
+    return PagedAttention(make_config(head_dim, rotary_dim, num_heads=2), dtype=dtype, device=DEVICE)
+
+
+def make_sequences(dtype: torch.dtype) -> list[tuple[torch.Tensor, list[int]]]:
+    """Rows and blocks of a prompt of each length and a few generated tokens, blocks scattered."""
+    generator, free = torch.Generator().manual_seed(0), random.Random(0).sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    sequences = []
+    for length in LENGTHS:
+        rows = torch.randn(length + GENERATED, 3 * 2 * 64, generator=generator).to(DEVICE, dtype)
+        num_blocks = -(-len(rows) // BLOCK_SIZE)
+        blocks, free = free[:num_blocks], free[num_blocks:]
+        sequences.append((rows, blocks))
+    return sequences
+
+
+def attend_alone(attention, rows: torch.Tensor) -> torch.Tensor:
+    """The prompt in one step, each generated token in one of its own."""
+    prompt_end = len(rows) - GENERATED
+    blocks = list(range(-(-len(rows) // BLOCK_SIZE)))
+    return attend_in_chunks(attention, rows, list(range(prompt_end, len(rows))), blocks, prompt_end)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "dtype"),
+    [
+        *((64, 16, dtype) for dtype in TOLERANCES),
+        *((*dims, torch.float32) for dims in ((128, 32), (80, 20), (40, 40), (8, 2), (20, 0))),
+    ],
+)
+def test_it_equals_the_plain_path(head_dim, rotary_dim, dtype):
+    config = make_config(head_dim, rotary_dim)
+    qkv = torch.randn(135, 3 * config.hidden_size).to(DEVICE, dtype)
+    blocks = random.Random(0).sample(range(NUM_BLOCKS), 9)
+    outcomes = [
+        attend_in_chunks(kind(config, dtype=dtype, device=DEVICE), qkv, [64, 127], blocks, prompt_end=127)
+        for kind in (PagedAttention, PlainAttention)
+    ]
+    torch.testing.assert_close(*outcomes, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_sequences_bits_do_not_depend_on_its_batch(dtype):
+    attention, sequences = make_attention(dtype=dtype), make_sequences(dtype)
+    alone = [attend_alone(attention, rows) for rows, _ in sequences]
+    rng = random.Random(1)
+    for number_together in (len(sequences), 3):
+        cache = attention.make_cache(NUM_BLOCKS).fill_(torch.nan)[0]
+        together = rng.sample(range(len(sequences)), number_together)
+        # First all prompts, then each generated token beside the others'.
+        for step in range(GENERATED + 1):
+            chunks, rows, expected = [], [], []
+            for number in together:
+                of_one, blocks = sequences[number]
+                prompt_end = len(of_one) - GENERATED
+                start, end = (0, prompt_end) if step == 0 else (prompt_end + step - 1, prompt_end + step)
+                chunks.append((start, end, blocks))
+                rows.append(of_one[start:end])
+                expected.append(alone[number][start:end])
+            inputs = make_inputs(chunks, prompt_end=1024 if step == 0 else 0)
+            outcome = attention.prepare(inputs)(torch.cat(rows), cache)
+            assert torch.equal(outcome, torch.cat(expected)), (step, together)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_sequence_computed_again_has_the_same_bits_however_it_is_cut(dtype):
+    attention = make_attention(dtype=dtype)
+    rows, blocks = make_sequences(dtype)[-1]
+    prompt_end = len(rows) - GENERATED
+    again = attend_in_chunks(attention, rows, [64], blocks, prompt_end)
+    assert torch.equal(again, attend_alone(attention, rows))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter.
+def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are():
+    attention = make_attention()
+    (sound, blocks), (other, other_blocks) = make_sequences(torch.float32)[3:5]
+    broken = torch.full_like(other, torch.nan)
+    cache = attention.make_cache(NUM_BLOCKS)[0]
+    inputs = make_inputs([(0, len(other), other_blocks), (0, len(sound), blocks)])
+    outcome = attention.prepare(inputs)(torch.cat([broken, sound]), cache)
+    assert outcome[: len(broken)].isnan().all()
+    assert torch.equal(outcome[len(broken) :], attend_in_chunks(attention, sound, [], blocks))
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernels_compile_for_cards_that_are_not_here(capability, tmp_path):
+    script = Path(__file__).parents[1] / "kernels_for_cards.py"
+    compiled = subprocess.run(
+        [sys.executable, script, capability],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    shared_bytes = dict(line.split() for line in compiled.stdout.splitlines())
+    assert shared_bytes.keys() == {"attend_part", "attend_tile", "join_parts", "write_rows"}
+    assert max(map(int, shared_bytes.values())) <= LEAST_SHARED_BYTES
+
+
+@pytest.mark.parametrize("max_positions", [1024, 32])
+def test_it_passes_its_trial(max_positions):
+    config = make_config(64, 16)
+    object.__setattr__(config, "max_positions", max_positions)
+    try_attention(PagedAttention, config, dtype=torch.float32, device=DEVICE)
+
+
+def test_an_attention_that_computes_something_else_fails_its_trial():
+    def make_wrong(config, **options):
+        attention = PagedAttention(config, **options)
+        attention._scale *= 1.1
+        return attention
+
+    with pytest.raises(RuntimeError, match="differs from the plain path"):
+        try_attention(make_wrong, make_config(64, 16), dtype=torch.float32, device=DEVICE)
+
+
+def test_where_it_fails_the_plain_path_serves(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler for the launcher")
+
+    monkeypatch.setattr(attention_package, "try_attention", fail)
+    # A device that is no CPU and is everywhere.
+    attention = build_attention(make_config(64, 16), dtype=torch.float16, device=torch.device("meta"))
+    assert isinstance(attention, PlainAttention)
+    assert "attention runs on the plain path: no compiler for the launcher" in caplog.text

@@ -1,0 +1,142 @@
+"""Steps that only decode, in a few fixed sizes: what a size launches is recorded once and replayed.
+
+    sequences      1   2   3   4   5  ...   8   9  ...  16  ...
+    bucket         1   2   4   4   8  ...   8  16  ...  16  ...
+
+A bucket owns the memory that its launches read and write, so a CUDA graph of them can be replayed for any sequences:
+launching a graph costs a GPU's host one call for some four hundred. Rows behind the sequences are padding, which reads
+and writes a block of its own.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from oasst_worker.engine import Batch, Chunk
+from oasst_worker.model.inputs import BLOCK_SIZE, DecodeInputs
+from oasst_worker.model.neox import KVCache, NeoX
+
+__all__ = ["CudaGraphs", "DecodeBuckets", "Record", "record_nothing"]
+
+# From a function that launches work on a device to one that launches the same work on the same memory and returns the
+# same tensor.
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+def record_nothing(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return compute
+
+
+class CudaGraphs:
+    """Records CUDA graphs; they share the memory of what they compute in between, so one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        # Before the recording kernels are compiled and libraries take their workspaces, on a stream of their own.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            compute()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outcome = compute()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return outcome
+
+        return replay
+
+
+class DecodeBuckets:
+    """The buckets of a model and its cache, each made when it is first needed."""
+
+    def __init__(
+        self, model: NeoX, cache: KVCache, *, padding_block: int, max_sequences: int, record: Record | None = None
+    ) -> None:
+        """`padding_block` of the cache is no sequence's. `record` is by default what suits the model's device."""
+        self._model = model
+        self._cache = cache
+        self._padding_block = padding_block
+        self._sizes = [1 << power for power in range((max_sequences - 1).bit_length() + 1)]
+        is_on_gpu = model.device.type == "cuda"
+        self._record = record or (CudaGraphs(model.device) if is_on_gpu else record_nothing)
+        self._buckets: dict[int, _Bucket] = {}
+
+    def make_all(self) -> None:
+        """No later step has to make one. The largest comes first: the memory it takes does for the others."""
+        for size in reversed(self._sizes):
+            self._bucket(size)
+
+    def logits(self, batch: Batch) -> Tensor | None:
+        """The logits of each chunk, [chunks, vocab] fp32, to be used before the next call.
+
+        None for a batch that does anything else than decode, or has more sequences than the largest bucket.
+        """
+        num_rows = len(batch.chunks)
+        if num_rows > self._sizes[-1] or not all(_decodes(chunk) for chunk in batch.chunks):
+            return None
+        size = next(size for size in self._sizes if size >= num_rows)
+        return self._bucket(size).compute(batch.chunks)[:num_rows]
+
+    def _bucket(self, size: int) -> "_Bucket":
+        if size not in self._buckets:
+            self._buckets[size] = _Bucket(self._model, self._cache, size, self._padding_block, self._record)
+        return self._buckets[size]
+
+
+class _Bucket:
+    """So many rows, in memory that stays where it is."""
+
+    def __init__(self, model: NeoX, cache: KVCache, size: int, padding_block: int, record: Record) -> None:
+        self._padding = (0, 0, padding_block * BLOCK_SIZE)
+        self._padding_blocks = [padding_block]
+        num_blocks = -(-model.config.max_positions // BLOCK_SIZE)
+        # Token ids, positions, cells, then the block table: what goes to the device goes in one copy.
+        self._on_host = torch.zeros(size * (3 + num_blocks), dtype=torch.int64, pin_memory=model.device.type == "cuda")
+        self._on_device = self._on_host.to(model.device)
+        self._rows, self._block_table = _views(self._on_host, size)
+        (token_ids, positions, cells), block_table = _views(self._on_device, size)
+        self._blocks: list[Sequence[int]] = [()] * size  # As they stand in the table.
+        self._load(())
+        inputs = DecodeInputs(token_ids, positions, cells, block_table)
+        self._compute = record(model.prepare_decode(inputs, cache))
+
+    def compute(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits of all rows, those of the chunks first."""
+        self._load(chunks)
+        return self._compute()
+
+    def _load(self, chunks: Sequence[Chunk]) -> None:
+        num_padding = len(self._blocks) - len(chunks)
+        rows = [_row_of(chunk) for chunk in chunks] + [self._padding] * num_padding
+        self._rows.copy_(torch.tensor(rows).T)
+        tables = [chunk.sequence.blocks for chunk in chunks] + [self._padding_blocks] * num_padding
+        for row, blocks in enumerate(tables):
+            if self._blocks[row] != blocks:  # Seldom: a sequence takes a block every sixteenth step.
+                self._blocks[row] = list(blocks)
+                self._block_table[row, : len(blocks)] = torch.tensor(blocks)
+        # Who draws from the logits waits for them, so what stands here has been read before it changes.
+        self._on_device.copy_(self._on_host, non_blocking=True)
+
+
+def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Token ids, positions and cells, [3, size], and the block table, [size, blocks]."""
+    return numbers[: 3 * size].view(3, size), numbers[3 * size :].view(size, -1)
+
+
+def _decodes(chunk: Chunk) -> bool:
+    """It is one generated token, and the next is drawn."""
+    return chunk.draws and chunk.num_tokens == 1 and chunk.start >= chunk.sequence.num_prompt_tokens
+
+
+def _row_of(chunk: Chunk) -> tuple[int, int, int]:
+    """Token id, position and cell."""
+    sequence, position = chunk.sequence, chunk.start
+    block, offset = divmod(position, BLOCK_SIZE)
+    return sequence.token_ids[position], position, sequence.blocks[block] * BLOCK_SIZE + offset

@@ -30,6 +30,7 @@ from bench.prefix import measure_prefix, prefix_table
 from bench.profile import measure_profile, measure_roofline, profile_table, roofline_table
 from bench.queue import measure_queue, queue_table
 from bench.scoring import measure_scoring, scoring_table
+from bench.shards import measure_shards, shards_table
 from bench.speculation import measure_speculation, read_chats, speculation_table
 from bench.start import measure_start, start_table
 from bench.training import TRAINED_SHAPES, measure_training, training_table
@@ -161,6 +162,15 @@ def _scoring(options: Options) -> Measured:
     return rows, [scoring_table(rows)]
 
 
+def _shards(options: Options) -> Measured:
+    measured = (
+        measure_shards(name, path, options.concurrent, context=options.prompt_tokens, rounds=options.rounds)
+        for name, path in options.checkpoints.items()
+    )
+    rows = [row for rows in measured for row in rows]
+    return rows, [shards_table(rows)]
+
+
 def _start(options: Options) -> Measured:
     row = measure_start(options.rounds)
     return [row], [start_table(row)]
@@ -205,6 +215,7 @@ PARTS: dict[str, Callable[[Options], Measured]] = {
     "goodput": _goodput,
     "queue": _queue,
     "scoring": _scoring,
+    "shards": _shards,
     "start": _start,
     "loading": _loading,
     "client": _client,

@@ -26,7 +26,7 @@ from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_row_exact_linear
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.weights import LayerWeights, NeoXWeights, deinterleave_qkv
+from oasst_worker.model.weights import LayerPlace, LayerRun, LayerWeights, NeoXWeights, deinterleave_qkv
 from oasst_worker.runtime import ModelRunner
 from rich.console import Console
 from rich.table import Table
@@ -200,9 +200,10 @@ def share_weights(reference: GPTNeoXForCausalLM) -> tuple[NeoXConfig, NeoXWeight
         reference.config.save_pretrained(folder)
         config = load_config(Path(folder))
     model = reference.gpt_neox
+    layers = tuple(_share_layer(layer, config.num_heads) for layer in model.layers)
     weights = NeoXWeights(
         embed_in=model.embed_in.weight,
-        layers=tuple(_share_layer(layer, config.num_heads) for layer in model.layers),
+        runs=(LayerRun(LayerPlace(config.num_layers, reference.device), layers),),
         final_norm_weight=model.final_layer_norm.weight,
         final_norm_bias=model.final_layer_norm.bias,
         head=reference.get_output_embeddings().weight,

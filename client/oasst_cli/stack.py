@@ -36,6 +36,8 @@ class StackOptions:
     dtype: str | None = None
     quantize: str | None = None
     device: str | None = None
+    split: str | None = None
+    num_ranks: int | None = None
     # Of each gateway, behind its one port.
     gateway_processes: int = 1
 
@@ -99,12 +101,10 @@ class Stack:
 def _worker_services(options: StackOptions, redis_url: str) -> list[Service]:
     """The workers, sharing the machine's cores evenly."""
     flags = ["--model", options.model]
-    if options.dtype:
-        flags += ["--dtype", options.dtype]
-    if options.quantize:
-        flags += ["--quantize", options.quantize]
-    if options.device:
-        flags += ["--device", options.device]
+    for name in ("dtype", "quantize", "device", "split", "num_ranks"):
+        value = getattr(options, name)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
     if options.workers > 1:
         flags += ["--threads", str(max(1, _num_cores() // options.workers))]
 

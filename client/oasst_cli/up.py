@@ -59,6 +59,13 @@ def up(
         str | None, typer.Option(metavar="int8", help="Holds the workers' weights in 8 bits; on a CPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="What the workers compute on.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="auto|none|tensor|layers", help="How each worker's model lies over several devices."),
+    ] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes of each worker's model, with --split tensor.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Prints one line of JSON once all serve: addresses, ports, processes.")
     ] = False,
@@ -88,6 +95,8 @@ def up(
             dtype=dtype,
             quantize=quantize,
             device=device,
+            split=split,
+            num_ranks=num_ranks,
         )
     except NoDemoError as error:
         raise typer.BadParameter(str(error)) from error

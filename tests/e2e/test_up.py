@@ -49,6 +49,17 @@ def test_ctrl_c_stops_everything_and_leaves_nothing(start_up):
     assert list(up.temporary.iterdir()) == []
 
 
+def test_a_split_worker_answers_and_leaves_no_rank_behind(start_up):
+    up = start_up("--split", "tensor", "--num-ranks", "2")
+    up.wait_until_serving()
+    with Client(up.address) as client:
+        assert client.chat("What is a meme?", temperature=0).text == MEME
+    family = up.processes()
+    assert any("oasst_worker.runtime.follow" in process.cmdline() for process in family)
+    assert up.stop(signal.SIGINT) == 0
+    assert not any(process.is_running() for process in family)
+
+
 def test_a_gateway_of_several_processes_has_one_address_and_one_page_and_leaves_nothing(start_up):
     up = start_up("--gateway-processes", "2")
     up.wait_until_serving()

@@ -10,7 +10,7 @@ from oasst_worker.model.attention import CompiledAttention, PlainAttention, buil
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.linear import PackedLinear, PlainQuantizedLinear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.weights import LayerWeights, NeoXWeights
+from oasst_worker.model.weights import LayerPlace, LayerRun, LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
 
 NUM_SEQUENCES = 32
@@ -79,7 +79,7 @@ def make_model(dtype: torch.dtype, make_attention=build_attention, make_linear=b
         config,
         NeoXWeights(
             embed_in=random_tensor(vocab, hidden),
-            layers=layers,
+            runs=(LayerRun(LayerPlace(config.num_layers, torch.device("cpu")), layers),),
             final_norm_weight=norm(),
             final_norm_bias=random_tensor(hidden),
             head=random_tensor(vocab, hidden),
@@ -284,7 +284,7 @@ def test_all_layers_in_one_call_give_what_they_give_one_by_one(dtype, make_linea
     tokens = list(range(1, 101))
     at_once = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
     assert at_once.has_compiled_layers
-    monkeypatch.setattr("oasst_worker.model.neox.CompiledLayers", refuse)
+    monkeypatch.setattr("oasst_worker.model.stack.CompiledLayers", refuse)
     one_by_one = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
     assert not one_by_one.has_compiled_layers
     logits, expected = (ModelRunner(model, num_blocks=16).prompt_logits(tokens) for model in (at_once, one_by_one))

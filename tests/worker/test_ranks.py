@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, ScoringSequence, Sequence
 from oasst_worker.model.config import load_config
 from oasst_worker.model.inputs import AttentionSpan, StepInputs
-from oasst_worker.model.ranks import Share
+from oasst_worker.model.ranks import ConnectedRanks, ExchangeError, Share
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
 from oasst_worker.runtime.ranks import LostRankError, pack_inputs, unpack_inputs
 from oasst_worker.runtime.runner import ModelRunner
-from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
+from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 SIZES = {
@@ -107,7 +107,7 @@ def test_the_ranks_weights_together_are_the_checkpoint(folder):
     parts = [load_weights(folder, config, dtype=torch.float32, share=Share(rank, 4)) for rank in range(4)]
     assert torch.equal(torch.cat([part.head for part in parts]), whole.head)
     assert torch.equal(torch.cat([part.embed_in for part in parts]), whole.embed_in)
-    ours, layers = whole.layers[1], [part.layers[1] for part in parts]
+    ours, layers = [*whole.layers][1], [[*part.layers][1] for part in parts]
     qkv = torch.cat([layer.qkv_weight.view(3, 16, 64) for layer in layers], dim=1)
     assert torch.equal(qkv.reshape(192, 64), ours.qkv_weight)
     assert torch.equal(torch.cat([layer.dense_weight for layer in layers], dim=1), ours.dense_weight)
@@ -141,12 +141,28 @@ def test_inputs_arrive_as_they_were_packed():
         ("none", None, 8, ("none", 1)),
         ("tensor", None, 4, ("tensor", 4)),
         ("tensor", 2, 0, ("tensor", 2)),
+        ("layers", None, 0, ("layers", 1)),
     ],
 )
 def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num_gpus, expected):
-    split = choose_split(load_config(folder), kind, num_ranks, num_gpus=num_gpus)
+    split = choose_split(load_config(folder), kind, num_ranks, Machine([80 * 10**9] * num_gpus, 10**9))
     assert (split.kind, split.num_ranks) == expected
     assert split.reason
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "machine", "kind"),
+    [
+        (4, Machine([24, 24], 40), "tensor"),
+        (4, Machine([24, 10], 40), "layers"),  # A half does not fit the smaller one.
+        (3, Machine([24, 24], 40), "layers"),  # Two ranks do not divide three heads.
+        (4, Machine([24, 24], 40, has_placement=True), "layers"),
+        (4, Machine([24], 40), "none"),
+    ],
+)
+def test_auto_takes_layers_where_a_tensor_split_does_not_fit(folder, num_heads, machine, kind):
+    split = choose_split(replace(load_config(folder), num_heads=num_heads), "auto", None, machine)
+    assert (split.kind, split.num_ranks) == (kind, 2 if kind == "tensor" else 1)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +172,12 @@ def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num
         ("tensor", None, 0, "on a CPU give --num-ranks"),
         ("tensor", 4, 2, "--num-ranks 4 needs as many GPUs, and there are 2"),
         ("none", 2, 0, "leave one out"),
+        ("layers", 2, 0, "--split layers is one process"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused_with_what_to_change(folder, kind, num_ranks, num_gpus, said):
     with pytest.raises(UnsupportedSplitError, match=said):
-        choose_split(load_config(folder), kind, num_ranks, num_gpus=num_gpus)
+        choose_split(load_config(folder), kind, num_ranks, Machine([80 * 10**9] * num_gpus, 10**9))
 
 
 def test_a_bad_split_stops_before_a_process_is_started(folder):
@@ -176,3 +193,87 @@ def test_a_killed_rank_is_noticed_at_once_and_fails_the_next_step(folder):
     with pytest.raises(RuntimeError):
         runner.prompt_logits(prompt_of(5))
     runner.ranks.close()
+
+
+@pytest.fixture(scope="module", params=[{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bf16", "int8"])
+def narrow_runners(request, folder) -> Iterator[tuple[ModelRunner, ModelRunner]]:
+    """In fewer bits, in one process and in two."""
+    options = replace(OPTIONS, **request.param)
+    split = build_executor(folder, replace(options, split="tensor", num_ranks=2))
+    yield build_executor(folder, options), split
+    split.ranks.close()
+
+
+def test_in_fewer_bits_ranks_differ_from_one_process_no_more_than_that_does_from_fp32(folder, runners, narrow_runners):
+    exact = build_executor(folder, OPTIONS).prompt_logits(prompt_of(70))
+    alone, split = (runner.prompt_logits(prompt_of(70)) for runner in narrow_runners)
+    rounding = (alone - exact).square().mean().sqrt()
+    assert (split - alone).square().mean().sqrt() < 1.5 * rounding
+    assert (split - exact).square().mean().sqrt() < 1.5 * rounding
+
+
+def test_in_fewer_bits_a_rows_bits_do_not_depend_on_the_rows_beside_it(narrow_runners):
+    _, split = narrow_runners
+    whole = split.prompt_logits(prompt_of(70))
+    assert torch.equal(split.prompt_logits(prompt_of(70)[:16])[:16], whole[:16])
+
+
+def test_scores_are_those_of_one_process(runners):
+    def scores(runner: ModelRunner) -> list[tuple[list[float], list[bool]]]:
+        engine = Engine(runner, EngineConfig(eos_token_id=0, max_positions=256, max_sequences=8, step_tokens=80))
+        for length in (2, 17, 70):
+            engine.add(ScoringSequence(str(length), prompt_of(length), length // 2, [7, 8]))
+        outputs = []
+        while engine.has_work():
+            outputs += engine.step()
+        outputs.sort(key=lambda output: output.sequence_id)
+        tokens = [each for output in outputs for each in output.continuations]
+        return [([each.logprob for each in one], [each.is_best for each in one]) for one in tokens]
+
+    alone, split = (scores(runner) for runner in runners)
+    assert [flags for _, flags in split] == [flags for _, flags in alone]
+    for ours, theirs in zip(split, alone, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+
+
+def test_guessing_ahead_changes_no_token_of_a_split_model(runners):
+    _, split = runners
+
+    def answers(speculate: int) -> tuple[list[int], int]:
+        config = EngineConfig(eos_token_id=0, max_positions=256, max_sequences=8, step_tokens=80, speculate=speculate)
+        engine = Engine(split, config, clock=lambda: 0.0)
+        engine.add(Sequence("a", prompt_of(9) * 4, GenerationParams(max_new_tokens=80, temperature=0, ignore_eos=True)))
+        tokens = []
+        while engine.has_work():
+            tokens += [output.token_id for output in engine.step()]
+        return tokens, engine.num_drafted_tokens
+
+    plain, no_drafts = answers(0)
+    guessed, num_drafts = answers(4)
+    assert guessed == plain
+    assert no_drafts == 0 < num_drafts
+
+
+class DeafGroup:
+    """What the others give does not arrive: everyone gets back what is its own."""
+
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    def allgather(self, outputs, inputs) -> Done:
+        for output in outputs[0]:
+            output.copy_(inputs[0])
+        return self.Done()
+
+    def gather(self, outputs, inputs, options) -> Done:
+        return self.allgather(outputs, inputs) if outputs else self.Done()
+
+    def broadcast(self, tensors, options) -> Done:
+        return self.Done()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_hear_each_other_do_not_start(rank):
+    with pytest.raises(ExchangeError, match=f"rank {rank} of the model .* --split none"):
+        ConnectedRanks(Share(rank, 2), DeafGroup()).check(torch.device("cpu"))

@@ -21,7 +21,7 @@ def load(folder: Path, dtype=torch.float32) -> NeoXWeights:
 
 
 def tensors_of(weights: NeoXWeights) -> dict[str, torch.Tensor | None]:
-    fields = {name: getattr(weights, name) for name in NeoXWeights.__slots__ if name != "layers"}
+    fields = {name: getattr(weights, name) for name in NeoXWeights.__slots__ if name != "runs"}
     for index, layer in enumerate(weights.layers):
         fields |= {f"{index}.{name}": getattr(layer, name) for name in LayerWeights.__slots__}
     return fields
@@ -63,7 +63,7 @@ def as_bin_shards(folder: Path, num_shards: int) -> None:
 
 def test_every_tensor_is_the_models_own(make_model, make_checkpoint):
     model, weights = make_model(), load(make_checkpoint())
-    block, layer = model.gpt_neox.layers[1], weights.layers[1]
+    block, layer = model.gpt_neox.layers[1], [*weights.layers][1]
     assert torch.equal(weights.embed_in, model.gpt_neox.embed_in.weight)
     assert torch.equal(weights.head, model.lm_head.weight)
     assert torch.equal(weights.final_norm_weight, model.gpt_neox.final_layer_norm.weight)
@@ -85,7 +85,7 @@ def test_qkv_rows_lie_in_the_order_q_k_v(make_model, make_checkpoint):
     x = torch.randn(5, 32)
     # transformers' own way of taking the product apart: per head, q, k and v together.
     q, k, v = model.gpt_neox.layers[0].attention.query_key_value(x).view(5, 4, 24).chunk(3, dim=-1)
-    ours = torch.nn.functional.linear(x, weights.layers[0].qkv_weight, weights.layers[0].qkv_bias)
+    ours = torch.nn.functional.linear(x, next(iter(weights.layers)).qkv_weight, next(iter(weights.layers)).qkv_bias)
     assert torch.allclose(ours, torch.cat([part.flatten(1) for part in (q, k, v)], dim=1), atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_a_stored_head_that_differs_from_its_tie_counts_as_transformers_has_it(m
 
 
 def test_without_attention_biases_there_are_none(make_checkpoint):
-    layer = load(make_checkpoint(attention_bias=False)).layers[0]
+    layer = next(iter(load(make_checkpoint(attention_bias=False)).layers))
     assert layer.qkv_bias is None
     assert layer.dense_bias is None
     assert layer.mlp_in_bias is not None

@@ -18,7 +18,7 @@ from oasst_worker.progress import LoadingProgress
 from oasst_worker.runtime.build import RuntimeOptions, build_executor
 from oasst_worker.runtime.ranks import RankProcesses
 from oasst_worker.served_model import ServedModel
-from oasst_worker.settings import StartError, WorkerSettings
+from oasst_worker.settings import StartError, WorkerSettings, parse_device_memory
 
 __all__ = ["load_model"]
 
@@ -88,6 +88,8 @@ def _build_engine(
         max_sequences=settings.max_sequences,
         split=settings.split,
         num_ranks=settings.num_ranks,
+        device_memory=parse_device_memory(settings.device_memory),
+        offload=settings.offload,
     )
     try:
         with closing(LoadingProgress()) as progress:

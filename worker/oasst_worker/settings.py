@@ -14,7 +14,7 @@ from oasst_telemetry import LogFormat
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "read_settings"]
+__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "parse_device_memory", "read_settings"]
 
 # Places in the worker where a test can break it: between a claim and the jobs being taken in, before and after the
 # call that logs tokens, before what is left goes back at the end, and at the start of each of the engine's steps.
@@ -43,6 +43,27 @@ def _check_redis_url(url: str) -> str:
 
 def _check_failpoints(text: str) -> str:
     parse_failpoints(text, known=FAILPOINTS)
+    return text
+
+
+def parse_device_memory(text: str) -> dict[str, int]:
+    """Bytes by device, of `cuda:0=20GB,cpu=1.5GB`.
+
+    Raises:
+        ValueError: it is not written like that.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        parsed = re.fullmatch(r"(cpu|cuda:\d+)=(\d+(?:\.\d+)?)([MG])B", part.strip())
+        if not parsed:
+            raise ValueError(f"{part.strip()!r} is not like cuda:0=20GB or cpu=500MB")
+        device, number, unit = parsed.groups()
+        sizes[device] = int(float(number) * {"M": 10**6, "G": 10**9}[unit])
+    return sizes
+
+
+def _check_device_memory(text: str) -> str:
+    parse_device_memory(text)
     return text
 
 
@@ -102,11 +123,23 @@ class WorkerSettings(BaseSettings):
         description="On a GPU: a choice's tokens do not depend on what runs beside it; prompts take longer. On a CPU"
         " they never do.",
     )
-    split: Literal["auto", "none", "tensor"] = Field(
-        "auto", description="tensor: every matrix over several processes, a GPU each. auto: where there are several."
+    split: Literal["auto", "none", "tensor", "layers"] = Field(
+        "auto",
+        description="tensor: every matrix over several processes, a GPU each. layers: whole layers over unequal"
+        " devices, in one process. auto: what fits the GPUs, if there are several.",
     )
     num_ranks: int | None = Field(
         None, ge=1, le=64, description="Processes of a split model. Unset: one for each GPU; needed on a CPU."
+    )
+    device_memory: Annotated[str, AfterValidator(_check_device_memory)] = Field(
+        "",
+        description="With --split layers: memory for weights and KV cache, as cuda:0=20GB,cpu=60GB. Unset: most of what"
+        " is free.",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none",
+        description="With --split layers: where layers go that the GPUs have no room for; disk: and the CPU. Those on"
+        " disk are read in every step.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one step. Unset: PyTorch's choice.")
     max_sequences: int = Field(32, ge=1, le=1024, description="Choices that are generated at once.")

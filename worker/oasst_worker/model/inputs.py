@@ -1,8 +1,9 @@
 """What one step hands to the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["BLOCK_SIZE", "AttentionSpan", "DecodeInputs", "StepInputs"]
@@ -32,6 +33,13 @@ class StepInputs:
     cells: Tensor  # [rows] int64, block * BLOCK_SIZE + offset: where each row's key and value go
     spans: Sequence[AttentionSpan]
     drawing_rows: Tensor  # [drawing] int64, the rows whose logits are wanted
+
+    def to(self, device: torch.device) -> "StepInputs":
+        """The same, where a part of the model is."""
+        if self.token_ids.device == device:
+            return self
+        tensors = ("token_ids", "positions", "cells", "drawing_rows")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,17 @@ from torch import Tensor
 
 from oasst_worker.model.config import NeoXConfig
 
-__all__ = ["ALONE", "Alone", "ConnectedRanks", "Ranks", "Share", "TrafficCount", "connect_ranks"]
+__all__ = ["ALONE", "Alone", "ConnectedRanks", "ExchangeError", "Ranks", "Share", "TrafficCount", "connect_ranks"]
 
 # Longer than any step may take; a rank that died is noticed at once, by its connections.
 _TIMEOUT = timedelta(minutes=10)
+
+# Numbers that are exchanged to see that they arrive. Sums of as many ranks as may be are exact.
+_NUM_PROBED = 4096
+
+
+class ExchangeError(RuntimeError):
+    """What ranks give each other does not arrive as it was given; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,25 @@ class ConnectedRanks:
         self.traffic = TrafficCount()
         self._group = group
 
+    def check(self, device: torch.device) -> None:
+        """Every kind of exchange gives what it should.
+
+        Raises:
+            ExchangeError: if one does not.
+        """
+        rank, num_ranks = self.share.rank, self.share.num_ranks
+        known = torch.arange(_NUM_PROBED, dtype=torch.float32, device=device)
+        total = self.sum(known + rank)
+        gathered = self.gather_columns((known + rank)[None], num_ranks * _NUM_PROBED)
+        first = self.from_first(known + rank)
+        whole = torch.cat([known + each for each in range(num_ranks)])[None]
+        expected = (num_ranks * known + sum(range(num_ranks)), whole if self.share.is_first else gathered, known)
+        if not all(torch.equal(ours, right) for ours, right in zip((total, gathered, first), expected, strict=True)):
+            raise ExchangeError(
+                f"rank {rank} of the model did not get what the other ranks gave: use --split none or layers, or, where"
+                " GPUs cannot read each other's memory, set NCCL_P2P_DISABLE=1 in the environment"
+            )
+
     def sum(self, part: Tensor) -> Tensor:
         self.traffic.add(part)
         if part.device.type != "cpu":
@@ -151,7 +177,11 @@ class ConnectedRanks:
 
 
 def connect_ranks(share: Share, device: torch.device, meeting_file: Path) -> ConnectedRanks:
-    """All ranks have met by `meeting_file`, which is on a disk they share and was not there before."""
+    """All ranks have met by `meeting_file`, which is on a disk they share and was not there before.
+
+    Raises:
+        ExchangeError: if they do not understand each other.
+    """
     store = dist.FileStore(str(meeting_file), share.num_ranks)  # type: ignore[attr-defined]
     group: Any  # As above.
     if device.type == "cuda":
@@ -161,4 +191,6 @@ def connect_ranks(share: Share, device: torch.device, meeting_file: Path) -> Con
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = _TIMEOUT
         group = dist.ProcessGroupGloo(store, share.rank, share.num_ranks, options)
-    return ConnectedRanks(share, group)
+    ranks = ConnectedRanks(share, group)
+    ranks.check(device)
+    return ranks

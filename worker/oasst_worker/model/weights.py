@@ -6,8 +6,9 @@ memory holds the model and, of the files, at most one. A rank of several reads o
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from oasst_worker.model.config import CheckpointError, NeoXConfig
 from oasst_worker.model.ranks import Share
 from oasst_worker.model.shards import Cut, StoredTensors, some
 
-__all__ = ["IGNORED", "LayerWeights", "NeoXWeights", "Progress", "deinterleave_qkv", "load_weights", "open_weights"]
+__all__ = [
+    "IGNORED",
+    "LayerPlace",
+    "LayerRun",
+    "LayerWeights",
+    "NeoXWeights",
+    "Progress",
+    "deinterleave_qkv",
+    "load_weights",
+    "open_weights",
+]
 
 # Told how many bytes of weights have been read, and of how many.
 Progress = Callable[[int, int], None]
@@ -68,14 +79,36 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """Where layers that follow each other are computed."""
+
+    num_layers: int
+    device: torch.device
+    is_kept: bool = True  # In the device's memory. Otherwise their weights stay on disk and are read in every step.
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """The layers of a place."""
+
+    place: LayerPlace
+    weights: Iterable[LayerWeights]  # In order, on the place's device.
+
+
+@dataclass(frozen=True, slots=True)
 class NeoXWeights:
-    """All tensors of a checkpoint, on one device and in one dtype."""
+    """All tensors of a checkpoint, in one dtype; but for the layers on one device."""
 
     embed_in: Tensor  # [vocab, hidden]
-    layers: Iterable[LayerWeights]  # In order.
+    runs: tuple[LayerRun, ...]
     final_norm_weight: Tensor  # [hidden]
     final_norm_bias: Tensor
     head: Tensor  # [vocab, hidden]; the same tensor as embed_in where the checkpoint ties them
+
+    @property
+    def layers(self) -> Iterable[LayerWeights]:
+        """Of all runs."""
+        return chain.from_iterable(run.weights for run in self.runs)
 
 
 def load_weights(
@@ -94,7 +127,7 @@ def load_weights(
         CheckpointError: A file is missing, truncated or corrupt, or the tensors are not those `config` asks for.
     """
     weights = open_weights(folder, config, dtype=dtype, device=device, share=share)
-    return replace(weights, layers=tuple(weights.layers))
+    return replace(weights, runs=tuple(replace(run, weights=tuple(run.weights)) for run in weights.runs))
 
 
 def open_weights(
@@ -104,14 +137,22 @@ def open_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     share: Share = Share(),  # noqa: B008  # Frozen.
+    places: Sequence[LayerPlace] = (),
     progress: Progress | None = None,
 ) -> NeoXWeights:
-    """As `load_weights`, but each layer is read when the iteration over `layers` comes to it.
+    """As `load_weights`, but each layer is read when an iteration comes to it, and anew by the next iteration.
 
-    Who keeps of a layer only what it makes of it never has two copies of the model in memory.
+    Who keeps of a layer only what it makes of it never has two copies of the model in memory. The layers are those of
+    `places`, in order; without any they are all on `device`.
     """
-    reader = _Reader(folder, config, dtype=dtype, device=device, share=share, progress=progress)
-    tensors = reader.read(name for name in reader.names if name not in _layer_names(config))
+    places = places or [LayerPlace(config.num_layers, torch.device(device))]
+    starts = [0, *accumulate(place.num_layers for place in places)]
+    layer_names = [_layer_names(range(start, end)) for start, end in pairwise(starts)]
+    kept = [names for place, names in zip(places, layer_names, strict=True) if place.is_kept]
+    reader = _Reader(folder, config, dtype=dtype, share=share, progress=progress)
+    ends = reader.names - set().union(*layer_names)
+    reader.expect(ends.union(*kept))
+    tensors = reader.read(ends, device)
     embed_in = tensors[_EMBEDDING]
     head = tensors.get(_HEAD, embed_in)
     # A tied checkpoint may hold the head all the same. Like transformers: one tensor if they are equal, else two.
@@ -119,7 +160,10 @@ def open_weights(
         head = embed_in
     return NeoXWeights(
         embed_in=embed_in,
-        layers=_StoredLayers(reader, config.num_layers, share),
+        runs=tuple(
+            LayerRun(place, _StoredLayers(reader, start, place, share))
+            for start, place in zip(starts, places, strict=False)
+        ),
         final_norm_weight=tensors["gpt_neox.final_layer_norm.weight"],
         final_norm_bias=tensors["gpt_neox.final_layer_norm.bias"],
         head=head,
@@ -164,43 +208,39 @@ def _layer_name(index: int, field: str) -> str:
     return f"gpt_neox.layers.{index}.{_LAYER_TENSORS[field]}"
 
 
-def _layer_names(config: NeoXConfig) -> set[str]:
-    return {_layer_name(index, field) for index in range(config.num_layers) for field in _LAYER_TENSORS}
+def _layer_names(indexes: Iterable[int]) -> set[str]:
+    return {_layer_name(index, field) for index in indexes for field in _LAYER_TENSORS}
 
 
 class _Reader:
     """Reads tensors as the model wants them: the share's part, in its order, dtype and device."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: NeoXConfig,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        share: Share,
-        progress: Progress | None,
+        self, folder: Path, config: NeoXConfig, *, dtype: torch.dtype, share: Share, progress: Progress | None
     ) -> None:
         self._stored = StoredTensors(folder)
         self._stored_names = _check_tensors(folder, self._stored, config)
         self._num_heads = share.of_config(config).num_heads
         self._dtype = dtype
-        self._device = device
         self._progress = progress
         self._cuts = {
             name: _cut(name, self._stored.located[stored_name].shape, share)
             for name, stored_name in self._stored_names.items()
         }
         self._bytes = {name: dtype.itemsize * _num_elements(cut) for name, cut in self._cuts.items()}
-        self._total_bytes = sum(self._bytes.values())
+        self._expected_bytes = 0
         self._read_bytes = 0
 
     @property
-    def names(self) -> Iterable[str]:
+    def names(self) -> set[str]:
         """Of the tensors there are."""
-        return self._cuts.keys()
+        return set(self._cuts)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def expect(self, names: Iterable[str]) -> None:
+        """Progress is told of the reading of these tensors."""
+        self._expected_bytes = sum(self._bytes.get(name, 0) for name in names)
+
+    def read(self, names: Iterable[str], device: torch.device | str) -> dict[str, Tensor]:
         """Those of these tensors that there are, by name; they own their memory."""
         wanted = {self._stored_names[name]: name for name in names if name in self._stored_names}
         tensors: dict[str, Tensor] = {}
@@ -211,25 +251,26 @@ class _Reader:
                 raise CheckpointError(f"{shard}: {stored_name} is of type {tensor.dtype}, not a floating point type.")
             if ".attention.query_key_value." in name:
                 tensor = deinterleave_qkv(tensor, self._num_heads)
-            tensors[name] = tensor.to(device=self._device, dtype=self._dtype, copy=True)
+            tensors[name] = tensor.to(device=device, dtype=self._dtype, copy=True)
             self._read_bytes += self._bytes[name]
-            if self._progress:
-                self._progress(self._read_bytes, self._total_bytes)
+            if self._progress and self._read_bytes <= self._expected_bytes:  # Not of what steps read anew.
+                self._progress(self._read_bytes, self._expected_bytes)
         return tensors
 
 
 @dataclass(frozen=True, slots=True)
 class _StoredLayers:
-    """The layers of a checkpoint, each read when it is its turn."""
+    """Layers of a checkpoint, each read when it is its turn."""
 
     reader: _Reader
-    num_layers: int
+    start: int
+    place: LayerPlace
     share: Share
 
     def __iter__(self) -> Iterator[LayerWeights]:
-        for index in range(self.num_layers):
+        for index in range(self.start, self.start + self.place.num_layers):
             names = {field: _layer_name(index, field) for field in _LAYER_TENSORS}
-            tensors = self.reader.read(names.values())
+            tensors = self.reader.read(names.values(), self.place.device)
             fields: dict[str, Any] = {field: tensors.get(name) for field, name in names.items()}
             if not self.share.is_first:  # Each rank's product is a part of a sum, in which a bias counts once.
                 fields |= {"dense_bias": None, "mlp_out_bias": None}

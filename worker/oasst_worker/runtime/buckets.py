@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oasst_worker.engine import Batch, Chunk
 from oasst_worker.model.inputs import BLOCK_SIZE, DecodeInputs
-from oasst_worker.model.neox import NeoX
+from oasst_worker.model.neox import KVCache, NeoX
 
 __all__ = ["CudaGraphs", "DecodeBuckets", "Record", "record_nothing"]
 
@@ -57,7 +57,7 @@ class DecodeBuckets:
     """The buckets of a model and its cache, each made when it is first needed."""
 
     def __init__(
-        self, model: NeoX, cache: Tensor, *, padding_block: int, max_sequences: int, record: Record | None = None
+        self, model: NeoX, cache: KVCache, *, padding_block: int, max_sequences: int, record: Record | None = None
     ) -> None:
         """`padding_block` of the cache is no sequence's. `record` is by default what suits the model's device."""
         self._model = model
@@ -93,7 +93,7 @@ class DecodeBuckets:
 class _Bucket:
     """So many rows, in memory that stays where it is."""
 
-    def __init__(self, model: NeoX, cache: Tensor, size: int, padding_block: int, record: Record) -> None:
+    def __init__(self, model: NeoX, cache: KVCache, size: int, padding_block: int, record: Record) -> None:
         self._padding = (0, 0, padding_block * BLOCK_SIZE)
         self._padding_blocks = [padding_block]
         num_blocks = -(-model.config.max_positions // BLOCK_SIZE)

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +12,22 @@ from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear, build_row_exact_linear
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.ranks import ALONE, Ranks, Share, connect_ranks
-from oasst_worker.model.weights import NeoXWeights, Progress, open_weights
+from oasst_worker.model.ranks import ALONE, ExchangeError, Ranks, Share, connect_ranks
+from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
+from oasst_worker.runtime.placement import (
+    DeviceMemory,
+    UnplacedError,
+    describe_places,
+    find_devices,
+    place_layers,
+    spare_kv_tokens,
+    weight_bytes,
+)
 from oasst_worker.runtime.ranks import LostRankError, RankProcesses, SplitModel
 from oasst_worker.runtime.runner import ModelRunner
-from oasst_worker.runtime.split import UnsupportedSplitError, choose_split
+from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 
-__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "open_share"]
+__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "build_layered", "open_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +51,11 @@ class RuntimeOptions:
     threads: int | None = None  # None is PyTorch's choice: one per core.
     kv_tokens: int | None = None  # Positions of KV cache; None is what memory allows.
     max_sequences: int = 32
-    split: str = "auto"  # auto, none, tensor
+    split: str = "auto"  # auto, none, tensor, layers
     num_ranks: int | None = None  # Processes of one model; None is one for each GPU, or one.
+    # Bytes of each device, by its name, that weights and KV cache may take; none is what is free.
+    device_memory: Mapping[str, int] = field(default_factory=dict)
+    offload: str = "none"  # none, cpu, disk: where layers may go that the devices have no room for.
 
 
 def build_executor(
@@ -61,12 +73,26 @@ def build_executor(
     """
     config = load_config(folder)
     device = _choose_device(options.device)
+    dtype = _choose_dtype(options.dtype, device, config)
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus)]
+    has_placement = bool(options.device_memory) or options.offload != "none"
+    machine = Machine(gpus, weight_bytes(config, dtype), has_placement)
     try:
-        split = choose_split(config, options.split, options.num_ranks, num_gpus=num_gpus)
+        split = choose_split(config, options.split, options.num_ranks, machine)
     except UnsupportedSplitError as error:
         raise UnsupportedOptionError(str(error)) from error
     _log.info("split=%s ranks=%d: %s", split.kind, split.num_ranks, split.reason)
+    if split.kind == "layers":
+        try:
+            devices = find_devices(device, options.device_memory, options.offload)
+        except UnplacedError as error:
+            raise UnsupportedOptionError(str(error)) from error
+        return build_layered(folder, options, devices, banned_token_ids=banned_token_ids, progress=progress)
+    if has_placement:
+        raise UnsupportedOptionError(
+            f"--device-memory and --offload are for --split layers; leave them out with --split {split.kind}"
+        )
     if split.num_ranks == 1:
         model = open_share(folder, options, Share(), progress).load(ALONE)
         return _make_runner(model, config, options, 1, banned_token_ids)
@@ -76,12 +102,37 @@ def build_executor(
     try:
         split_model = _load_split(folder, of_rank, Share(0, split.num_ranks), processes, progress)
         return _make_runner(split_model, config, options, split.num_ranks, banned_token_ids)
-    except LostRankError as error:
+    except (LostRankError, ExchangeError) as error:
         processes.close()
         raise UnsupportedOptionError(str(error)) from error
     except BaseException:
         processes.close()
         raise
+
+
+def build_layered(
+    folder: Path,
+    options: RuntimeOptions,
+    devices: Sequence[DeviceMemory],
+    *,
+    banned_token_ids: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> ModelRunner:
+    """As `build_executor`, the layers over these devices."""
+    config = load_config(folder)
+    dtype = _choose_dtype(options.dtype, devices[0].device, config)
+    may_use_disk = options.offload == "disk"
+    try:
+        kv_tokens = options.kv_tokens or spare_kv_tokens(
+            config, dtype, devices, max_sequences=options.max_sequences, may_use_disk=may_use_disk
+        )
+        places = place_layers(config, dtype, devices, kv_tokens=kv_tokens, may_use_disk=may_use_disk)
+    except UnplacedError as error:
+        raise UnsupportedOptionError(str(error)) from error
+    _log.info("layers by device: %s", describe_places(places))
+    of_devices = replace(options, kv_tokens=kv_tokens, device=str(devices[0].device))
+    model = open_share(folder, of_devices, Share(), progress, places).load(ALONE)
+    return _make_runner(model, config, of_devices, 1, banned_token_ids)
 
 
 def _load_split(
@@ -118,8 +169,14 @@ class OpenedShare:
         return model
 
 
-def open_share(folder: Path, options: RuntimeOptions, share: Share, progress: Progress | None = None) -> OpenedShare:
-    """The share can be loaded onto the rank's own device.
+def open_share(
+    folder: Path,
+    options: RuntimeOptions,
+    share: Share,
+    progress: Progress | None = None,
+    places: Sequence[LayerPlace] = (),
+) -> OpenedShare:
+    """The share can be loaded onto the rank's own device, or its layers onto `places`.
 
     Raises:
         CheckpointError, UnsupportedOptionError: as `build_executor`.
@@ -133,7 +190,7 @@ def open_share(folder: Path, options: RuntimeOptions, share: Share, progress: Pr
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     make_linear = _choose_linear(options, device)
-    weights = open_weights(folder, config, dtype=dtype, device=device, share=share, progress=progress)
+    weights = open_weights(folder, config, dtype=dtype, device=device, share=share, places=places, progress=progress)
     return OpenedShare(config, weights, share, device, make_linear)
 
 

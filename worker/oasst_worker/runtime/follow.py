@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from torch import Tensor
-
 from oasst_worker.model.config import CheckpointError
-from oasst_worker.model.neox import NeoX
-from oasst_worker.model.ranks import Share, connect_ranks
+from oasst_worker.model.neox import KVCache, NeoX
+from oasst_worker.model.ranks import ExchangeError, Share, connect_ranks
 from oasst_worker.runtime.build import RuntimeOptions, open_share
 from oasst_worker.runtime.ranks import Command, read_command, unpack_inputs
 
@@ -27,10 +25,10 @@ def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
     told = json.loads(orders.readline())
     try:
         model = _load(told, answers)
-    except CheckpointError as error:
+    except (CheckpointError, ExchangeError) as error:
         sys.stderr.write(f"oasst_worker, rank {told['rank']}: {error}\n")
         return 2
-    cache: Tensor | None = None
+    cache: KVCache | None = None
     while (command := read_command(orders)) is not None:
         match command:
             case Command.MAKE_CACHE, [num_blocks]:

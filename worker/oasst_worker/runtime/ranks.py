@@ -23,7 +23,7 @@ from torch import Tensor
 
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import AttentionSpan, StepInputs
-from oasst_worker.model.neox import NeoX
+from oasst_worker.model.neox import KVCache, NeoX
 from oasst_worker.model.ranks import ConnectedRanks
 
 __all__ = ["Command", "LostRankError", "RankProcesses", "SplitModel", "pack_inputs", "read_command", "unpack_inputs"]
@@ -144,16 +144,16 @@ class SplitModel:
     def is_position_exact(self) -> bool:
         return self._model.is_position_exact
 
-    def make_cache(self, num_blocks: int) -> Tensor:
+    def make_cache(self, num_blocks: int) -> KVCache:
         self.processes.tell(Command.MAKE_CACHE, [num_blocks])
         return self._model.make_cache(num_blocks)
 
-    def forward(self, inputs: StepInputs, cache: Tensor) -> Tensor:
+    def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         self.processes.tell(Command.FORWARD, pack_inputs(inputs))
         with _without_retry():
             return self._model.forward(inputs, cache)
 
-    def hidden(self, inputs: StepInputs, cache: Tensor) -> Tensor:
+    def hidden(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         self.processes.tell(Command.HIDDEN, pack_inputs(inputs))
         with _without_retry():
             return self._model.hidden(inputs, cache)

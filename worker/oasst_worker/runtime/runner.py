@@ -23,6 +23,7 @@ from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
+from oasst_worker.model.ranks import TrafficCount
 from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
 from oasst_worker.runtime.buckets import DecodeBuckets
 from oasst_worker.runtime.ranks import RankProcesses, SplitModel
@@ -82,6 +83,11 @@ class ModelRunner:
     def ranks(self) -> RankProcesses | None:
         """The other processes that compute the model, if it is split."""
         return self._model.processes if isinstance(self._model, SplitModel) else None
+
+    @property
+    def traffic(self) -> TrafficCount:
+        """What this process gave the others so far."""
+        return self._model.traffic if isinstance(self._model, SplitModel) else TrafficCount()
 
     def execute(self, batch: Batch) -> Items[Sample | Scores]:
         """Keys and values of every chunk are in the cache.

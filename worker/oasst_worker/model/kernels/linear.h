@@ -19,16 +19,19 @@
 #include "scalars.h"
 #include "tiles.h"
 
-#define PANEL (2 * LANES)
+#define VECTORS 2 /* Of a panel. */
+#define PANEL (VECTORS * LANES)
 #ifdef __AVX512F__
-#define GROUP 12 /* Rows that share a panel's loads: as many as there are registers for their sums. */
+#define SUMS 24 /* Vectors of sums that there are registers for: of 12 rows by one panel, or of 6 by two ... */
+#define PANELS_AT_ONCE 2
 #else
-#define GROUP 6
+#define SUMS 12 /* ... or of 6 by one. */
+#define PANELS_AT_ONCE 1
 #endif
-#define LARGEST_GROUP (GROUP > TILE_GROUP ? GROUP : TILE_GROUP)
-#define PASS 192 /* Rows that pass over a panel while it lies in the cache. */
+#define PASS 192 /* Rows that pass over a run of a panel while it lies in the cache. */
 #define PANELS_OF_A_TASK 4
 #define RUN (256 / INPUTS_OF_A_WORD) /* Words summed by themselves before they join: that much less is rounded away. */
+#define AHEAD 2048 /* Words: how far before its use a run is fetched that nobody passes over twice. */
 
 typedef struct {
     int64_t inputs, outputs;
@@ -88,41 +91,79 @@ static operand into_words(const linear *l, int64_t rows, const scalar *x, word *
 #endif
 }
 
-/* Up to GROUP rows against one panel. Meanwhile the processor fetches what lies `ahead` bytes behind it. */
+/* `rows` rows against a run of `panels` neighbouring panels: the sums join the totals, [rows, panels * PANEL].
+ * Meanwhile the processor fetches from `next` on, every `step` bytes, in each panel. */
 INLINED void multiply(
-    int rows, int64_t num_words, const word *x, const word *panel, int64_t ahead, word *out) {
-    sums totals[GROUP * 2] = {0};
-    for (int64_t start = 0; start < num_words; start += RUN) {
-        int64_t end = min(start + RUN, num_words);
-        sums parts[GROUP * 2];
-        UNROLLED for (int i = 0; i < rows * 2; i++) parts[i] = (sums){0};
-        for (int64_t i = start; i < end; i++) {
-            int_vector low = *(const words *)(panel + i * PANEL), high = *(const words *)(panel + i * PANEL + LANES);
-            __builtin_prefetch((const char *)(panel + i * PANEL) + ahead, 0, 2);
-            UNROLLED for (int row = 0; row < rows; row++) {
-                word input = x[row * num_words + i];
-                parts[2 * row] = accumulate(parts[2 * row], input, low);
-                parts[2 * row + 1] = accumulate(parts[2 * row + 1], input, high);
-            }
+    int rows, int panels, int64_t num_words, int64_t all_words, const word *x, const word *run, const word *next,
+    int64_t step, word *totals) {
+    int width = VECTORS * panels;
+    sums parts[SUMS];
+    UNROLLED for (int i = 0; i < rows * width; i++) parts[i] = (sums){0};
+    for (int64_t i = 0; i < num_words; i++) {
+        int_vector weights[VECTORS * PANELS_AT_ONCE];
+        UNROLLED for (int p = 0; p < panels; p++) {
+            UNROLLED for (int v = 0; v < VECTORS; v++)
+                weights[p * VECTORS + v] = *(const words *)(run + (p * all_words + i) * PANEL + v * LANES);
+            __builtin_prefetch((const char *)(next + p * all_words * PANEL) + i * step, 0, 2);
         }
-        UNROLLED for (int i = 0; i < rows * 2; i++) totals[i] += parts[i];
+        UNROLLED for (int row = 0; row < rows; row++) {
+            word input = x[row * all_words + i];
+            UNROLLED for (int v = 0; v < width; v++)
+                parts[row * width + v] = accumulate(parts[row * width + v], input, weights[v]);
+        }
     }
-    memcpy(out, totals, rows * PANEL * sizeof(word));
+    UNROLLED for (int i = 0; i < rows * width; i++) *(sums *)(totals + i * LANES) += parts[i];
 }
 
 static void multiply_rows(
-    int64_t rows, int64_t num_words, const word *x, const word *panel, int64_t ahead, word *out) {
-#define CASE(n) case n: multiply(n, num_words, x, panel, ahead, out); break;
-    if (has_tiles)
-        multiply_tiles(rows, num_words, x, panel, ahead, out);
-    else
-        switch (rows) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if GROUP > 6
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    int64_t rows, int64_t panels, int64_t num_words, int64_t all_words, const word *x, const word *run,
+    const word *next, int64_t step, word *totals) {
+#define CASE(r, p) case 16 * p + r: multiply(r, p, num_words, all_words, x, run, next, step, totals); break;
+    switch (16 * panels + rows) {
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)
+#if PANELS_AT_ONCE == 2
+        CASE(7, 1) CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1)
+        CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2)
 #endif
-        }
+    }
 #undef CASE
+}
+
+/* Groups of nearly the same size: a small rest would leave registers idle. */
+INLINED int64_t start_of_group(int64_t i, int64_t groups, int64_t size) { return size * i / groups; }
+
+/* `size` rows against `num_panels` neighbouring panels: the totals. All rows pass over a run before the next one, which
+ * they fetch in equal shares. */
+static void sum_by_vectors(
+    const linear *l, const word *x, int64_t size, int64_t panel, int64_t num_panels, word *totals) {
+    int64_t width = num_panels * PANEL, group = SUMS / VECTORS / num_panels, groups = (size + group - 1) / group;
+    int64_t step = PANEL * (int64_t)sizeof(word) / groups;
+    memset(totals, 0, size * width * sizeof(word));
+    for (int64_t start = 0, end; start < l->words; start = end) {
+        end = min(start + RUN, l->words);
+        const word *run = l->panels + (panel * l->words + start) * PANEL;
+        int64_t next_run = end < l->words ? panel * l->words + end : (panel + num_panels) * l->words;
+        const word *next = groups == 1 ? run + AHEAD : l->panels + next_run * PANEL;
+        for (int64_t i = 0; i < groups; i++) {
+            int64_t from = start_of_group(i, groups, size), to = start_of_group(i + 1, groups, size);
+            multiply_rows(
+                to - from, num_panels, end - start, l->words, x + from * l->words + start, run,
+                next + i * step * (end - start) / (int64_t)sizeof(word), step, totals + from * width);
+        }
+    }
+}
+
+/* The same by tiles, one panel. The last rows fetch what lies `ahead` bytes behind it: the others still need the cache
+ * for themselves. */
+static void sum_by_tiles(
+    const linear *l, const word *x, int64_t size, int64_t panel, int64_t ahead, word *totals) {
+    int64_t groups = (size + TILE_GROUP - 1) / TILE_GROUP;
+    for (int64_t i = 0; i < groups; i++) {
+        int64_t from = start_of_group(i, groups, size), to = start_of_group(i + 1, groups, size);
+        multiply_tiles(
+            to - from, l->words, x + from * l->words, l->panels + panel * l->words * PANEL, i + 1 < groups ? 0 : ahead,
+            totals + from * PANEL);
+    }
 }
 
 /* The sums of one row become its outputs from `output` on, as many as a vector holds. */
@@ -143,16 +184,20 @@ INLINED void finish(
     store_some(out + at, value, size);
 }
 
-/* The rows [row, row + size) against one panel. */
-static void multiply_panel(
-    const linear *l, const operand *x, int64_t row, int64_t size, int64_t panel, int64_t ahead,
+/* The rows [row, row + size) against the panels [panel, end), which are PANELS_AT_ONCE at most. */
+static void multiply_panels(
+    const linear *l, const operand *x, int64_t row, int64_t size, int64_t panel, int64_t end, int64_t ahead,
     const scalar *residuals[2], scalar *out) {
-    word totals[LARGEST_GROUP * PANEL] __attribute__((aligned(64)));
-    multiply_rows(size, l->words, x->words + row * l->words, l->panels + panel * l->words * PANEL, ahead, totals);
+    word totals[PASS * PANELS_AT_ONCE * PANEL] __attribute__((aligned(64)));
+    const word *words = x->words + row * l->words;
+    int64_t width = (end - panel) * PANEL, output = panel * PANEL;
+    if (has_tiles)
+        sum_by_tiles(l, words, size, panel, ahead, totals);
+    else
+        sum_by_vectors(l, words, size, panel, end - panel, totals);
     for (int64_t i = 0; i < size; i++)
-        for (int64_t half = 0; half < PANEL; half += LANES)
-            if (panel * PANEL + half < l->outputs)
-                finish(l, *(sums *)(totals + i * PANEL + half), x, residuals, out, row + i, panel * PANEL + half);
+        for (int64_t at = 0; at < width && output + at < l->outputs; at += LANES)
+            finish(l, *(sums *)(totals + i * width + at), x, residuals, out, row + i, output + at);
 }
 
 /* By the whole team. x [rows, inputs]; out and the residuals, which may be NULL, [rows, outputs]. */
@@ -161,21 +206,18 @@ static void apply_linear(
     scalar *out) {
     const scalar *residuals[2] = {first, second};
     operand operands = into_words(l, rows, x, scratch);
-    int64_t panels = (l->outputs + PANEL - 1) / PANEL, group = has_tiles ? TILE_GROUP : GROUP;
+    int64_t panels = (l->outputs + PANEL - 1) / PANEL, panel_bytes = l->words * PANEL * (int64_t)sizeof(word);
     int64_t tasks = (panels + PANELS_OF_A_TASK - 1) / PANELS_OF_A_TASK, passes = (rows + PASS - 1) / PASS;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks * passes; task++) {
         int64_t from = task / tasks * PASS, size = min(rows - from, PASS);
         int64_t first_panel = task % tasks * PANELS_OF_A_TASK, end = min(first_panel + PANELS_OF_A_TASK, panels);
-        /* Groups of nearly the same size: a small rest would leave registers idle. */
-        int64_t groups = (size + group - 1) / group;
-        for (int64_t panel = first_panel; panel < end; panel++)
-            for (int64_t i = 0; i < groups; i++) {
-                int64_t row = from + size * i / groups, next = from + size * (i + 1) / groups;
-                /* The last group fetches ahead: the others still need the cache for themselves. */
-                int64_t ahead = i + 1 < groups || panel + 1 == end ? 0 : l->words * PANEL * (int64_t)sizeof(word);
-                multiply_panel(l, &operands, row, next - row, panel, ahead, residuals, out);
-            }
+        /* Two panels at once load less for a product, but few rows would use half of the registers. */
+        int64_t at_once = has_tiles || size <= SUMS / VECTORS ? 1 : PANELS_AT_ONCE;
+        for (int64_t panel = first_panel; panel < end; panel += at_once)
+            multiply_panels(
+                l, &operands, from, size, panel, min(panel + at_once, end), panel + 1 < end ? panel_bytes : 0,
+                residuals, out);
     }
     release_tiles();
 }

@@ -1,0 +1,226 @@
+"""Layers are placed over unequal devices, and computed there they give what one device gives, bit for bit."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams
+from oasst_worker.engine import Sequence as EngineSequence
+from oasst_worker.model.config import NeoXConfig, load_config
+from oasst_worker.model.weights import LayerPlace
+from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
+from oasst_worker.runtime.build import build_layered
+from oasst_worker.runtime.placement import (
+    DeviceMemory,
+    UnplacedError,
+    describe_places,
+    find_devices,
+    place_layers,
+    spare_kv_tokens,
+    weight_bytes,
+)
+from oasst_worker.runtime.runner import ModelRunner
+from oasst_worker.settings import StartError, parse_device_memory, read_settings
+
+CPU = torch.device("cpu")
+OPTIONS = RuntimeOptions(device="cpu", threads=1, kv_tokens=128, split="none")
+# The 12 B model: 23.7 GB of fp16, of which a layer is 0.63 GB and the ends are 1 GB.
+PYTHIA_12B = NeoXConfig(
+    vocab_size=50288,
+    hidden_size=5120,
+    num_layers=36,
+    num_heads=40,
+    head_dim=128,
+    intermediate_size=20480,
+    rotary_dim=32,
+    rotary_base=10000.0,
+    max_positions=2048,
+    layer_norm_eps=1e-5,
+    parallel_residual=True,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    hidden_act="gelu",
+    eos_token_id=0,
+    bos_token_id=None,
+    pad_token_id=None,
+    dtype=torch.float16,
+)
+# Four layers of it: wide enough that a layer is no trifle beside the ends.
+SMALL = {"num_hidden_layers": 4, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 256}
+
+
+def gpus(*gigabytes: float, cpu: float | None = None) -> list[DeviceMemory]:
+    devices = [DeviceMemory(torch.device("cuda", index), int(size * 1e9)) for index, size in enumerate(gigabytes)]
+    return devices if cpu is None else [*devices, DeviceMemory(CPU, int(cpu * 1e9))]
+
+
+def place(devices: Sequence[DeviceMemory], *, kv_tokens: int = 2048, may_use_disk: bool = False) -> list[LayerPlace]:
+    return [*place_layers(PYTHIA_12B, torch.float16, devices, kv_tokens=kv_tokens, may_use_disk=may_use_disk)]
+
+
+def counts(places: Sequence[LayerPlace]) -> list[tuple[str, int]]:
+    return [(str(each.device) if each.is_kept else "disk", each.num_layers) for each in places]
+
+
+def used_gb(places: Sequence[LayerPlace], devices: Sequence[DeviceMemory], kv_tokens: int) -> dict[str, float]:
+    """By device: what the placement puts there, counted by hand."""
+    used = {str(each.device): 0.0 for each in devices}
+    used[str(devices[0].device)] = 2 * 50288 * 5120 * 2
+    for each in places:
+        layer = 2 * (12 * 5120**2 + 13 * 5120) * each.is_kept
+        used[str(each.device)] += each.num_layers * (layer + 4 * 5120 * kv_tokens)
+    return {name: size / 1e9 for name, size in used.items()}
+
+
+def test_equal_devices_get_equal_parts():
+    [(_, first), (_, second)] = counts(place(gpus(80, 80)))
+    assert first + second == 36
+    assert abs(first - second) <= 4
+
+
+def test_an_unequal_device_gets_what_it_can_hold():
+    devices = gpus(10, 24)
+    places = place(devices)
+    assert [device for device, _ in counts(places)] == ["cuda:0", "cuda:1"]
+    used = used_gb(places, devices, 2048)
+    assert 5 < used["cuda:0"] < 10
+    assert used["cuda:1"] < 24
+
+
+def test_a_cpu_is_left_alone_while_gpus_have_room():
+    assert [device for device, _ in counts(place(gpus(20, 20, cpu=64)))] == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize("sizes", [(22, 7), (7, 22)])
+def test_all_memory_is_used_where_it_is_needed(sizes):
+    assert [device for device, _ in counts(place(gpus(*sizes)))] == ["cuda:0", "cuda:1"]
+
+
+def test_what_gpus_cannot_hold_goes_to_the_cpu_and_the_rest_stays_on_disk():
+    devices = gpus(6, 8, cpu=4)
+    places = place(devices, may_use_disk=True)
+    assert [device for device, _ in counts(places)] == ["cuda:0", "cuda:1", "cpu", "disk"]
+    assert places[-1].device == CPU  # Reads and computes what is on disk.
+    assert sum(each.num_layers for each in places) == 36
+    for device, size in zip(devices, (6, 8, 4), strict=True):
+        assert used_gb(places, devices, 2048)[str(device.device)] < size
+
+
+def test_a_longer_cache_leaves_room_for_fewer_layers():
+    devices = gpus(12, cpu=64)
+    short, long = (counts(place(devices, kv_tokens=tokens))[0][1] for tokens in (2048, 32768))
+    assert long < short
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (gpus(8, 8), "take 25.2 GB, for which there is no room in 8 GB [+] 8 GB"),
+        (gpus(1, 80), "embedding and head take 1.03 GB"),
+    ],
+)
+def test_what_has_no_room_is_refused_with_what_to_change(devices, said):
+    with pytest.raises(UnplacedError, match=said):
+        place(devices)
+
+
+def test_a_cache_too_big_for_the_last_device_is_refused_even_with_a_disk():
+    with pytest.raises(UnplacedError, match="fewer --kv-tokens"):
+        place(gpus(6, cpu=2), kv_tokens=32768, may_use_disk=True)
+
+
+def test_the_cache_takes_what_weights_leave_and_at_least_one_sequence():
+    assert weight_bytes(PYTHIA_12B, torch.float16) == pytest.approx(23.7e9, rel=0.01)
+    plenty, some, none = (
+        spare_kv_tokens(PYTHIA_12B, torch.float16, devices, max_sequences=32, may_use_disk=True)
+        for devices in (gpus(80, 80), gpus(20, 10), gpus(6, 8, cpu=4))
+    )
+    assert (plenty, none) == (32 * 2048, 2048)
+    assert 2048 < some < 32 * 2048
+    place(gpus(20, 10), kv_tokens=some)
+    with pytest.raises(UnplacedError):
+        place(gpus(20, 10), kv_tokens=some + 2048)
+
+
+def test_places_are_described_by_layer():
+    places = [LayerPlace(3, torch.device("cuda", 0)), LayerPlace(2, CPU), LayerPlace(1, CPU, is_kept=False)]
+    assert describe_places(places) == "0-2 cuda:0, 3-4 cpu, 5-5 disk"
+
+
+def test_devices_give_what_they_are_told_to():
+    [told] = find_devices(CPU, {"cpu": 5}, "none")
+    assert told == DeviceMemory(CPU, 5)
+    [unset] = find_devices(CPU, {}, "none")
+    assert unset.num_bytes > 10**8
+    with pytest.raises(UnplacedError, match="names cuda:3; layers can be on cpu here"):
+        find_devices(CPU, {"cuda:3": 5}, "none")
+
+
+def test_memory_is_read_by_device():
+    assert parse_device_memory("cuda:0=20GB, cpu=1.5GB,cuda:1=500MB") == {
+        "cuda:0": 20 * 10**9,
+        "cpu": 1500 * 10**6,
+        "cuda:1": 500 * 10**6,
+    }
+    with pytest.raises(StartError, match="--device-memory: 'gpu=3' is not like cuda:0=20GB"):
+        read_settings(["--model", "m", "--device-memory", "gpu=3"])
+
+
+def generate(runner: ModelRunner) -> list[list[int]]:
+    engine = Engine(runner, EngineConfig(eos_token_id=0, max_positions=64, max_sequences=4, step_tokens=24))
+    tokens: dict[str, list[int]] = {}
+    for length in (1, 9, 30):
+        prompt = torch.randint(1, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        params = GenerationParams(max_new_tokens=12, temperature=0, ignore_eos=True)
+        engine.add(EngineSequence(str(length), prompt, params))
+    while engine.has_work():
+        for output in engine.step():
+            tokens.setdefault(output.sequence_id, []).append(output.token_id)
+    return [tokens[length] for length in ("1", "9", "30")]
+
+
+def room_for(config: NeoXConfig, dtype: torch.dtype, *, layers: int, caches: int = 0, is_first: bool = False) -> int:
+    """Bytes for so many layers and more caches; on the first device for the ends and accelerate's spare layer too."""
+    ends = weight_bytes(replace(config, num_layers=0), dtype)
+    cache = 2 * config.hidden_size * dtype.itemsize * 128
+    layer = weight_bytes(replace(config, num_layers=1), dtype) - ends + cache
+    return layers * layer + caches * cache + is_first * (ends + layer) + cache // 2
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_over_devices_and_disk_give_the_bits_of_one_device(make_checkpoint, caplog, dtype, quantize):
+    folder = make_checkpoint(**SMALL)
+    config, torch_dtype = load_config(folder), getattr(torch, dtype)
+    options = replace(OPTIONS, dtype=dtype, quantize=quantize, split="layers", offload="disk")
+    devices = [
+        DeviceMemory(CPU, room_for(config, torch_dtype, layers=1, is_first=True)),
+        DeviceMemory(CPU, room_for(config, torch_dtype, layers=2, caches=1)),
+    ]
+    with caplog.at_level(logging.INFO):
+        layered = build_layered(folder, options, devices)
+    assert "layers by device: 0-0 cpu, 1-2 cpu, 3-3 disk" in caplog.text
+    alone = build_executor(folder, replace(OPTIONS, dtype=dtype, quantize=quantize))
+    prompt = list(range(1, 50))
+    assert torch.equal(layered.prompt_logits(prompt), alone.prompt_logits(prompt))
+    assert generate(layered) == generate(alone)
+
+
+def test_a_cpu_with_too_little_memory_reads_the_rest_from_disk(make_checkpoint, caplog):
+    folder = make_checkpoint(**SMALL)
+    memory = {"cpu": room_for(load_config(folder), torch.float32, layers=2, caches=2, is_first=True)}
+    options = replace(OPTIONS, dtype="float32", split="auto", device_memory=memory, offload="disk")
+    with caplog.at_level(logging.INFO):
+        runner = build_executor(folder, options)
+    assert "split=layers ranks=1: --device-memory or --offload is given" in caplog.text
+    assert "layers by device: 0-1 cpu, 2-3 disk" in caplog.text
+    assert generate(runner) == generate(build_executor(folder, replace(OPTIONS, dtype="float32")))
+    with pytest.raises(UnsupportedOptionError, match="another --offload"):
+        build_executor(folder, replace(options, offload="none"))
+
+
+def test_placement_options_are_refused_for_other_splits(make_checkpoint):
+    with pytest.raises(UnsupportedOptionError, match="are for --split layers"):
+        build_executor(make_checkpoint(), replace(OPTIONS, offload="disk"))

@@ -72,8 +72,13 @@ def test_images_run_as_a_user_without_rights_and_say_how_they_are() -> None:
     assert "USER 10001:10001" in runtime
     for image in ("gateway", "worker"):
         stage = next(stage for stage in stages if stage.startswith(f"runtime AS {image}"))
-        assert "USER" not in stage
+        assert re.findall(r"^USER (.*)", stage, re.MULTILINE)[-1:] in ([], ["10001:10001"])
         assert "HEALTHCHECK" in stage
+
+
+def test_the_workers_image_can_compile_its_kernels() -> None:
+    worker = (DOCKER / "Dockerfile").read_text().partition("\nFROM runtime AS worker")[2]
+    assert re.search(r"apt-get install .* gcc libc6-dev", worker)
 
 
 def test_the_compose_file_is_one_and_its_options_exist() -> None:

@@ -87,6 +87,7 @@ class World:
         self.valkey_port = free_port() if shape.has_standby else 0
         self.valkey = self._make_valkey()
         self.standby: Standby | None = None
+        self._sentinel_url = ""
         # What happened when, for whoever has to find out why a run failed.
         self.history: list[tuple[float, str]] = []
         self.load: Load

@@ -30,8 +30,15 @@ def build_attention(config: NeoXConfig, *, dtype: torch.dtype, device: torch.dev
     try:
         if device.type == "cpu":
             return CompiledAttention(config, dtype=dtype)
+        return _tried_on_device(config, dtype=dtype, device=device)
+    except RuntimeError as error:
+        _log.warning("attention runs on the plain path: %s", error)
+    return PlainAttention(config, dtype=dtype, device=device)
+
+
+def _tried_on_device(config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> Attention:
+    try:
         try_attention(PagedAttention, config, dtype=dtype, device=device)
         return PagedAttention(config, dtype=dtype, device=device)
     except Exception as error:  # Triton, the compilers it starts and the driver each raise their own.
-        _log.warning("attention runs on the plain path: %s", error)
-    return PlainAttention(config, dtype=dtype, device=device)
+        raise RuntimeError(str(error)) from error

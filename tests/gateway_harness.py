@@ -29,6 +29,9 @@ __all__ = [
     "text_of",
 ]
 
+# A call that has just ended is given this long to hear how.
+_STATUS_GRACE_S = 2.0
+
 
 @dataclass(frozen=True)
 class Gateway:
@@ -74,7 +77,8 @@ async def start_gateway(model: ServedModel, valkey_url: str, **settings: object)
         AsyncExitStack() as callers,  # Their connections outlive the gateway.
         running_gateway(GatewaySettings.model_validate(options), model, registry) as addresses,
     ):
-        channel = await callers.enter_async_context(grpc.aio.insecure_channel(addresses.listen))
+        channel = grpc.aio.insecure_channel(addresses.listen)
+        callers.push_async_callback(channel.close, _STATUS_GRACE_S)
         yield Gateway(addresses.listen, addresses.metrics, registry, channel)
 
 

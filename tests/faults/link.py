@@ -40,6 +40,8 @@ class Link:
     def reset(self) -> None:
         """Every connection has broken, for both sides."""
         for writer in list(self._writers):
+            if writer.transport.is_closing():
+                continue  # It has broken by itself; its socket may be closed already.
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
             writer.transport.abort()
 

@@ -35,6 +35,8 @@ def draw(dashboard: Dashboard, answers: Mapping[str, Answers], *, start_s: float
     rows = -(-len(dashboard.panels) // _COLUMNS)
     figure, grid = pyplot.subplots(rows, _COLUMNS, figsize=(15, 3.1 * rows), squeeze=False)
     figure.suptitle(dashboard.title)
+    for axes in grid.flat[len(dashboard.panels) :]:
+        axes.set_axis_off()
     for axes, panel in zip(grid.flat, dashboard.panels, strict=False):
         _draw_panel(axes, panel, answers[panel.title], start_s)
     figure.tight_layout()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from helm_release import CHART, Manifest, Release, read_profile
-from oasst_jobs import ServerAddress
+from oasst_jobs.connection import ServerAddress, ServerKind
 
 Render = Callable[..., Release]
 
@@ -130,24 +130,24 @@ def test_without_keda_the_same_series_scales_workers(render: Render) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "kind_of_server", "ports"),
+    ("url", "server", "ports"),
     [
-        ("redis://redis.databases:6379/0", "single", [6379]),
-        ("redis+sentinel://one:26379,two:26379/main", "sentinel", [6379, 26379]),
-        ("rediss+sentinel://one:26379/main", "sentinel", [6379, 26379]),
-        ("redis+cluster://one:7000,two:7001", "cluster", [7000, 7001]),
-        ("rediss+cluster://one:7000", "cluster", [7000]),
+        ("redis://redis.databases:6379/0", ServerKind.SINGLE, [6379]),
+        ("redis+sentinel://one:26379,two:26379/main", ServerKind.SENTINEL, [6379, 26379]),
+        ("rediss+sentinel://one:26379/main", ServerKind.SENTINEL, [6379, 26379]),
+        ("redis+cluster://one:7000,two:7001", ServerKind.CLUSTER, [7000, 7001]),
+        ("rediss+cluster://one:7000", ServerKind.CLUSTER, [7000]),
     ],
 )
 def test_gateways_and_workers_are_given_an_external_queue_and_let_out_to_it(
-    render: Render, url: str, kind_of_server: str, ports: list[int]
+    render: Render, url: str, server: ServerKind, ports: list[int]
 ) -> None:
     release = render(redis={"builtIn": {"enabled": False}, "external": {"url": url, "ports": ports}})
     for kind, component in (("Deployment", "gateway"), ("StatefulSet", "worker")):
         [container] = pod_of(release, kind, component)["containers"]
         given = environment_of(container)[f"OASST_{component.upper()}_REDIS_URL"]
         assert given == url
-        assert ServerAddress.parse(given).kind.value == kind_of_server
+        assert ServerAddress.parse(given).kind is server
         [policy] = [each for each in release.of_kind("NetworkPolicy") if each["metadata"]["name"].endswith(component)]
         opened = [{port["port"] for port in rule["ports"]} for rule in policy["spec"]["egress"]]
         assert set(ports) in opened

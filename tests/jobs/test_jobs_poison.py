@@ -1,5 +1,7 @@
 """Who is blamed when workers die: suspects first, then alone on a worker, then dead. And how the dead come back."""
 
+import asyncio
+
 import pytest
 import redis.asyncio
 from job_samples import MODEL, finished, make_entry, make_job
@@ -15,6 +17,7 @@ from oasst_jobs import (
     Sweeper,
     SweepReport,
 )
+from oasst_jobs.__main__ import main
 
 
 class Workers:
@@ -198,6 +201,24 @@ async def test_the_dead_are_counted_listed_and_revived(submitter: Submitter, cli
     assert (await submitter.load()).dead_jobs == 1
     [claimed] = await workers.start().claim(max_jobs=2, max_tokens=1000)
     assert (claimed.job_id, claimed.attempt, claimed.is_solo) == (first, 1, False)
+
+
+async def test_the_command_lists_the_dead_without_their_prompts_and_revives_one(
+    submitter: Submitter, client: QueueClient, workers, valkey_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_id = await kill_with(workers, submitter, "first")
+    assert await asyncio.to_thread(main, ["dead", "--redis-url", valkey_url]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    [letter] = await client.dead(1)
+    assert line.startswith(f"job_id={job_id} died_s_ago=")
+    assert line.endswith(f" model={MODEL} prompt_tokens={len(letter.job.prompt_token_ids)} tokens=0")
+
+    revive = ["revive", job_id, "--redis-url", valkey_url]
+    assert await asyncio.to_thread(main, revive) == 0
+    assert capsys.readouterr().out == f"{job_id} waits again\n"
+    assert (await submitter.load()).waiting_jobs == 1
+    assert await asyncio.to_thread(main, revive) == 1
+    assert "was not set aside" in capsys.readouterr().err
 
 
 async def test_only_the_dead_are_revived(submitter: Submitter, client: QueueClient) -> None:

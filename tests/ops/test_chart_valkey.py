@@ -1,6 +1,7 @@
 """The built-in queue: a real Valkey with the configuration and the users that the chart makes."""
 
 import asyncio
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,18 @@ async def test_the_built_in_queue_forgets_nothing(url_of: Callable[[str], str]) 
     settings = await client.config_get("maxmemory-policy", "appendonly", "maxmemory")
     await client.aclose()
     assert settings == {"maxmemory-policy": "noeviction", "appendonly": "yes", "maxmemory": str(768 * 2**20)}
+
+
+async def test_the_user_that_may_look_may_ask_what_the_runbooks_ask(url_of: Callable[[str], str]) -> None:
+    runbooks = (Path(__file__).parents[2] / "docs" / "operations" / "runbooks.md").read_text()
+    asked = re.findall(r"\bvalkey ([A-Z][^;\n]*)", runbooks)
+    assert len(asked) >= 3
+    client = connect(url_of("exporter"))
+    for question in asked:
+        await client.execute_command(*question.split())
+    with pytest.raises(redis.ResponseError, match="no permissions"):
+        await client.config_set("maxmemory", "1gb")
+    await client.aclose()
 
 
 async def test_without_its_functions_the_queue_says_what_to_do(url_of: Callable[[str], str]) -> None:

@@ -88,6 +88,21 @@ def test_every_alert_has_a_case_in_which_it_fires() -> None:
     assert fired == set(ALERTS)
 
 
+def test_no_alert_is_silent_for_want_of_what_it_asks() -> None:
+    """In the healthy case, where all are silent, there is every series that any of them asks for."""
+    healthy = yaml.safe_load(CASES.read_text())["tests"][0]
+    assert {"expr": "ALERTS", "eval_time": "7h", "exp_samples": []} in healthy["promql_expr_test"]
+    given = {series["series"].partition("{")[0] for series in healthy["input_series"]}
+    rules = {rule.name: rule for rule in read_rules()}
+
+    def measured(expr: str) -> set[str]:
+        """What the query asks for, through recorded series down to what is scraped."""
+        names = {name for name, _ in names_in(expr)}
+        return {each for name in names for each in (measured(rules[name].expr) if name in rules else {name})}
+
+    assert {name: missing for name in ALERTS if (missing := measured(rules[name].expr) - given)} == {}
+
+
 @needs_promtool
 def test_alerts_fire_when_they_should_and_are_silent_otherwise() -> None:
     for command in (["check", "rules", str(RULES)], ["test", "rules", str(CASES)]):

@@ -11,18 +11,14 @@
  * Grouping rows only shares loads. A position that a row may not see has weight 0 and adds nothing.
  *
  * The cache of a layer is [blocks, 2, heads, BLOCK * padded]: keys of a block lie by dimension, [head_dim, BLOCK], so
- * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded` is head_dim rounded up to 16.
+ * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded`
+ * is head_dim rounded up to 16.
  *
  * ROWS_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
  */
 #pragma once
 #include "scalars.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num(void) { return 0; }
-#endif
+#include "team.h"
 
 /* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
  * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
@@ -212,12 +208,14 @@ static void attend_tile(
 
 /* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's cache,
  * and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
-static void attend_rows_of_step(const step *s, scalar *qkv, scalar *cache, scalar *out) {
+static void attend_rows_of_step(team *all, const step *s, scalar *qkv, scalar *cache, scalar *out) {
     int64_t padded = (s->head_dim + 15) / 16 * 16;
     float *scratch = s->scratch + omp_get_thread_num() * QUERIES * s->scratch_size;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < s->num_rows * s->heads; i++) enter(s, qkv, cache, i / s->heads, i % s->heads, padded);
-#pragma omp for schedule(dynamic, 2)
+    meet(all);
+#pragma omp for schedule(dynamic, 2) nowait
     for (int64_t i = 0; i < s->num_tasks * s->heads; i++)
         attend_tile(s, qkv, cache, out, scratch, i / s->heads, i % s->heads, padded);
+    meet(all);
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CHART", "PROFILES", "Release", "RenderError", "Renderer", "read_profile"]
+__all__ = ["CHART", "PROFILES", "Manifest", "Release", "RenderError", "Renderer", "read_profile"]
 
 CHART = Path(__file__).parent.parent / "helm" / "oasst-serve"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))

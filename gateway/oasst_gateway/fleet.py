@@ -24,6 +24,7 @@ from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from pathlib import Path
 
+from oasst_telemetry import Check
 from prometheus_client import CollectorRegistry
 
 from oasst_gateway.errors import StartError
@@ -64,8 +65,7 @@ async def run_fleet(
         fleet = _Fleet(settings, arguments, listen=listen, folder=folder, max_silent_looks=max_silent_looks)
         metrics = None
         if settings.metrics:
-            port = stack.enter_context(serving_probes(settings.metrics_listen, fleet.registry, fleet))
-            metrics = f"{settings.metrics_listen.rpartition(':')[0]}:{port}"
+            metrics = stack.enter_context(serving_probes(settings.metrics_listen, fleet, fleet.registry))
         event = {
             "event": "serving",
             "role": "gateway",
@@ -103,14 +103,19 @@ class _Fleet:
         self._asked_to_reload = asyncio.Event()
         self._turned_s = time.monotonic()
 
-    @property
-    def is_ready(self) -> bool:
+    def readiness(self) -> Check:
         """Any thread may ask."""
-        return not self._asked_to_stop.is_set() and any(keeper.is_ready for keeper in self._keepers)
+        if self._asked_to_stop.is_set():
+            return Check(False, "leaving")
+        is_ready = any(keeper.is_ready for keeper in self._keepers)
+        return Check(is_ready, "serving" if is_ready else "no process is ready")
 
-    def is_alive(self) -> bool:
+    def liveness(self) -> Check:
         """Any thread may ask."""
-        return time.monotonic() - self._turned_s < _LOOK_INTERVAL_S * _MAX_SILENT_LOOKS
+        silent_s = time.monotonic() - self._turned_s
+        if silent_s > _LOOK_INTERVAL_S * _MAX_SILENT_LOOKS:
+            return Check(False, f"the event loop has been silent for {silent_s:.1f} s")
+        return Check(True, "in progress")
 
     async def run(self, *, on_serving: Callable[[], None]) -> int:
         """Serves until a signal; the exit code."""

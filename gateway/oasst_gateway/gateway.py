@@ -64,8 +64,7 @@ async def running_gateway(
         health = Health()
         metrics_address = None
         if settings.metrics:
-            port = stack.enter_context(serving_probes(settings.metrics_listen, registry, health))
-            metrics_address = settings.metrics_listen if port is None else _with_port(settings.metrics_listen, port)
+            metrics_address = stack.enter_context(serving_probes(settings.metrics_listen, health, registry))
         redis = connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         client = QueueClient(redis, num_shards=settings.queue_shards)

@@ -75,16 +75,14 @@ def _merge(families: Iterable[Metric]) -> Iterator[Metric]:
         for sample in family.samples:
             key = (sample.name, frozenset(sample.labels.items()))
             before = samples.get(key)
-            samples[key] = sample if before is None else _join(before, sample, _merge_of(family, sample))
+            samples[key] = sample if before is None else _join(before, sample, _merge_of(family))
     for name, family in merged.items():
         family.samples = list(series[name].values())
         yield family
 
 
-def _merge_of(family: Metric, sample: Sample) -> _Merge:
-    if family.type == "gauge":
-        return _GAUGES.get(family.name, _add)
-    return min if sample.name.endswith("_created") else _add
+def _merge_of(family: Metric) -> _Merge:
+    return _GAUGES.get(family.name, _add) if family.type == "gauge" else _add
 
 
 def _join(one: Sample, other: Sample, merge: _Merge) -> Sample:

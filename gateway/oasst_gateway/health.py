@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]  # without stubs
+from oasst_telemetry import Check
 
 __all__ = ["Health"]
 
@@ -21,12 +22,12 @@ _SILENCE_LIMIT_S = 20.0
 class Health:
     """The health of each service. Nothing serves before `start`, nothing after `leave`.
 
-    Tells `grpc.health.v1` through its servicer, and HTTP probes by `is_alive` and `is_ready`.
+    Tells `grpc.health.v1` through its servicer, and HTTP probes by `liveness` and `readiness`.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.servicer = health.aio.HealthServicer()
-        self.is_ready = False  # Chats are accepted.
+        self._unready: str | None = "starting"  # Chats are accepted if it is None; otherwise it says why not.
         self._has_left = False
         self._clock = clock
         self._turned_s = clock()
@@ -35,9 +36,16 @@ class Health:
         """The event loop has turned."""
         self._turned_s = self._clock()
 
-    def is_alive(self) -> bool:
+    def liveness(self) -> Check:
         """Whether the event loop turns. Any thread may ask."""
-        return self._clock() - self._turned_s < _SILENCE_LIMIT_S
+        silent_s = self._clock() - self._turned_s
+        if silent_s > _SILENCE_LIMIT_S:
+            return Check(False, f"the event loop has been silent for {silent_s:.1f} s")
+        return Check(True, "in progress")
+
+    def readiness(self) -> Check:
+        """Whether chats are accepted. Any thread may ask."""
+        return Check(True, "serving") if self._unready is None else Check(False, self._unready)
 
     async def start(self) -> None:
         """Services that need no queue serve; the others wait for `set_queue_available`."""
@@ -46,13 +54,14 @@ class Health:
 
     async def set_queue_available(self, is_available: bool) -> None:
         """Services that need the queue serve while it is available."""
-        self.is_ready = is_available and not self._has_left
+        if not self._has_left:
+            self._unready = None if is_available else "the queue is away"
         await self._set(_QUEUE_SERVICES, is_serving=is_available)
 
     async def leave(self) -> None:
         """No service serves any more, for good."""
         self._has_left = True
-        self.is_ready = False
+        self._unready = "leaving"
         await self.servicer.enter_graceful_shutdown()
 
     async def _set(self, services: tuple[str, ...], *, is_serving: bool) -> None:

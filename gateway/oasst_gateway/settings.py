@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from oasst_jobs import Durability, ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat
+from oasst_telemetry import LogFormat, parse_address
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -28,9 +28,7 @@ def _draw_gateway_id() -> str:
 
 
 def _check_address(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    parse_address(address)
     return address
 
 

@@ -1,10 +1,11 @@
-"""What gateway and worker tell of themselves in the same way: spans and log lines.
+"""What gateway and worker tell of themselves in the same way: spans, log lines, probes and metrics over HTTP.
 
 Nothing here knows a job or a model. OpenTelemetry is imported only once spans are to be exported.
 """
 
 from oasst_telemetry.context import NO_TRACE, TraceContext
 from oasst_telemetry.logs import LogFormat, log_to_stderr
+from oasst_telemetry.probes import Check, Condition, ProbeServer, parse_address
 from oasst_telemetry.tracing import NO_SPAN, NO_TRACER, Attributes, Span, SpanKind, Tracer, TracingError, start_tracer
 
 __all__ = [
@@ -12,12 +13,16 @@ __all__ = [
     "NO_TRACE",
     "NO_TRACER",
     "Attributes",
+    "Check",
+    "Condition",
     "LogFormat",
+    "ProbeServer",
     "Span",
     "SpanKind",
     "TraceContext",
     "Tracer",
     "TracingError",
     "log_to_stderr",
+    "parse_address",
     "start_tracer",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gateway_harness import Gateway
 from oasst_gateway.health import Health
+from oasst_telemetry import Check
 from valkey_server import ValkeyServer
 
 
@@ -40,21 +41,21 @@ async def test_a_gateway_whose_event_loop_stands_still_is_not_alive() -> None:
     now_s = 0.0
     health = Health(clock=lambda: now_s)
     now_s = 19.0
-    assert health.is_alive()
+    assert health.liveness().ok
     now_s = 21.0
-    assert not health.is_alive()
+    assert health.liveness() == Check(False, "the event loop has been silent for 21.0 s")
     health.record_turn()
-    assert health.is_alive()
+    assert health.liveness().ok
 
 
 async def test_a_leaving_gateway_does_not_become_ready_again() -> None:
     health = Health()
     await health.start()
     await health.set_queue_available(True)
-    assert health.is_ready
+    assert health.readiness().ok
     await health.leave()
     await health.set_queue_available(True)
-    assert not health.is_ready
+    assert health.readiness() == Check(False, "leaving")
 
 
 async def test_helm_test_streams_a_chat_and_fails_where_none_comes(gateway: Gateway, worker: object) -> None:

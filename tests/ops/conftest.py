@@ -10,6 +10,26 @@ import pytest
 from api_server import running_api_server
 from helm_release import PROFILES, Release, Renderer, read_profile
 
+# What no profile shows, checked as they are.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ingress": {
+        "gateway": {"ingress": {"enabled": True, "className": "nginx", "host": "chat.example.com", "tlsSecret": "chat"}}
+    },
+    "sentinel": {
+        "redis": {
+            "builtIn": {"enabled": False},
+            "external": {"url": "rediss+sentinel://one:26379,two:26379/main", "ports": [6379, 26379]},
+        }
+    },
+    "cluster": {
+        "redis": {
+            "builtIn": {"enabled": False},
+            "external": {"url": "redis+cluster://one:7000", "ports": [7000]},
+        }
+    },
+    "own-users": {"redis": {"builtIn": {"existingSecret": "oasst-users"}}},
+}
+
 
 @pytest.fixture(scope="session")
 def renderer() -> Iterator[Renderer]:
@@ -31,10 +51,10 @@ def render(renderer: Renderer) -> Callable[..., Release]:
     return render_with
 
 
-@pytest.fixture(scope="session", params=PROFILES)
+@pytest.fixture(scope="session", params=[*PROFILES, *VARIANTS])
 def release(request: pytest.FixtureRequest, renderer: Renderer) -> Release:
-    """Each profile that comes with the chart, rendered."""
-    return renderer.render(read_profile(request.param))
+    """Each profile that comes with the chart, and each variant, rendered."""
+    return renderer.render(VARIANTS.get(request.param) or read_profile(request.param))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,13 +65,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     # Any: pytest's class of it is not public.
     if not config.getoption("--matrix", default=False):
         return
+    columns = [*PROFILES, *VARIANTS, "all"]
     results: dict[str, dict[str, set[str]]] = {}  # Check -> profile -> outcomes; several where a check has versions.
+    names = columns[:-1]
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
             check, parameters = re.match(r".*::(\w+)(?:\[(.*)\])?$", report.nodeid).groups()
-            for profile in [name for name in PROFILES if re.search(rf"(^|-){name}($|-)", parameters or "")] or ["all"]:
+            for profile in [name for name in names if re.search(rf"(^|-){name}($|-)", parameters or "")] or ["all"]:
                 results.setdefault(check, {}).setdefault(profile, set()).add(outcome)
-    columns = [*PROFILES, "all"]
     terminalreporter.section("profiles x checks")
     terminalreporter.write_line(f"{'':90}{' '.join(columns)}")
     for check, by_profile in results.items():

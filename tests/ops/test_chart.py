@@ -16,7 +16,7 @@ KUBERNETES_VERSIONS = ("1.27", "1.32", "1.37")
 CUSTOM_KINDS = {"GRPCRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}
 SECRETS_OF_PROFILES = {
     *("oasst-gateway", "oasst-gateway-tls", "oasst-tenants", "oasst-redis", "oasst-redis-ca"),
-    *("oasst-test", "oasst-test-tls"),
+    *("oasst-test", "oasst-test-tls", "oasst-users"),
 }
 LINT_RULES = YamlLintConfig(
     "extends: default\n"

@@ -53,7 +53,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis://r", "caSecret": "ca"}}},
-        "begin it with rediss://",
+        "begin it with rediss.",
+    ),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis+cluster://r", "caSecret": "ca"}}},
+        "begin it with rediss.",
+    ),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis+sentinel://s/main?sentinel_password=x"}}},
+        "put whole URLs into a Secret",
+    ),
+    (
+        {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis+cluster://a:6379,b:7000"}}},
+        "names port 7000, to which no pod may connect: add it to redis.external.ports",
     ),
     ({"gateway": {"options": {"queue-shards": 4}}}, "different numbers of queue-shards"),
     ({"model": {"hub": HUB | {"revision": ""}}}, "name the full commit to serve"),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat
+from oasst_telemetry import LogFormat, parse_address
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -30,9 +30,7 @@ def _draw_worker_id() -> str:
 
 
 def _check_address(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    parse_address(address)
     return address
 
 

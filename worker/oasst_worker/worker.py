@@ -92,6 +92,7 @@ class Worker:
                         name="heartbeat",
                     ),
                 ]
+                self._health.record_readiness(_why_unready(consumer))  # Whoever reads that it serves may ask at once.
                 self._announce(metrics_address)
                 await consumer.run()
                 for companion in companions:

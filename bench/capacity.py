@@ -1,11 +1,13 @@
-"""`python -m bench.capacity`: the plan beside the simulation, and the simulation beside a measured run of the demo."""
+"""`python -m bench.capacity`: the plan beside the simulation, and the simulation beside measured runs here."""
 
 import asyncio
 import statistics
+import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from oasst_cli.plan.capacity import Load, make_plan
@@ -17,8 +19,8 @@ from oasst_worker.model.config import load_config
 from oasst_worker.runtime import RuntimeOptions, build_executor
 from tokenizers import Tokenizer
 
-from bench.checkpoints import DEMO, random_prompts
-from bench.path import running_stack
+from bench.checkpoints import DEMO, random_checkpoint, random_prompts
+from bench.path import complete_with_demo_tokenizer, running_stack
 from bench.simulation import Arrival, Chat, Simulated, StepLaw, WorkerShape, poisson_arrivals, simulate, work_of
 
 SIMULATED_S = 120.0
@@ -26,14 +28,17 @@ PLANNED = (("H200", 1, 1), ("H200", 1, 4), ("A100-80", 1, 2), ("A10G", 2, 4))
 PROMPT_TOKENS, OUTPUT_TOKENS = 300, 200
 
 MEASURED_S = 30.0
-MEASURED_RATES = (1.0, 3.0, 5.0)
+MEASURED_RATES = {"demo": (5.0, 20.0), "160m": (1.0, 2.0, 4.0)}
 MEASURED_PROMPTS, MEASURED_OUTPUTS = (16, 96), (16, 96)
 MAX_SEQUENCES = 32
 
 
 def main() -> None:
     print(_plan_table())
-    print(_measured_table())
+    with tempfile.TemporaryDirectory() as folder:
+        large = random_checkpoint("160m", Path(folder))
+        complete_with_demo_tokenizer(large)
+        print(_measured_table({"demo": DEMO, "160m": large}))
 
 
 def _plan_table() -> str:
@@ -81,35 +86,42 @@ class Measured:
     time_per_token_s: float
 
 
-def _measured_table() -> str:
-    """The demo on this machine, and how far the simulation is off.
+def _measured_table(checkpoints: dict[str, Path]) -> str:
+    """Models on this machine, and how far the simulation is off.
 
     Twice: with steps as long as the engine alone takes for them, and with the same law stretched until its mean step is
     the one that the worker told of. The first shows what the path and its neighbours cost, the second how well the
     queue, the claims and the batches are simulated.
     """
-    law = fit_law()
-    vocabulary = Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab_size()
     rows = [
-        "| requests/s | | measured | simulated | off | with the worker's steps | off |",
-        "|---|---|---|---|---|---|---|",
+        "| model | requests/s | | measured | simulated | off | with the worker's steps | off |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    with running_stack(DEMO) as stack:
+    for name, folder in checkpoints.items():
+        rows += [f"| {name} {row}" for row in _measured_rows(folder, MEASURED_RATES[name])]
+    return "\n".join(rows)
+
+
+def _measured_rows(folder: Path, rates: Sequence[float]) -> list[str]:
+    law = fit_law(folder)
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    rows = []
+    with running_stack(folder) as stack:
         worker = next(each for each in stack["processes"] if each["role"] == "worker")
-        for rate in MEASURED_RATES:
+        for rate in rates:
             arrivals = poisson_arrivals(
                 rate, MEASURED_S, prompt_tokens=MEASURED_PROMPTS, output_tokens=MEASURED_OUTPUTS, seed=2
             )
             before = _steps_of(worker["metrics"])
             measured = asyncio.run(_send(stack["addresses"][0], arrivals, vocabulary))
             num_steps, seconds = (now - then for now, then in zip(_steps_of(worker["metrics"]), before, strict=True))
-            alone = _simulate_demo(arrivals, law)
-            told = _simulate_demo(arrivals, _stretch(law, arrivals, mean_step_s=seconds / num_steps))
+            alone = _simulate_here(arrivals, law)
+            told = _simulate_here(arrivals, _stretch(law, arrivals, mean_step_s=seconds / num_steps))
             rows += _compare(rate, measured, alone, told, mean_step_s=seconds / num_steps)
-    return "\n".join(rows)
+    return rows
 
 
-def _simulate_demo(arrivals: Sequence[Arrival], law: StepLaw) -> Simulated:
+def _simulate_here(arrivals: Sequence[Arrival], law: StepLaw) -> Simulated:
     shape = WorkerShape(law, kv_tokens=65536, max_sequences=MAX_SEQUENCES)
     return simulate(arrivals, shape, num_workers=1)
 
@@ -118,7 +130,7 @@ def _stretch(law: StepLaw, arrivals: Sequence[Arrival], *, mean_step_s: float) -
     """The law times the factor with which the simulation's mean step is this; slower steps make larger batches."""
     factor = 1.0
     for _ in range(8):
-        factor *= mean_step_s / _simulate_demo(arrivals, lambda work: factor * law(work)).mean_step_s  # noqa: B023
+        factor *= mean_step_s / _simulate_here(arrivals, lambda work: factor * law(work)).mean_step_s  # noqa: B023
     return lambda work: factor * law(work)
 
 
@@ -130,13 +142,13 @@ def _steps_of(metrics_address: str) -> tuple[float, float]:
     return float(values["oasst_worker_step_seconds_count"]), float(values["oasst_worker_step_seconds_sum"])
 
 
-def fit_law() -> StepLaw:
-    """How long a step of the demo takes on this machine: a constant, and something for each token it computes or reads.
+def fit_law(folder: Path) -> StepLaw:
+    """How long a step takes on this machine: a constant, and something for each token it computes or reads.
 
     Measured on the engine alone, over batches of 1 to 32 sequences and their prompts.
     """
-    runner = build_executor(DEMO, RuntimeOptions(device="cpu", dtype="float32", max_sequences=MAX_SEQUENCES))
-    config = EngineConfig(eos_token_id=-1, max_positions=load_config(DEMO).max_positions, max_sequences=MAX_SEQUENCES)
+    runner = build_executor(folder, RuntimeOptions(device="cpu", dtype="float32", max_sequences=MAX_SEQUENCES))
+    config = EngineConfig(eos_token_id=-1, max_positions=load_config(folder).max_positions, max_sequences=MAX_SEQUENCES)
     steps: list[tuple[StepWork, float]] = []
     for size in (1, 2, 4, 8, 16, 32):
         loaded = Engine(runner, config)

@@ -2,6 +2,7 @@
 
 /* See `attend_rows_of_step`. */
 void attend(const step *s, scalar *qkv, scalar *cache, scalar *out) {
+    team all = {0};
 #pragma omp parallel num_threads(s->num_threads)
-    attend_rows_of_step(s, qkv, cache, out);
+    attend_rows_of_step(&all, s, qkv, cache, out);
 }

@@ -11,18 +11,14 @@
  * Grouping rows only shares loads. A position that a row may not see has weight 0 and adds nothing.
  *
  * The cache of a layer is [blocks, 2, heads, BLOCK * padded]: keys of a block lie by dimension, [head_dim, BLOCK], so
- * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded` is head_dim rounded up to 16.
+ * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded`
+ * is head_dim rounded up to 16.
  *
  * ROWS_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
  */
 #pragma once
 #include "scalars.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num(void) { return 0; }
-#endif
+#include "team.h"
 
 /* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
  * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
@@ -72,22 +68,51 @@ static void enter(const step *s, scalar *qkv, scalar *cache, int64_t row, int64_
     for (int64_t i = 0; i < padded; i++) values[i] = i < s->head_dim ? value[i] : 0;
 }
 
-/* Scores of `rows` queries against `blocks` blocks of keys; scores[row] is where the first block's go. */
+/* What one row reads of its head, a piece of a block after the other: keys, values, then the next head's keys. */
+INLINED const scalar *find_piece(
+    const step *s, const scalar *cache, const int64_t *blocks, int64_t num_blocks, int64_t head, int64_t size,
+    int64_t number) {
+    int64_t side = (number >= num_blocks) + (number >= 2 * num_blocks);
+    int64_t block = blocks[min(number - side * num_blocks, num_blocks - 1)];
+    return cache + ((2 * block + (side == 1)) * s->heads + head + (side == 2)) * size;
+}
+
+/* Scores of `rows` queries against `blocks` blocks of keys; scores[row] is where the first block's go. Meanwhile the
+ * processor fetches the pieces `next`, as many, unless that is NULL. */
 INLINED void score(
     int rows, int blocks, float *const scores[], const float *const queries[], const scalar *const keys[],
-    int64_t head_dim, float scale) {
+    const scalar *const next[], int64_t head_dim, float scale) {
     vector sums[QUERIES * WIDE];
     UNROLLED for (int i = 0; i < rows * blocks * WIDE; i++) sums[i] = spread(0);
     for (int64_t i = 0; i < head_dim; i++)
-        UNROLLED for (int block = 0; block < blocks; block++)
+        UNROLLED for (int block = 0; block < blocks; block++) {
+            if (next) __builtin_prefetch(next[block] + i * BLOCK);
             UNROLLED for (int v = 0; v < WIDE; v++) {
                 vector key = load(keys[block] + i * BLOCK + v * LANES);
                 UNROLLED for (int row = 0; row < rows; row++)
                     sums[(row * blocks + block) * WIDE + v] += queries[row][i] * key;
             }
+        }
     UNROLLED for (int row = 0; row < rows; row++)
         UNROLLED for (int v = 0; v < blocks * WIDE; v++)
             *(loose_vector *)(scores[row] + v * LANES) = sums[row * blocks * WIDE + v] * scale;
+}
+
+/* The same of one query, against all its keys. */
+INLINED void score_one(
+    const step *s, const scalar *cache, const int64_t *blocks, int64_t num_blocks, int64_t head, int64_t size,
+    const float *query, float *scores, float scale) {
+    const scalar *pieces[2 * QUERIES];
+    for (int64_t block = 0; block < num_blocks; block += QUERIES, scores += QUERIES * BLOCK) {
+        int64_t group = min(num_blocks - block, QUERIES);
+        for (int64_t i = 0; i < 2 * group; i++) {
+            int64_t number = block + (i < group ? i : QUERIES + i - group);
+            pieces[i] = find_piece(s, cache, blocks, num_blocks, head, size, number);
+        }
+#define CASE(n) case n: score(1, n, &scores, &query, pieces, pieces + n, s->head_dim, scale); break;
+        switch (group) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef CASE
+    }
 }
 
 /* Scores become weights that sum to 1 over the positions [0, length), and 0 from there to `end`, a multiple of BLOCK. */
@@ -110,18 +135,21 @@ static void soften(float *scores, int64_t length, int64_t end) {
     memset(scores + own_end, 0, (end - own_end) * sizeof(float));
 }
 
-/* `rows` rows' weighted sums of the values of positions [0, length): 16 * `parts` dimensions from `first` on. */
+/* `rows` rows' weighted sums of the values of positions [0, length): 16 * `parts` dimensions from `first` on. For a
+ * single row the processor fetches what it reads QUERIES blocks later. */
 INLINED void blend(
     int rows, int parts, const step *s, const scalar *cache, const int64_t *blocks, int64_t length,
     float *const weights[], scalar *const outputs[], int64_t first, int64_t head, int64_t padded) {
-    int64_t piece = BLOCK * padded;
+    int64_t piece = BLOCK * padded, num_blocks = (length + BLOCK - 1) / BLOCK;
     vector sums[QUERIES * WIDE];
     UNROLLED for (int i = 0; i < rows * parts * WIDE; i++) sums[i] = spread(0);
-    for (int64_t p = 0; p < length; p += BLOCK) {
-        const scalar *values = cache + ((blocks[p / BLOCK] * 2 + 1) * s->heads + head) * piece + first;
-        int64_t end = min(length - p, BLOCK);
+    for (int64_t block = 0; block < num_blocks; block++) {
+        int64_t number = num_blocks + block, p = block * BLOCK, end = min(length - p, BLOCK);
+        const scalar *values = find_piece(s, cache, blocks, num_blocks, head, piece, number) + first;
+        const scalar *next = find_piece(s, cache, blocks, num_blocks, head, piece, number + QUERIES) + first;
         for (int64_t i = 0; i < end; i++)
             UNROLLED for (int v = 0; v < parts * WIDE; v++) {
+                if (rows == 1) __builtin_prefetch(next + i * padded + v * LANES);
                 vector value = load(values + i * padded + v * LANES);
                 UNROLLED for (int row = 0; row < rows; row++)
                     sums[row * parts * WIDE + v] += weights[row][p + i] * value;
@@ -138,10 +166,9 @@ INLINED void attend_rows(
     int rows, const step *s, const scalar *qkv, const scalar *cache, scalar *out, float *scratch,
     const int64_t *blocks, int64_t row, int64_t position, int64_t head, int64_t padded) {
     int64_t width = s->heads * s->head_dim, piece = BLOCK * padded;
-    int64_t length = position + rows, num_blocks = (length + BLOCK - 1) / BLOCK, block = 0;
+    int64_t length = position + rows, num_blocks = (length + BLOCK - 1) / BLOCK;
     float scale = 1.0f / sqrtf((float)s->head_dim);
     const float *queries[QUERIES];
-    const scalar *keys[QUERIES];
     scalar *outputs[QUERIES];
     float *scores[QUERIES], *next[QUERIES];
     for (int i = 0; i < rows; i++) {
@@ -151,15 +178,13 @@ INLINED void attend_rows(
         scores[i] = next[i] = query + s->head_dim;
     }
     if (rows == 1)
-        for (; block + QUERIES <= num_blocks; block += QUERIES, next[0] += QUERIES * BLOCK) {
-            for (int i = 0; i < QUERIES; i++) keys[i] = cache + (blocks[block + i] * 2 * s->heads + head) * piece;
-            score(1, QUERIES, next, queries, keys, s->head_dim, scale);
+        score_one(s, cache, blocks, num_blocks, head, piece, queries[0], scores[0], scale);
+    else
+        for (int64_t block = 0; block < num_blocks; block++) {
+            const scalar *keys = find_piece(s, cache, blocks, num_blocks, head, piece, block);
+            score(rows, 1, next, queries, &keys, NULL, s->head_dim, scale);
+            for (int i = 0; i < rows; i++) next[i] += BLOCK;
         }
-    for (; block < num_blocks; block++) {
-        keys[0] = cache + (blocks[block] * 2 * s->heads + head) * piece;
-        score(rows, 1, next, queries, keys, s->head_dim, scale);
-        for (int i = 0; i < rows; i++) next[i] += BLOCK;
-    }
     for (int i = 0; i < rows; i++) soften(scores[i], position + i + 1, num_blocks * BLOCK);
     int64_t first = 0;
     if (rows == 1)
@@ -183,12 +208,14 @@ static void attend_tile(
 
 /* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's cache,
  * and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
-static void attend_rows_of_step(const step *s, scalar *qkv, scalar *cache, scalar *out) {
+static void attend_rows_of_step(team *all, const step *s, scalar *qkv, scalar *cache, scalar *out) {
     int64_t padded = (s->head_dim + 15) / 16 * 16;
     float *scratch = s->scratch + omp_get_thread_num() * QUERIES * s->scratch_size;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < s->num_rows * s->heads; i++) enter(s, qkv, cache, i / s->heads, i % s->heads, padded);
-#pragma omp for schedule(dynamic, 2)
+    meet(all);
+#pragma omp for schedule(dynamic, 2) nowait
     for (int64_t i = 0; i < s->num_tasks * s->heads; i++)
         attend_tile(s, qkv, cache, out, scratch, i / s->heads, i % s->heads, padded);
+    meet(all);
 }

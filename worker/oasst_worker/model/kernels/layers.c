@@ -34,31 +34,34 @@ int64_t prepare(void) {
 void apply(
     const linear *l, int64_t num_threads, int64_t rows, const scalar *x, word *scratch, const scalar *first,
     const scalar *second, scalar *out) {
+    team all = {0};
 #pragma omp parallel num_threads(num_threads)
-    apply_linear(l, rows, x, scratch, first, second, out);
+    apply_linear(&all, l, rows, x, scratch, first, second, out);
 }
 
 /* By the whole team: b->hidden becomes b->next. */
-static void apply_layer(const stack *n, const layer *l, const step *s, scalar *cache, const buffers *b) {
+static void apply_layer(
+    team *all, const stack *n, const layer *l, const step *s, scalar *cache, const buffers *b) {
     int64_t rows = s->num_rows, size = n->hidden_size;
-    normalize(&l->before_attention, rows, size, n->epsilon, b->hidden, b->normed);
-    apply_linear(l->qkv, rows, b->normed, b->words, NULL, NULL, b->qkv);
-    attend_rows_of_step(s, b->qkv, cache, b->attended);
+    normalize(all, &l->before_attention, rows, size, n->epsilon, b->hidden, b->normed);
+    apply_linear(all, l->qkv, rows, b->normed, b->words, NULL, NULL, b->qkv);
+    attend_rows_of_step(all, s, b->qkv, cache, b->attended);
     const scalar *middle = n->is_parallel ? b->hidden : b->dense, *beside = n->is_parallel ? b->dense : NULL;
-    apply_linear(l->dense, rows, b->attended, b->words, n->is_parallel ? NULL : b->hidden, NULL, b->dense);
-    normalize(&l->before_mlp, rows, size, n->epsilon, middle, b->normed);
-    apply_linear(l->mlp_in, rows, b->normed, b->words, NULL, NULL, b->inner);
-    apply_linear(l->mlp_out, rows, b->inner, b->words, beside, middle, b->next);
+    apply_linear(all, l->dense, rows, b->attended, b->words, n->is_parallel ? NULL : b->hidden, NULL, b->dense);
+    normalize(all, &l->before_mlp, rows, size, n->epsilon, middle, b->normed);
+    apply_linear(all, l->mlp_in, rows, b->normed, b->words, NULL, NULL, b->inner);
+    apply_linear(all, l->mlp_out, rows, b->inner, b->words, beside, middle, b->next);
 }
 
 /* All layers, from b->hidden into b->hidden, or into b->next where their number is odd. `caches` holds `cache_size`
  * numbers for each layer. */
 void apply_layers(const stack *n, const step *s, scalar *caches, int64_t cache_size, const buffers *b) {
+    team all = {0};
 #pragma omp parallel num_threads(s->num_threads)
     {
         buffers own = *b;
         for (int64_t i = 0; i < n->num_layers; i++) {
-            apply_layer(n, n->layers + i, s, caches + i * cache_size, &own);
+            apply_layer(&all, n, n->layers + i, s, caches + i * cache_size, &own);
             scalar *given = own.hidden;
             own.hidden = own.next;
             own.next = given;

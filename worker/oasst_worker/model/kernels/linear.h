@@ -17,6 +17,7 @@
 #pragma once
 #include "activations.h"
 #include "scalars.h"
+#include "team.h"
 #include "tiles.h"
 
 #define VECTORS 2 /* Of a panel. */
@@ -71,22 +72,24 @@ static float quantize(const linear *l, const scalar *x, uint8_t *quantized) {
 #endif
 
 /* By the whole team: x [rows, inputs] as words. The scratch holds (words + 1) words of each row, then some to spare. */
-static operand into_words(const linear *l, int64_t rows, const scalar *x, word *scratch) {
+static operand into_words(team *all, const linear *l, int64_t rows, const scalar *x, word *scratch) {
 #if WEIGHTS == INT8
     float *scales = (float *)(scratch + rows * l->words);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
         scales[row] = quantize(l, x + row * l->inputs, (uint8_t *)(scratch + row * l->words));
+    meet(all);
     return (operand){scratch, scales};
 #else
     if (l->inputs == l->words * INPUTS_OF_A_WORD) return (operand){(const word *)x, NULL};
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
         char *to = (char *)(scratch + row * l->words);
         int64_t size = l->inputs * sizeof(scalar);
         memcpy(to, x + row * l->inputs, size);
         memset(to + size, 0, l->words * sizeof(word) - size);
     }
+    meet(all);
     return (operand){scratch, NULL};
 #endif
 }
@@ -202,13 +205,13 @@ static void multiply_panels(
 
 /* By the whole team. x [rows, inputs]; out and the residuals, which may be NULL, [rows, outputs]. */
 static void apply_linear(
-    const linear *l, int64_t rows, const scalar *x, word *scratch, const scalar *first, const scalar *second,
-    scalar *out) {
+    team *all, const linear *l, int64_t rows, const scalar *x, word *scratch, const scalar *first,
+    const scalar *second, scalar *out) {
     const scalar *residuals[2] = {first, second};
-    operand operands = into_words(l, rows, x, scratch);
+    operand operands = into_words(all, l, rows, x, scratch);
     int64_t panels = (l->outputs + PANEL - 1) / PANEL, panel_bytes = l->words * PANEL * (int64_t)sizeof(word);
     int64_t tasks = (panels + PANELS_OF_A_TASK - 1) / PANELS_OF_A_TASK, passes = (rows + PASS - 1) / PASS;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks * passes; task++) {
         int64_t from = task / tasks * PASS, size = min(rows - from, PASS);
         int64_t first_panel = task % tasks * PANELS_OF_A_TASK, end = min(first_panel + PANELS_OF_A_TASK, panels);
@@ -220,4 +223,5 @@ static void apply_linear(
                 residuals, out);
     }
     release_tiles();
+    meet(all);
 }

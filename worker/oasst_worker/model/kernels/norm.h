@@ -1,6 +1,7 @@
 /* Layer norm, statistics in fp32: (x - mean) / sqrt(variance + epsilon) * weight + bias. */
 #pragma once
 #include "scalars.h"
+#include "team.h"
 
 typedef struct {
     const float *weight, *bias; /* [size] */
@@ -26,7 +27,9 @@ static void normalize_row(const norm *n, int64_t size, float epsilon, const scal
 }
 
 /* By the whole team: x and out [rows, size]. */
-static void normalize(const norm *n, int64_t rows, int64_t size, float epsilon, const scalar *x, scalar *out) {
-#pragma omp for schedule(static)
+static void normalize(
+    team *all, const norm *n, int64_t rows, int64_t size, float epsilon, const scalar *x, scalar *out) {
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) normalize_row(n, size, epsilon, x + row * size, out + row * size);
+    meet(all);
 }

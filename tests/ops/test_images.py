@@ -91,6 +91,19 @@ def test_the_compose_file_is_one_and_its_options_exist() -> None:
         assert options <= set(settings.model_fields)
 
 
+def test_compose_names_exact_images_the_charts_own_among_them_and_takes_digests_instead() -> None:
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    values = yaml.safe_load((ROOT / "helm" / "oasst-serve" / "values.yaml").read_text())["redis"]["builtIn"]
+    foreign = {name: service["image"] for name, service in compose["services"].items() if "build" not in service}
+    named = {name: re.fullmatch(r"\$\{[A-Z]+_IMAGE:-([\w./-]+:v?\d+(?:\.\d+)+)\}", foreign[name]) for name in foreign}
+    assert all(named.values()), named
+    assert named["valkey"][1] == values["image"]
+    assert named["exporter"][1] == values["exporterImage"]
+    [base] = re.findall(r"^ARG PYTHON=(.*)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    for name in ("gateway", "worker"):
+        assert compose["services"][name]["build"]["args"] == {"PYTHON": f"${{PYTHON_IMAGE:-{base}}}"}
+
+
 def test_compose_shows_the_charts_rules_and_dashboards() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     for name in ("prometheus", "grafana"):

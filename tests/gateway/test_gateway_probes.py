@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import shutil
 import sys
 import urllib.error
 import urllib.request
 from http import HTTPStatus
 from pathlib import Path
 
-from gateway_harness import Gateway
+from certificates import Authority
+from gateway_harness import Gateway, start_gateway
 from oasst_gateway.health import Health
+from oasst_gateway.model import ServedModel
 from oasst_telemetry import Check
 from valkey_server import ValkeyServer
 
@@ -58,23 +61,44 @@ async def test_a_leaving_gateway_does_not_become_ready_again() -> None:
     assert health.readiness() == Check(False, "leaving")
 
 
-async def test_helm_test_streams_a_chat_and_fails_where_none_comes(gateway: Gateway, worker: object) -> None:
+async def run_helm_test(address: str, **environment: str) -> tuple[int | None, bytes]:
+    """The exit code of what `helm test` runs, and the text that came."""
     program = Path(__file__).parents[2] / "helm" / "oasst-serve" / "files" / "stream_chat.py"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(program),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env=os.environ | {"OASST_ADDRESS": address, "OASST_QUESTION": "Hello!"} | environment,
+    )
+    stdout, _ = await process.communicate()
+    return process.returncode, stdout
 
-    async def run(**environment: str) -> tuple[int | None, bytes]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(program),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=os.environ | {"OASST_ADDRESS": gateway.listen, "OASST_QUESTION": "Hello!"} | environment,
-        )
-        stdout, _ = await process.communicate()
-        return process.returncode, stdout
 
-    exit_code, text = await run()
+async def test_helm_test_streams_a_chat_and_fails_where_none_comes(gateway: Gateway, worker: object) -> None:
+    exit_code, text = await run_helm_test(gateway.listen)
     assert exit_code == 0
     assert text.strip()
-    exit_code, text = await run(OASST_QUESTION="")
+    exit_code, text = await run_helm_test(gateway.listen, OASST_QUESTION="")
     assert exit_code == 1
     assert not text
+
+
+async def test_helm_test_shows_its_certificate_and_knows_the_gateways(
+    model: ServedModel, valkey_url: str, worker: object, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    server, caller = authority.issue("server"), authority.issue("caller")
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    shutil.copy(authority.ca, mounted / "ca.crt")
+    async with start_gateway(
+        model, valkey_url, tls_cert=server.cert, tls_key=server.key, tls_client_ca=authority.ca
+    ) as gateway:
+        environment = {"OASST_TLS": str(mounted), "OASST_SERVER_NAME": "127.0.0.1"}
+        assert (await run_helm_test(gateway.listen, **environment))[0] == 1  # It shows none yet.
+        shutil.copy(caller.cert, mounted / "tls.crt")
+        shutil.copy(caller.key, mounted / "tls.key")
+        exit_code, text = await run_helm_test(gateway.listen, **environment)
+    assert exit_code == 0
+    assert text.strip()

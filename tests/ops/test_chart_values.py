@@ -1,6 +1,7 @@
 """What the chart accepts, what it refuses, and with which sentence."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -65,14 +66,31 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"redis": {"builtIn": NO_BUILT_IN, "external": {"url": "redis+cluster://a:6379,b:7000"}}},
-        "names port 7000, to which no pod may connect: add it to redis.external.ports",
+        "to which no pod may connect: add it to redis.external.ports",
     ),
     ({"gateway": {"options": {"queue-shards": 4}}}, "different numbers of queue-shards"),
     ({"model": {"hub": HUB | {"revision": ""}}}, "name the full commit to serve"),
     ({"model": {"hub": HUB | {"sha256": {}}}}, "lacks config.json or tokenizer.json"),
     ({"model": {"hub": HUB}}, "names no weights"),
     ({"model": {"volume": {"existingClaim": "models"}}}, "set model.path to a folder below it"),
-    ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}}, "is above maxReplicas"),
+    (
+        {
+            "model": {
+                "hub": HUB | {"sha256": HUB["sha256"] | {"a.bin": "c" * 64}},
+                "volume": {"existingClaim": "models"},
+            }
+        },
+        "model.hub.id and model.volume.existingClaim are both set",
+    ),
+    (
+        {"worker": {"autoscaling": {"type": "hpa", "minReplicas": 9, "maxReplicas": 3}}},
+        "worker.autoscaling.minReplicas is above maxReplicas",
+    ),
+    ({"worker": {"sharedMemory": ""}}, "at '/worker/sharedMemory'"),
+    (
+        {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}},
+        "gateway.autoscaling.minReplicas is above maxReplicas",
+    ),
     ({"gateway": {"route": {"enabled": True}}}, "name the Gateway that the route is attached to"),
     ({"gateway": {"tls": {"clientCertificates": True}}}, "needs gateway.tls.secret"),
     ({"gateway": {"options": {"jwt-issuer": "i", "jwt-audience": "a"}}}, "set gateway.tenantsSecret"),
@@ -94,6 +112,13 @@ def test_bad_values_are_refused_with_what_to_change(render: Render, values: dict
     with pytest.raises(RenderError, match=r"(?s).*") as refusal:
         render(**values)
     assert sentence in str(refusal.value)
+
+
+def test_every_validation_has_a_case_in_which_it_refuses() -> None:
+    validations = (CHART / "templates" / "validations.yaml").read_text()
+    sentences = re.findall(r'fail \(?(?:printf )?"([^"]+)"', validations)
+    assert len(sentences) == validations.count("{{- fail ")
+    assert [sentence for sentence in sentences if not any(said in sentence for _, said in REFUSED)] == []
 
 
 def test_the_schema_knows_every_value_and_no_other() -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from oasst_worker.model.config import Activation
 from oasst_worker.model.kernels import ROWS, SIZES, load_kernels
+from oasst_worker.model.pages import empty_in_large_pages
 
 __all__ = [
     "CompiledLinear",
@@ -276,7 +277,9 @@ def _into_panels(weight: Tensor, width: int) -> Tensor:
     outputs, inputs = weight.shape
     missing = (0, -inputs % inputs_at_once, 0, -outputs % width)
     words = (F.pad(weight, missing) if any(missing) else weight.contiguous()).view(torch.int32)
-    return words.view(-1, width, words.shape[1]).transpose(1, 2).contiguous()
+    by_output = words.view(-1, width, words.shape[1])
+    panels = empty_in_large_pages(len(by_output), words.shape[1], width, dtype=words.dtype)
+    return panels.copy_(by_output.transpose(1, 2))
 
 
 def _whole_panels(of_outputs: Tensor, width: int) -> Tensor:

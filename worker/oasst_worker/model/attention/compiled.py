@@ -14,6 +14,7 @@ from oasst_worker.model.attention.interface import rotary_table
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
 from oasst_worker.model.kernels import QUERIES, ROWS, SIZES, TILE, load_kernels
+from oasst_worker.model.pages import empty_in_large_pages
 
 __all__ = ["CompiledAttention", "PreparedAttention"]
 
@@ -59,7 +60,7 @@ class CompiledAttention:
         config = self._config
         padded = -(-config.head_dim // _LANES) * _LANES
         shape = (config.num_layers, num_blocks, 2, config.num_heads, BLOCK_SIZE * padded)
-        return torch.empty(shape, dtype=self._dtype)
+        return empty_in_large_pages(*shape, dtype=self._dtype)
 
     def prepare(self, inputs: StepInputs) -> "PreparedAttention":
         spans: list[tuple[int, int, int, int]] = []

@@ -1,4 +1,4 @@
-"""Compiles the kernels in Triton for real cards; needs none. `python kernels_for_cards.py CAPABILITY [DTYPE]`
+"""Compiles the kernels in Triton for real cards; needs none. `python kernels_for_cards.py CAPABILITY [DTYPE [CACHE]]`
 
 Prints a kernel and its bytes of shared memory on each line. Not in a process whose Triton interprets.
 """
@@ -29,9 +29,10 @@ POINTERS = {
 }
 
 
-def main(capability: str, dtype: str = "fp16") -> None:
+def main(capability: str, dtype: str = "fp16", cache_dtype: str | None = None) -> None:
     sizes = SIZES | {"keys": 32 if dtype == "fp32" else 64}
-    types = {**POINTERS, **NUMBERS, **dict.fromkeys(("qkv", "queries", "cache", "attended"), f"*{dtype}")}
+    types = {**POINTERS, **NUMBERS, **dict.fromkeys(("qkv", "queries", "attended"), f"*{dtype}")}
+    types["cache"] = f"*{cache_dtype or dtype}"
     for name in paged.__all__:
         kernel = getattr(paged, name)
         constants = {(number,): sizes[each] for number, each in enumerate(kernel.arg_names) if each in sizes}

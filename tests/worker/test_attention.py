@@ -7,7 +7,8 @@ import pytest
 import torch
 from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs
 from oasst_worker.model import kernels
-from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
+from oasst_worker.model.attention import FP8, CompiledAttention, PlainAttention, build_attention
+from oasst_worker.model.attention.interface import to_fp8
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,50 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_finite():
     outcome = attention.prepare(inputs)(torch.cat([broken, sound]), cache[0])
     assert outcome[:20].isnan().all()
     assert outcome[20:].isfinite().all()
+
+
+def test_fp8_takes_the_nearest_number_and_the_largest_for_what_is_larger():
+    exact = [0.0, 2**-9, 7 * 2**-9, 2**-6, 1.0, 1.125, 448.0]
+    rounded = {1.0624: 1.0, 1.0625: 1.0, 1.0626: 1.125, 1.1875: 1.25, 2**-10: 0.0, 3 * 2**-10: 2**-8, 1e-30: 0.0}
+    numbers = {**dict(zip(exact, exact, strict=True)), **rounded, 460.0: 448.0, 470.0: 448.0, 1e38: 448.0}
+    for sign in (1, -1):
+        outcome = to_fp8(sign * torch.tensor([*numbers])).float()
+        assert torch.equal(outcome, sign * torch.tensor([*numbers.values()]))
+    assert to_fp8(torch.tensor([torch.nan, torch.inf, -torch.inf])).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_plain_path_attends_to_keys_and_values_as_fp8_holds_them(dtype):
+    config = make_config(64, 0)  # Nothing is rotated, so what the cache holds can be said beforehand.
+    qkv = torch.randn(100, 3 * 192).to(dtype)
+    qkv[:, 384:] *= 300  # Some values are too large for fp8.
+    held = torch.cat([qkv[:, :192], to_fp8(qkv[:, 192:]).to(dtype)], dim=1)
+    attention = PlainAttention(config, dtype=dtype, device=CPU, kv_dtype=FP8)
+    assert attention.make_cache(NUM_BLOCKS).itemsize == 1
+    blocks = random.Random(0).sample(range(NUM_BLOCKS), 7)
+    outcome = attend_in_chunks(attention, qkv, [64, 97], blocks, prompt_end=97)
+    expected = attend_in_chunks(PlainAttention(config, dtype=dtype, device=CPU), held, [64, 97], blocks, prompt_end=97)
+    assert torch.equal(outcome, expected)
+    assert not torch.equal(held, qkv)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_key_or_value_that_is_not_finite_is_seen_with_an_fp8_cache_too(number, part):
+    config = make_config(64, 16)
+    qkv = torch.randn(40, 3, config.hidden_size)
+    qkv[20, part] = number
+    attention = PlainAttention(config, dtype=torch.float32, device=CPU, kv_dtype=FP8)
+    outcome = attend_in_chunks(attention, qkv.flatten(1), [], [2, 0, 1], prompt_end=0)
+    assert outcome[:20].isfinite().all()
+    assert outcome[20:].isnan().all()
+
+
+def test_on_a_cpu_an_fp8_cache_is_the_plain_paths(caplog):
+    attention = build_attention(make_config(64, 16), dtype=torch.float32, device=CPU, kv_dtype=FP8)
+    assert isinstance(attention, PlainAttention)
+    assert attention.make_cache(1).dtype is FP8
+    assert "attention runs on the plain path: no attention kernel for a cache in" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])

@@ -2,11 +2,12 @@
 
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
-from oasst_worker.model.attention import CompiledAttention, PlainAttention, build_attention
+from oasst_worker.model.attention import FP8, CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.linear import PackedLinear, PlainQuantizedLinear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
@@ -221,9 +222,11 @@ def test_with_beginnings_that_were_computed_for_others(scene):
         (torch.bfloat16, compiled_attention, build_quantized_linear),
         (torch.float32, compiled_attention, build_quantized_linear),
         (torch.float32, PlainAttention, PlainQuantizedLinear),
+        (torch.float32, partial(PlainAttention, kv_dtype=FP8), build_linear),
+        (torch.bfloat16, partial(PlainAttention, kv_dtype=FP8), PackedLinear),
     ],
 )
-def test_in_bf16_and_int8_too(dtype, make_attention, make_linear):
+def test_in_bf16_and_int8_and_with_keys_and_values_in_fp8_too(dtype, make_attention, make_linear):
     model = make_model(dtype, make_attention, make_linear, **SHAPES["heads of 40, odd vocabulary"])
     assert_same_bits_after_preemption(model, long_answers(make_jobs(model.config.vocab_size)))
 

@@ -5,13 +5,14 @@ import logging
 import torch
 
 from oasst_worker.model.attention.compiled import CompiledAttention
-from oasst_worker.model.attention.interface import Attend, Attention
+from oasst_worker.model.attention.interface import FP8, Attend, Attention
 from oasst_worker.model.attention.paged import PagedAttention
 from oasst_worker.model.attention.plain import PREFILL_TILE, PlainAttention
 from oasst_worker.model.attention.trial import try_attention
 from oasst_worker.model.config import NeoXConfig
 
 __all__ = [
+    "FP8",
     "PREFILL_TILE",
     "Attend",
     "Attention",
@@ -25,20 +26,30 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
-def build_attention(config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> Attention:
-    """The best way for this device and dtype on this machine."""
+def build_attention(
+    config: NeoXConfig, *, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+) -> Attention:
+    """The best way for this device and dtype on this machine; the cache in `dtype`, or in FP8."""
     try:
         if device.type == "cpu":
-            return CompiledAttention(config, dtype=dtype)
-        return _tried_on_device(config, dtype=dtype, device=device)
+            return _compiled(config, dtype=dtype, kv_dtype=kv_dtype)
+        return _tried_on_device(config, dtype=dtype, device=device, kv_dtype=kv_dtype)
     except RuntimeError as error:
         _log.warning("attention runs on the plain path: %s", error)
-    return PlainAttention(config, dtype=dtype, device=device)
+    return PlainAttention(config, dtype=dtype, device=device, kv_dtype=kv_dtype)
 
 
-def _tried_on_device(config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> Attention:
+def _compiled(config: NeoXConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> Attention:
+    if kv_dtype not in (None, dtype):
+        raise RuntimeError(f"no attention kernel for a cache in {kv_dtype} here")
+    return CompiledAttention(config, dtype=dtype)
+
+
+def _tried_on_device(
+    config: NeoXConfig, *, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None
+) -> Attention:
     try:
-        try_attention(PagedAttention, config, dtype=dtype, device=device)
-        return PagedAttention(config, dtype=dtype, device=device)
+        try_attention(PagedAttention, config, dtype=dtype, device=device, kv_dtype=kv_dtype)
+        return PagedAttention(config, dtype=dtype, device=device, kv_dtype=kv_dtype)
     except Exception as error:  # Triton, the compilers it starts and the driver each raise their own.
         raise RuntimeError(str(error)) from error

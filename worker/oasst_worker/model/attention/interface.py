@@ -9,7 +9,11 @@ from torch import Tensor
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
 
-__all__ = ["Attend", "Attention", "rotary_table"]
+__all__ = ["FP8", "Attend", "Attention", "rotary_table", "to_fp8"]
+
+# What a cache may hold instead of the model's dtype: e4m3, without scales. Its precision is relative, so a scale would
+# add range alone.
+FP8 = torch.float8_e4m3fn
 
 # One layer of one step. From `qkv` [rows, 3 * hidden] and the layer's cache to [rows, hidden]: queries and keys are
 # rotated, keys and values stand in the cache, and every row has attended to the positions up to its own. `qkv` may be
@@ -32,6 +36,15 @@ class Attention(Protocol):
     def prepare(self, inputs: StepInputs) -> Attend:
         """What every layer of this step calls."""
         ...
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """`x` in FP8, rounded to the nearest and ties to even. What is too large becomes the largest, +-448.
+
+    FP8 knows no infinity: what is not finite becomes NaN, so that a broken sequence is still seen to be one.
+    """
+    largest = torch.finfo(FP8).max
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), torch.nan).to(FP8)
 
 
 def rotary_table(config: NeoXConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oasst_worker.model.attention.interface import Attend, rotary_table
+from oasst_worker.model.attention.interface import FP8, Attend, rotary_table
 from oasst_worker.model.attention.plain import PREFILL_TILE
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, DecodeInputs, StepInputs
@@ -30,20 +30,25 @@ _SMALLEST_VECTOR = 16
 class PagedAttention:
     """The kernels of `kernels/paged.py`. The cache is [layers, blocks, 2, heads, BLOCK_SIZE, head_dim].
 
+    In fp8 it is handed to them as bytes: before capability 8.9 Triton has no such type.
+
     Raises:
         RuntimeError: at construction, where Triton is not installed.
     """
 
     is_position_exact = False
 
-    def __init__(self, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """`kv_dtype` is the cache's: FP8, or `dtype` itself, as without it."""
         try:
             from oasst_worker.model.kernels import paged  # Only PyTorch's builds for GPUs bring Triton.
         except ImportError as error:
             raise RuntimeError(f"Triton is not installed: {error}") from error
         self._kernels = paged
         self._config = config
-        self._dtype = dtype
+        self._kv_dtype = kv_dtype or dtype
         self._device = device
         self._cos, self._sin = rotary_table(config, device)
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)
@@ -57,7 +62,7 @@ class PagedAttention:
     def make_cache(self, num_blocks: int) -> Tensor:
         config = self._config
         shape = (config.num_layers, num_blocks, 2, config.num_heads, BLOCK_SIZE, config.head_dim)
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+        return torch.empty(shape, dtype=self._kv_dtype, device=self._device)
 
     def prepare(self, inputs: StepInputs) -> Attend:
         tiles: list[int] = []
@@ -97,6 +102,7 @@ class PagedAttention:
 
         def attend(qkv: Tensor, cache: Tensor) -> Tensor:
             queries = qkv.new_empty(len(qkv), heads * head_dim)
+            stored = cache.view(torch.uint8) if self._kv_dtype is FP8 else cache
             kernels.write_rows[len(qkv), -(-heads // _HEADS_AT_ONCE)](
                 qkv,
                 self._cos,
@@ -104,7 +110,7 @@ class PagedAttention:
                 positions,
                 cells,
                 queries,
-                cache,
+                stored,
                 **sizes,
                 rotary_dim=self._config.rotary_dim,
                 block_size=BLOCK_SIZE,
@@ -114,7 +120,7 @@ class PagedAttention:
             if len(tiles):
                 kernels.attend_tile[len(tiles) // 3, heads](
                     queries,
-                    cache,
+                    stored,
                     positions,
                     tiles,
                     blocks,
@@ -128,7 +134,7 @@ class PagedAttention:
             if len(rows):
                 kernels.attend_part[len(rows), heads, num_parts](
                     queries,
-                    cache,
+                    stored,
                     positions,
                     rows,
                     block_starts,

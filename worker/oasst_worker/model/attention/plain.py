@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasst_worker.model.attention.interface import Attend, rotary_table
+from oasst_worker.model.attention.interface import FP8, Attend, rotary_table, to_fp8
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs
 
@@ -31,22 +31,28 @@ class PlainAttention:
     """Operators of PyTorch, sequence by sequence.
 
     The cache is [layers, 2, heads, positions, head_dim], keys before values: a sequence whose blocks follow each other
-    is read as a plain view of every head, without copying.
+    is read as a plain view of every head, without copying. In fp8 what a position attends to is copied and widened.
     """
 
     is_position_exact = False
 
-    def __init__(self, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """`kv_dtype` is the cache's: FP8, or `dtype` itself, as without it."""
         self._config = config
         self._dtype = dtype
+        self._kv_dtype = kv_dtype or dtype
         self._device = device
         cos, sin = rotary_table(config, device)
-        self._cos, self._sin = cos.to(dtype), sin.to(dtype)
+        # What fp8 is to hold is rounded once, from fp32.
+        rotated_dtype = torch.float32 if self._kv_dtype is FP8 else dtype
+        self._cos, self._sin = cos.to(rotated_dtype), sin.to(rotated_dtype)
 
     def make_cache(self, num_blocks: int) -> Tensor:
         config = self._config
         shape = (config.num_layers, 2, config.num_heads, num_blocks * BLOCK_SIZE, config.head_dim)
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+        return torch.empty(shape, dtype=self._kv_dtype, device=self._device)
 
     def prepare(self, inputs: StepInputs) -> Attend:
         cos, sin = self._cos[inputs.positions, None], self._sin[inputs.positions, None]
@@ -54,20 +60,28 @@ class PlainAttention:
 
         def attend(qkv: Tensor, cache: Tensor) -> Tensor:
             rows, heads, head_dim = qkv.shape[0], self._config.num_heads, self._config.head_dim
-            qkv = qkv.view(rows, 3 * heads, head_dim)
+            qkv = qkv.view(rows, 3 * heads, head_dim).to(cos.dtype)
             _rotate_(qkv[:, : 2 * heads, : self._config.rotary_dim], cos, sin)
             keys_values = qkv[:, heads:].view(rows, 2, heads, head_dim).permute(1, 2, 0, 3)
-            cache.index_copy_(2, inputs.cells, keys_values)
-            queries = qkv[:, :heads]
-            attended = qkv.new_empty(rows, heads * head_dim)
+            # Few operators know fp8; those that only move it take it for bytes.
+            stored = cache.view(torch.uint8) if self._kv_dtype is FP8 else cache
+            stored.index_copy_(2, inputs.cells, self._narrowed(keys_values))
+            queries = qkv[:, :heads].to(self._dtype)
+            attended = queries.new_empty(rows, heads * head_dim)
             for own_rows, cells, is_prompt in groups:
-                keys, values = cache[:, None, :, cells].unbind()
+                keys, values = self._widened(stored[:, None, :, cells]).unbind()
                 attend_group = _attend_prompt_tile if is_prompt else _attend_token
                 outcome = attend_group(queries[own_rows].transpose(0, 1)[None], keys, values)
                 attended[own_rows] = outcome[0].transpose(0, 1).flatten(1)
             return attended
 
         return attend
+
+    def _narrowed(self, keys_values: Tensor) -> Tensor:
+        return to_fp8(keys_values).view(torch.uint8) if self._kv_dtype is FP8 else keys_values
+
+    def _widened(self, stored: Tensor) -> Tensor:
+        return stored.view(FP8).to(self._dtype) if self._kv_dtype is FP8 else stored
 
     def _groups(self, span: AttentionSpan) -> Iterator[tuple[slice, slice | Tensor, bool]]:
         """Rows that attend together, the cells they attend to, and whether they are a prompt's."""

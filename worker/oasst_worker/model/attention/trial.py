@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from oasst_worker.model.attention.interface import Attention
+from oasst_worker.model.attention.interface import FP8, Attention
 from oasst_worker.model.attention.plain import PlainAttention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs
@@ -16,11 +16,18 @@ __all__ = ["try_attention"]
 _LENGTH, _GENERATED = 145, 5
 _BLOCKS = (7, 2, 9, 0, 5, 1, 8, 3, 6, 4)
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# Of a key that two ways rotate to numbers a last bit apart, fp8 can hold two neighbours, an eighth apart.
+_FP8_TOLERANCE = 6e-2
 
 
 @torch.inference_mode()
 def try_attention(
-    make: Callable[..., Attention], config: NeoXConfig, *, dtype: torch.dtype, device: torch.device
+    make: Callable[..., Attention],
+    config: NeoXConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """`make` makes an attention that agrees with the plain one, on random rows of the model's shape.
 
@@ -33,7 +40,8 @@ def try_attention(
     prompt_end = length - _GENERATED
     rows = torch.randn(length, width, generator=generator).to(device, dtype)
     outcomes = []
-    for attention in (make(config, dtype=dtype, device=device), PlainAttention(config, dtype=dtype, device=device)):
+    for kind in (make, PlainAttention):
+        attention = kind(config, dtype=dtype, device=device, kv_dtype=kv_dtype)
         cache = attention.make_cache(len(_BLOCKS))[0]
         steps = ((0, prompt_end, prompt_end), (prompt_end, length, 0))
         outcomes.append(
@@ -45,7 +53,7 @@ def try_attention(
             )
         )
     tried, expected = (outcome.float() for outcome in outcomes)
-    tolerance = _TOLERANCES[dtype]
+    tolerance = max(_TOLERANCES[dtype], _FP8_TOLERANCE if kv_dtype is FP8 else 0)
     if not torch.allclose(tried, expected, rtol=tolerance, atol=tolerance):
         raise RuntimeError(f"it differs from the plain path by up to {(tried - expected).abs().max():.2g} in {dtype}")
 

@@ -12,6 +12,9 @@ No program knows of a second sequence, and every sum has one order:
 - A prompt's positions attend in tiles (`attend_tile`), each to all keys from the first one on, `keys` at a time. A row
   of a product takes nothing from the other rows.
 
+A cache of bytes holds e4m3, fp8 with three bits of mantissa. It is narrowed and widened here by operations on bits, not
+by Triton's own type, which there is only from capability 8.9 on; every number of e4m3 is one of fp16 and of bf16 too.
+
 Sums, softmax and rotation are fp32, whatever the rows are. Dimensions are padded to `dims`, a power of two of at
 least 16, because Triton's vectors are.
 
@@ -25,6 +28,47 @@ import triton.language as tl
 __all__ = ["attend_part", "attend_tile", "join_parts", "write_rows"]
 
 
+@triton.jit
+def to_cache(x, dtype: tl.constexpr):
+    """fp32 as it stands in a cache of `dtype`."""
+    return to_e4m3(x) if dtype == tl.uint8 else x.to(dtype)
+
+
+@triton.jit
+def from_cache(stored, dtype: tl.constexpr):
+    """What a cache holds, in `dtype`."""
+    return from_e4m3(stored).to(dtype) if stored.dtype == tl.uint8 else stored.to(dtype)
+
+
+@triton.jit
+def to_e4m3(x):
+    """fp32 as seeeemmm, a bias of 7 and no infinity: rounded to the nearest and ties to even, +-448 what is too large.
+
+    What is not finite becomes NaN.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    bounded = tl.minimum(magnitude, 0x43E00000)  # 448
+    # From 2^-6 on: 20 of 23 bits of mantissa are rounded off, a carry goes into the exponent, whose bias was 127.
+    normal = ((bounded + 0x7FFFF + ((bounded >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below: a multiple of 2^-9, which is the last bit of 2^14, so that the addition rounds.
+    subnormal = (bounded.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    narrow = tl.where(magnitude < 0x3C800000, subnormal, normal)  # 2^-6
+    narrow = tl.where(magnitude < 0x7F800000, narrow, 0x7F)
+    return (narrow | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def from_e4m3(stored):
+    """fp32, exactly."""
+    byte = stored.to(tl.int16)
+    magnitude = byte & 0x7F
+    # As bits of fp16, whose bias is 15, the number times 2^-8. Only NaN's carry reaches the eighth bit; there it fills
+    # the exponent of fp16.
+    bits = ((byte & 0x80) << 8) | ((magnitude | ((magnitude + 1) & 0x80)) << 7)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions", "cells"])
 def write_rows(
     qkv,  # [rows, 3 * heads * head_dim]
@@ -33,7 +77,7 @@ def write_rows(
     positions,  # [rows] int64
     cells,  # [rows] int64, block * block_size + offset
     queries,  # [rows, heads, head_dim], written: rotated queries
-    cache,  # Written: each row's key, rotated, and value.
+    cache,  # Written: each row's key, rotated, and value; in their dtype, or bytes of e4m3.
     heads: tl.constexpr,
     head_dim: tl.constexpr,
     rotary_dim: tl.constexpr,
@@ -67,9 +111,9 @@ def write_rows(
     key = query + heads * head_dim
     plain = tl.load(key + dim, mask=exists, other=0.0).to(tl.float32)
     turned = tl.load(key + partner, mask=has_partner, other=0.0).to(tl.float32)
-    tl.store(to_key, (plain * cosine + turned * sine).to(cache.dtype.element_ty), mask=exists)
-    value = tl.load(key + heads * head_dim + dim, mask=exists)
-    tl.store(to_key + heads * block_size * head_dim, value, mask=exists)
+    tl.store(to_key, to_cache(plain * cosine + turned * sine, cache.dtype.element_ty), mask=exists)
+    value = tl.load(key + heads * head_dim + dim, mask=exists).to(tl.float32)
+    tl.store(to_key + heads * block_size * head_dim, to_cache(value, cache.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions", "rows", "block_starts", "blocks", "peaks", "weights"])
@@ -114,9 +158,9 @@ def attend_part(
         cell = (block * 2 * heads + head) * block_size + position % block_size
         here = cell[:, None] * head_dim + dim[None, :]
         is_read = is_own[:, None] & exists[None, :]
-        key = tl.load(cache + here, mask=is_read, other=0.0).to(tl.float32)
+        key = from_cache(tl.load(cache + here, mask=is_read, other=0), tl.float32)
         scores = tl.where(is_own, tl.sum(key * query[None, :], axis=1), -float("inf"))
-        value = tl.load(cache + here + heads * block_size * head_dim, mask=is_read, other=0.0).to(tl.float32)
+        value = from_cache(tl.load(cache + here + heads * block_size * head_dim, mask=is_read, other=0), tl.float32)
         higher = tl.maximum(peak, tl.max(scores, axis=0))
         faded = tl.exp2(peak - higher)
         shares = tl.exp2(scores - higher)
@@ -207,8 +251,8 @@ def attend_tile(
         cell = (block * 2 * heads + head) * block_size + position % block_size
         there = cell[:, None] * head_dim + dim[None, :]
         is_read = is_written[:, None] & exists[None, :]
-        key = tl.load(cache + there, mask=is_read, other=0.0)
-        value = tl.load(cache + there + heads * block_size * head_dim, mask=is_read, other=0.0)
+        key = from_cache(tl.load(cache + there, mask=is_read, other=0), query.dtype)
+        value = from_cache(tl.load(cache + there + heads * block_size * head_dim, mask=is_read, other=0), query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         scores = tl.where(position[None, :] <= own[:, None], scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))

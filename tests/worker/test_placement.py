@@ -8,9 +8,10 @@ import pytest
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams
 from oasst_worker.engine import Sequence as EngineSequence
+from oasst_worker.model.attention import FP8
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.weights import LayerPlace
-from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
+from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
 from oasst_worker.runtime.build import build_layered
 from oasst_worker.runtime.placement import (
     DeviceMemory,
@@ -56,8 +57,17 @@ def gpus(*gigabytes: float, cpu: float | None = None) -> list[DeviceMemory]:
     return devices if cpu is None else [*devices, DeviceMemory(CPU, int(cpu * 1e9))]
 
 
-def place(devices: Sequence[DeviceMemory], *, kv_tokens: int = 2048, may_use_disk: bool = False) -> list[LayerPlace]:
-    return [*place_layers(PYTHIA_12B, torch.float16, devices, kv_tokens=kv_tokens, may_use_disk=may_use_disk)]
+def place(
+    devices: Sequence[DeviceMemory],
+    *,
+    kv_dtype: torch.dtype = torch.float16,
+    kv_tokens: int = 2048,
+    may_use_disk: bool = False,
+) -> list[LayerPlace]:
+    places = place_layers(
+        PYTHIA_12B, torch.float16, devices, kv_dtype=kv_dtype, kv_tokens=kv_tokens, may_use_disk=may_use_disk
+    )
+    return [*places]
 
 
 def counts(places: Sequence[LayerPlace]) -> list[tuple[str, int]]:
@@ -114,6 +124,12 @@ def test_a_longer_cache_leaves_room_for_fewer_layers():
     assert long < short
 
 
+def test_a_cache_in_fp8_takes_half_the_room():
+    devices = gpus(12, 12, cpu=64)
+    assert place(devices, kv_tokens=16384, kv_dtype=FP8) == place(devices, kv_tokens=8192)
+    assert place(devices, kv_tokens=16384, kv_dtype=FP8) != place(devices, kv_tokens=16384)
+
+
 @pytest.mark.parametrize(
     ("devices", "said"),
     [
@@ -131,17 +147,31 @@ def test_a_cache_too_big_for_the_last_device_is_refused_even_with_a_disk():
         place(gpus(6, cpu=2), kv_tokens=32768, may_use_disk=True)
 
 
+def spare(devices: Sequence[DeviceMemory], kv_dtype: torch.dtype = torch.float16) -> int:
+    return spare_kv_tokens(PYTHIA_12B, torch.float16, devices, kv_dtype=kv_dtype, max_sequences=32, may_use_disk=True)
+
+
 def test_the_cache_takes_what_weights_leave_and_at_least_one_sequence():
     assert weight_bytes(PYTHIA_12B, torch.float16) == pytest.approx(23.7e9, rel=0.01)
-    plenty, some, none = (
-        spare_kv_tokens(PYTHIA_12B, torch.float16, devices, max_sequences=32, may_use_disk=True)
-        for devices in (gpus(80, 80), gpus(20, 10), gpus(6, 8, cpu=4))
-    )
+    plenty, some, none = (spare(devices) for devices in (gpus(80, 80), gpus(20, 10), gpus(6, 8, cpu=4)))
     assert (plenty, none) == (32 * 2048, 2048)
     assert 2048 < some < 32 * 2048
     place(gpus(20, 10), kv_tokens=some)
     with pytest.raises(UnplacedError):
         place(gpus(20, 10), kv_tokens=some + 2048)
+
+
+def test_of_a_cache_in_fp8_twice_as_much_fits():
+    some, in_fp8 = spare(gpus(20, 10)), spare(gpus(20, 10), FP8)
+    assert in_fp8 in (2 * some, 2 * some + 2048)
+
+
+@pytest.mark.parametrize(("kv_dtype", "positions"), [(torch.float16, 1000), (FP8, 2000)])
+def test_a_gpus_cache_is_counted_in_its_own_bytes(kv_dtype, positions, monkeypatch):
+    free = 1000 * 2 * 36 * 5120 * 2 / 0.85
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free + 1, free + 1))
+    gpu = torch.device("cuda")
+    assert build._default_kv_tokens(PYTHIA_12B, gpu, kv_dtype, max_sequences=32, num_ranks=1) == positions
 
 
 def test_places_are_described_by_layer():
@@ -224,3 +254,23 @@ def test_a_cpu_with_too_little_memory_reads_the_rest_from_disk(make_checkpoint, 
 def test_placement_options_are_refused_for_other_splits(make_checkpoint):
     with pytest.raises(UnsupportedOptionError, match="are for --split layers"):
         build_executor(make_checkpoint(), replace(OPTIONS, offload="disk"))
+
+
+@pytest.mark.parametrize("devices", [[DeviceMemory(CPU, 10**9)], gpus(1, cpu=1)], ids=["cpu", "gpu and cpu"])
+def test_a_cache_in_fp8_is_refused_where_a_layer_would_be_on_a_cpu(make_checkpoint, devices):
+    with pytest.raises(
+        UnsupportedOptionError, match="--kv-dtype fp8 needs every layer on a GPU: leave it out on a CPU"
+    ):
+        build_layered(make_checkpoint(), replace(OPTIONS, kv_dtype="fp8"), devices)
+
+
+def test_a_cache_in_fp8_is_refused_on_a_cpu(make_checkpoint):
+    with pytest.raises(UnsupportedOptionError, match="leave it out on a CPU"):
+        build_executor(make_checkpoint(), replace(OPTIONS, kv_dtype="fp8"))
+
+
+def test_the_caches_dtype_reaches_the_cache(make_checkpoint, monkeypatch):
+    monkeypatch.setattr(build, "_choose_kv_dtype", lambda *_: FP8)  # As on a GPU.
+    runner = build_executor(make_checkpoint(), OPTIONS)
+    assert [cache.dtype for cache in runner._cache] == [FP8]
+    assert runner.prompt_logits([*range(1, 50)]).isfinite().all()

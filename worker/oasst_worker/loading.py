@@ -81,6 +81,7 @@ def _build_engine(
     options = RuntimeOptions(
         device=settings.device,
         dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
         quantize=settings.quantize,
         batch_invariant=settings.batch_invariant,
         threads=settings.threads,

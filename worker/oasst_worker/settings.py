@@ -112,6 +112,10 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU."
     )
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="Of the KV cache. fp8: half of float16's memory, less exact; on a GPU. auto: as the weights.",
+    )
     quantize: Literal["int8"] | None = Field(
         None,
         description="Weights in 8 bits, a quarter of float32's memory and time to read; on a CPU. Unset: as they are.",

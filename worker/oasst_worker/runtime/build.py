@@ -4,10 +4,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from oasst_worker.model.attention import FP8, Attention, build_attention
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear, build_row_exact_linear
@@ -46,6 +48,7 @@ class UnsupportedOptionError(ValueError):
 class RuntimeOptions:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    kv_dtype: str = "auto"  # auto, fp8: of the KV cache; auto is `dtype`.
     quantize: str | None = None  # int8: weights of the linear layers, on a CPU.
     batch_invariant: bool = False  # On a GPU too, a sequence's bits do not depend on its batch.
     threads: int | None = None  # None is PyTorch's choice: one per core.
@@ -121,12 +124,13 @@ def build_layered(
     """As `build_executor`, the layers over these devices."""
     config = load_config(folder)
     dtype = _choose_dtype(options.dtype, devices[0].device, config)
+    kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype, *(each.device for each in devices))
     may_use_disk = options.offload == "disk"
     try:
         kv_tokens = options.kv_tokens or spare_kv_tokens(
-            config, dtype, devices, max_sequences=options.max_sequences, may_use_disk=may_use_disk
+            config, dtype, devices, kv_dtype=kv_dtype, max_sequences=options.max_sequences, may_use_disk=may_use_disk
         )
-        places = place_layers(config, dtype, devices, kv_tokens=kv_tokens, may_use_disk=may_use_disk)
+        places = place_layers(config, dtype, devices, kv_dtype=kv_dtype, kv_tokens=kv_tokens, may_use_disk=may_use_disk)
     except UnplacedError as error:
         raise UnsupportedOptionError(str(error)) from error
     _log.info("layers by device: %s", describe_places(places))
@@ -155,6 +159,7 @@ class OpenedShare:
     share: Share
     device: torch.device
     make_linear: Callable[..., Linear]
+    make_attention: Callable[..., Attention]
 
     def load(self, ranks: Ranks) -> NeoX:
         """The model, all of it in memory.
@@ -162,7 +167,7 @@ class OpenedShare:
         Raises:
             CheckpointError: as `build_executor`.
         """
-        model = NeoX(self.config, self.weights, self.make_linear, ranks=ranks)
+        model = NeoX(self.config, self.weights, self.make_linear, self.make_attention, ranks)
         is_promised = self.device.type == "cpu" or self.make_linear is build_row_exact_linear
         if is_promised and self.share.is_first and not model.is_row_exact():
             _log.warning("on this device a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
@@ -187,18 +192,20 @@ def open_share(
         device = torch.device("cuda", share.rank)
         torch.cuda.set_device(device)
     dtype = _choose_dtype(options.dtype, device, config)
+    kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     make_linear = _choose_linear(options, device)
     weights = open_weights(folder, config, dtype=dtype, device=device, share=share, places=places, progress=progress)
-    return OpenedShare(config, weights, share, device, make_linear)
+    return OpenedShare(config, weights, share, device, make_linear, partial(build_attention, kv_dtype=kv_dtype))
 
 
 def _make_runner(
     model: NeoX | SplitModel, config: NeoXConfig, options: RuntimeOptions, num_ranks: int, banned: Iterable[int]
 ) -> ModelRunner:
+    kv_dtype = _choose_kv_dtype(options.kv_dtype, model.dtype, model.device)
     kv_tokens = options.kv_tokens or _default_kv_tokens(
-        config, model.device, model.dtype, options.max_sequences, num_ranks
+        config, model.device, kv_dtype, options.max_sequences, num_ranks
     )
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
@@ -229,6 +236,17 @@ def _choose_dtype(name: str, device: torch.device, config: NeoXConfig) -> torch.
     return _DTYPES[name]
 
 
+def _choose_kv_dtype(name: str, dtype: torch.dtype, *devices: torch.device) -> torch.dtype:
+    """Of the cache on these devices, beside a model in `dtype`."""
+    if name == "auto":
+        return dtype
+    if any(device.type == "cpu" for device in devices):
+        raise UnsupportedOptionError(
+            f"--kv-dtype {name} needs every layer on a GPU: leave it out on a CPU, and with --offload"
+        )
+    return FP8
+
+
 def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..., Linear]:
     if options.quantize is None:
         return build_row_exact_linear if options.batch_invariant else build_linear
@@ -238,10 +256,10 @@ def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..
 
 
 def _default_kv_tokens(
-    config: NeoXConfig, device: torch.device, dtype: torch.dtype, max_sequences: int, num_ranks: int
+    config: NeoXConfig, device: torch.device, kv_dtype: torch.dtype, max_sequences: int, num_ranks: int
 ) -> int:
     """Every sequence at its longest, or as many positions as the memory of the device, or of the machine, allows."""
-    bytes_per_token = 2 * config.num_layers * config.hidden_size * dtype.itemsize
+    bytes_per_token = 2 * config.num_layers * config.hidden_size * kv_dtype.itemsize
     if device.type == "cuda":  # Each rank has a device of its own, and its share of each position.
         memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE) * num_ranks
     else:

@@ -79,7 +79,13 @@ def find_devices(device: torch.device, memory: Mapping[str, int], offload: str) 
 
 
 def spare_kv_tokens(
-    config: NeoXConfig, dtype: torch.dtype, devices: Sequence[DeviceMemory], *, max_sequences: int, may_use_disk: bool
+    config: NeoXConfig,
+    dtype: torch.dtype,
+    devices: Sequence[DeviceMemory],
+    *,
+    kv_dtype: torch.dtype,
+    max_sequences: int,
+    may_use_disk: bool,
 ) -> int:
     """Positions of KV cache: as many whole sequences as drive no layer away from where it is with room for one.
 
@@ -90,7 +96,7 @@ def spare_kv_tokens(
     def num_near(num_sequences: int) -> int:
         """Layers in memory of the first kind of device."""
         kv_tokens = num_sequences * config.max_positions
-        places = place_layers(config, dtype, devices, kv_tokens=kv_tokens, may_use_disk=may_use_disk)
+        places = place_layers(config, dtype, devices, kv_dtype=kv_dtype, kv_tokens=kv_tokens, may_use_disk=may_use_disk)
         kind = devices[0].device.type
         return sum(place.num_layers for place in places if place.is_kept and place.device.type == kind)
 
@@ -105,9 +111,15 @@ def spare_kv_tokens(
 
 
 def place_layers(
-    config: NeoXConfig, dtype: torch.dtype, devices: Sequence[DeviceMemory], *, kv_tokens: int, may_use_disk: bool
+    config: NeoXConfig,
+    dtype: torch.dtype,
+    devices: Sequence[DeviceMemory],
+    *,
+    kv_dtype: torch.dtype,
+    kv_tokens: int,
+    may_use_disk: bool,
 ) -> tuple[LayerPlace, ...]:
-    """The places of a model's layers, each with its cache of `kv_tokens` positions.
+    """The places of a model's layers, each with its cache of `kv_tokens` positions in `kv_dtype`.
 
     Rows pass the `devices` in order; embedding and head are on the first. accelerate balances the load over GPUs that
     have room for all of it, and keeps room for one more layer on the first, which a step's rows need.
@@ -115,7 +127,7 @@ def place_layers(
     Raises:
         UnplacedError: if not all has room, and the rest may not stay on disk.
     """
-    layer_bytes, cache_bytes = _layer_bytes(config, dtype), _cache_bytes(config, dtype) * kv_tokens
+    layer_bytes, cache_bytes = _layer_bytes(config, dtype), _cache_bytes(config, kv_dtype) * kv_tokens
     ends_bytes = _ends_bytes(config, dtype)
     memory = [each.num_bytes for each in devices]
     reserved = 0  # On the last device, for the cache of the layers on disk.
@@ -218,6 +230,6 @@ def _layer_bytes(config: NeoXConfig, dtype: torch.dtype) -> int:
     return dtype.itemsize * (4 * hidden * hidden + 2 * hidden * inner + 4 * hidden + biases)
 
 
-def _cache_bytes(config: NeoXConfig, dtype: torch.dtype) -> int:
+def _cache_bytes(config: NeoXConfig, kv_dtype: torch.dtype) -> int:
     """Of one position in one layer."""
-    return dtype.itemsize * 2 * config.hidden_size
+    return kv_dtype.itemsize * 2 * config.hidden_size

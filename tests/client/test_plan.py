@@ -114,6 +114,16 @@ def test_the_command_prints_a_choice_for_each_line() -> None:
     assert all(choice["cost_per_million_tokens"] > 0 for choice in choices)
 
 
+def test_of_a_cache_in_fp8_twice_as_many_chats_fit() -> None:
+    plan = ["plan", "--rate", "10", "--gpu", "A100-40", "--cards", "1", "--json"]
+    [plain], [in_fp8] = (
+        [json.loads(line) for line in CliRunner().invoke(app, [*plan, *more]).output.splitlines()]
+        for more in ([], ["--kv-dtype", "fp8"])
+    )
+    assert in_fp8["num_fitting"] in (2 * plain["num_fitting"], 2 * plain["num_fitting"] + 1)
+    assert in_fp8["worker_tokens_per_s"] > plain["worker_tokens_per_s"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

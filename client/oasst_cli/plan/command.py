@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ def plan(
         int | None, typer.Option(min=1, max=_MAX_CARDS, help="Cards of one worker; without it what fits best.")
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, max=1024, help="The worker's option of this name.")] = 64,
+    kv_dtype: Annotated[Literal["auto", "fp8"], typer.Option(help="The worker's option of this name.")] = "auto",
     token_ms: Annotated[float, typer.Option(min=1, help="The longest mean wait between two tokens.")] = 100.0,
     efficiency: Annotated[
         float, typer.Option(min=0.05, max=1, help="What the engine reaches of the card's floor.")
@@ -57,6 +58,7 @@ def plan(
             param_hint="--cards",
         )
     load = Load(rate, prompt, output)
+    model = dataclasses.replace(PYTHIA_12B, kv_bytes_per_value=1) if kv_dtype == "fp8" else PYTHIA_12B
     plans = [
         found
         for card in ([CARDS[gpu]] if gpu else CARDS.values())
@@ -64,7 +66,7 @@ def plan(
         if (
             found := make_plan(
                 load,
-                Machine(card, count, efficiency=efficiency),
+                Machine(card, count, model, efficiency),
                 max_sequences=max_sequences,
                 max_time_per_token_s=token_ms / 1000,
                 utilisation=utilisation,

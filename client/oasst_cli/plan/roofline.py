@@ -23,6 +23,7 @@ class ModelShape:
     max_positions: int
     num_heads: int
     bytes_per_value: int = 2
+    kv_bytes_per_value: int = 2
 
     @property
     def num_layer_values(self) -> int:
@@ -51,7 +52,7 @@ class ModelShape:
         >>> PYTHIA_12B.kv_bytes_per_token
         737280
         """
-        return 2 * self.num_layers * self.hidden_size * self.bytes_per_value
+        return 2 * self.num_layers * self.hidden_size * self.kv_bytes_per_value
 
 
 PYTHIA_12B = ModelShape(num_layers=36, hidden_size=5120, vocab_size=50288, max_positions=2048, num_heads=40)

@@ -1,13 +1,19 @@
-"""What bf16 and int8 weights cost: how far a checkpoint's greedy answers and its probabilities leave those of fp32."""
+"""What bf16, int8 weights and a KV cache in fp8 cost: how far greedy answers and probabilities leave those of fp32."""
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from oasst_worker.engine import EngineConfig
+from oasst_worker.model.attention import FP8, PlainAttention
 from oasst_worker.model.config import load_config
+from oasst_worker.model.inputs import BLOCK_SIZE
+from oasst_worker.model.neox import NeoX
+from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -18,11 +24,27 @@ from bench.engine import generate_greedily
 __all__ = ["AgreementRow", "agreement_table", "measure_agreement"]
 
 _DIALOGUES = DEMO.parent / "dialogues.jsonl"
-_REFERENCE = RuntimeOptions(device="cpu", dtype="float32", kv_tokens=16384)
-_VARIANTS = {
-    "bf16": RuntimeOptions(device="cpu", dtype="bfloat16", kv_tokens=16384),
-    "int8, fp32 rows": RuntimeOptions(device="cpu", dtype="float32", quantize="int8", kv_tokens=16384),
-    "int8, bf16 rows": RuntimeOptions(device="cpu", dtype="bfloat16", quantize="int8", kv_tokens=16384),
+_KV_TOKENS = 16384
+
+
+def _served(folder: Path, dtype: str, quantize: str | None = None) -> ModelRunner:
+    return build_executor(folder, RuntimeOptions("cpu", dtype, quantize=quantize, kv_tokens=_KV_TOKENS))
+
+
+def _with_fp8_cache(folder: Path, dtype: torch.dtype) -> ModelRunner:
+    """As on a GPU, by the plain path: on a CPU the worker does not offer it."""
+    config = load_config(folder)
+    weights = load_weights(folder, config, dtype=dtype)
+    model = NeoX(config, weights, make_attention=partial(PlainAttention, kv_dtype=FP8))
+    return ModelRunner(model, num_blocks=_KV_TOKENS // BLOCK_SIZE)
+
+
+_VARIANTS: dict[str, Callable[[Path], ModelRunner]] = {
+    "bf16": partial(_served, dtype="bfloat16"),
+    "int8, fp32 rows": partial(_served, dtype="float32", quantize="int8"),
+    "int8, bf16 rows": partial(_served, dtype="bfloat16", quantize="int8"),
+    "fp8 cache, fp32 rows": partial(_with_fp8_cache, dtype=torch.float32),
+    "fp8 cache, bf16 rows": partial(_with_fp8_cache, dtype=torch.bfloat16),
 }
 
 
@@ -47,13 +69,13 @@ def measure_agreement(
     model = load_config(folder)
     prompts = _questions(count) if folder == DEMO else random_prompts(count, prompt_tokens, model.vocab_size)
     config = EngineConfig(model.eos_token_id, model.max_positions, max_sequences=count)
-    reference = build_executor(folder, _REFERENCE)
+    reference = _served(folder, "float32")
     expected, _ = generate_greedily(reference, config, prompts, new_tokens)
     texts = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
     wanted = _log_probabilities(reference, texts, prompts)
     rows = []
-    for variant, options in _VARIANTS.items():
-        runner = build_executor(folder, options)
+    for variant, build in _VARIANTS.items():
+        runner = build(folder)
         answers, _ = generate_greedily(runner, config, prompts, new_tokens)
         given = _log_probabilities(runner, texts, prompts)
         pairs = list(zip(expected, answers, strict=True))

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import transformers
 from oasst_cli.plan.roofline import Card, Link, Machine, ModelShape, StepWork
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.model.attention import FP8, build_attention
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_row_exact_linear
@@ -85,7 +87,7 @@ SHAPES = {
 class StepRow:
     """A kind of step: milliseconds, and what the card allows for its lengths."""
 
-    linears: str
+    way: str  # How the model is computed.
     kind: str
     sequences: int
     context: int
@@ -141,17 +143,27 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
         f" reads {card.read_bytes_per_s / 1e9:.0f} GB/s, multiplies {card.flop_per_s / 1e12:.2f} TFLOP/s"
     )
     console.print(about)
-    model_shape = ModelShape(shape.num_layers, shape.hidden_size, shape.vocab_size, shape.max_positions, dtype.itemsize)
-    machine = Machine(card, model=model_shape, efficiency=1.0)
-
+    model_shape = ModelShape(
+        shape.num_layers,
+        shape.hidden_size,
+        shape.vocab_size,
+        shape.max_positions,
+        shape.num_heads,
+        bytes_per_value=dtype.itemsize,
+    )
     reference = random_model(shape, device, dtype)
     config, weights = share_weights(reference)
-    ways: dict[str, Callable[..., Linear]] = {"plain": build_linear, "row-exact": build_row_exact_linear}
+    ways: dict[str, tuple[Callable[..., Linear], torch.dtype]] = {
+        "plain": (build_linear, dtype),
+        "row-exact": (build_row_exact_linear, dtype),
+        "fp8 cache": (build_linear, FP8),
+    }
     steps: list[StepRow] = []
-    for linears, make_linear in ways.items():
-        model = NeoX(config, weights, make_linear)
-        console.print(f"{linears} linears: rows {'do not' if model.is_row_exact() else 'do'} change each other's bits")
-        steps += measure_steps(model, linears, machine, shape)
+    for way, (make_linear, kv_dtype) in ways.items():
+        model = NeoX(config, weights, make_linear, partial(build_attention, kv_dtype=kv_dtype))
+        console.print(f"{way}: rows {'do not' if model.is_row_exact() else 'do'} change each other's bits")
+        of_way = dataclasses.replace(model_shape, kv_bytes_per_value=kv_dtype.itemsize)
+        steps += measure_steps(model, way, Machine(card, model=of_way, efficiency=1.0), shape)
     console.print(steps_table(steps))
 
     model = NeoX(config, weights)
@@ -228,7 +240,7 @@ def _share_layer(layer: GPTNeoXLayer, num_heads: int) -> LayerWeights:
     )
 
 
-def measure_steps(model: NeoX, linears: str, machine: Machine, shape: Shape) -> Iterator[StepRow]:
+def measure_steps(model: NeoX, way: str, machine: Machine, shape: Shape) -> Iterator[StepRow]:
     """Decode at each context and batch that the memory holds, and one prompt."""
     for context in shape.contexts:
         for batch in shape.batches:
@@ -237,11 +249,11 @@ def measure_steps(model: NeoX, linears: str, machine: Machine, shape: Shape) -> 
             if measured is not None:
                 step_s = statistics.median(seconds for seconds, _ in measured)
                 floor_s = statistics.median(machine.step_s(work) for _, work in measured)
-                yield StepRow(linears, "decode", batch, context, step_s * 1e3, floor_s * 1e3)
+                yield StepRow(way, "decode", batch, context, step_s * 1e3, floor_s * 1e3)
     prompt_s = min(_prefill_s(model, shape.prompt_tokens) for _ in range(3))
     length = shape.prompt_tokens
     floor_s = machine.step_s(StepWork(length, 1, 0, length * (length + 1) / 2))
-    yield StepRow(linears, "prefill", 1, length, prompt_s * 1e3, floor_s * 1e3)
+    yield StepRow(way, "prefill", 1, length, prompt_s * 1e3, floor_s * 1e3)
 
 
 def measure_mixed(model: NeoX, shape: Shape) -> MixedRow:
@@ -297,11 +309,11 @@ def _compare(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, batch: in
 
 
 def steps_table(rows: list[StepRow]) -> Table:
-    table = Table(title="A step: ms, and its share of what this card allows for the same lengths")
+    table = Table(title="A step: ms, and its share of what this card allows for the same lengths", padding=0)
     for heading in ("step", "sequences", "tokens each"):
         table.add_column(heading, justify="right")
-    for linears in dict.fromkeys(row.linears for row in rows):
-        table.add_column(f"{linears}, ms", justify="right")
+    for way in dict.fromkeys(row.way for row in rows):
+        table.add_column(f"{way}, ms", justify="right")
         table.add_column("tokens/s", justify="right")
         table.add_column("of the floor", justify="right")
     by_kind: dict[tuple[str, int, int], list[StepRow]] = {}

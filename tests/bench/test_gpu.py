@@ -15,12 +15,10 @@ def test_every_part_of_it_measures_something(tmp_path, monkeypatch):
     assert gpu.main() == 0
     figures = json.loads(file.read_text())
     shape = gpu.SHAPES["tiny"]
-    decoded = {
-        (row["linears"], row["context"], row["sequences"]) for row in figures["steps"] if row["kind"] == "decode"
-    }
+    decoded = {(row["way"], row["context"], row["sequences"]) for row in figures["steps"] if row["kind"] == "decode"}
     assert decoded == {
-        (linears, context, batch)
-        for linears in ("plain", "row-exact")
+        (way, context, batch)
+        for way in ("plain", "row-exact", "fp8 cache")
         for context in shape.contexts
         for batch in shape.batches
     }

@@ -186,3 +186,32 @@ def test_a_batch_follows_none_that_draws_nothing(model):
     runner = ModelRunner(model, num_blocks=8, looks_ahead=True)
     with pytest.raises(TypeError, match="no batch can follow"):
         runner.launch_behind(Batch(()), Computed(()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for_while_steps_are_launched(make_checkpoint, monkeypatch):
+    folder = make_checkpoint()
+    config = load_config(folder)
+    weights = load_weights(folder, config, dtype=torch.float16, device=torch.device("cuda"))
+    runner = ModelRunner(NeoX(config, weights), num_blocks=64, max_decoding=4)
+    runner.make_buckets()
+    launch_behind = runner.launch_behind
+    num_launched = 0
+
+    def launch_without_waiting(batch, before):
+        nonlocal num_launched
+        num_launched += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch_behind(batch, before)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(runner, "launch_behind", launch_without_waiting)
+    engine = make_engine(runner)
+    for number, preset in enumerate(("k50", "nucleus9", "typical2")):
+        params = {**PRESETS[preset], "max_new_tokens": 12}
+        engine.add(Sequence(preset, [1, 2, 3], GenerationParams(seed=number, ignore_eos=True, **params)))
+    while engine.has_work():
+        engine.step()
+    assert num_launched > 8

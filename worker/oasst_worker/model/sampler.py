@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,15 +98,33 @@ class Sampler:
         """
         if logits.shape != (len(rows), self._vocab_size):
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
-        is_good = logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite()  # A NaN is both.
         asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
         log_probabilities = _take(logits, asking).log_softmax(dim=1) if asking else None
+        is_greedy = all(_is_greedy(row.params) for row in rows)
+        draw_at_once = self._take_best if is_greedy and logits.device.type == "cpu" else self._draw_at_once
+        return Draw(logits, rows, draw_at_once(logits, rows, last_ids), log_probabilities)
 
+    def _draw_at_once(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> Tensor:
+        """Returns what a `Draw` is told of each row, without waiting for the device."""
+        is_good = logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite()  # A NaN is both.
+        self._process(logits, rows, last_ids)
+        is_good &= _is_drawable(logits, rows)
+        token_ids, is_decided = _draw_groups(logits, rows)
+        return torch.stack((token_ids, is_decided, is_good))
+
+    def _take_best(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> Tensor:
+        """The same for greedy rows on a CPU, by NumPy: fewer calls, and its search takes a sixth of the time."""
+        scores = logits.numpy()
+        is_good = np.isfinite(scores.min(axis=1)) & np.isfinite(scores.max(axis=1))
+        self._process(logits, rows, last_ids)
+        token_ids = scores.argmax(axis=1)  # The first of the highest, or of NaNs.
+        is_good &= np.isfinite(scores[np.arange(len(rows)), token_ids])
+        return torch.from_numpy(np.stack((token_ids, np.ones_like(token_ids), is_good)))
+
+    def _process(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> None:
+        """Everything that comes before temperature, in place."""
         _penalize(logits, rows, last_ids)
         logits.index_fill_(1, self._banned_token_ids, -torch.inf)
-        is_good &= _is_drawable(logits, rows)
-        token_ids, is_decided = _draw_at_once(logits, rows)
-        return Draw(logits, rows, token_ids, Fetch(torch.stack((token_ids, is_decided, is_good))), log_probabilities)
 
 
 class Draw:
@@ -115,16 +134,15 @@ class Draw:
         self,
         logits: Tensor,
         rows: Sequence[SamplingRow],
-        token_ids: Tensor,
-        fetch: Fetch,
+        told: Tensor,
         log_probabilities: Tensor | None,
     ) -> None:
-        """`fetch` brings token ids, which of them are decided, and which rows may be drawn from at all."""
+        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all."""
         # [rows] int64 on the device; those of undecided rows mean nothing.
-        self.token_ids = token_ids
+        self.token_ids = told[0]
         self._logits = logits
         self._rows = rows
-        self._fetch = fetch
+        self._fetch = Fetch(told)
         self._log_probabilities = log_probabilities
 
     @torch.inference_mode()
@@ -210,7 +228,7 @@ def _values(values: Iterable[float], logits: Tensor) -> Tensor:
     return to_device(list(values), logits.dtype, logits.device)
 
 
-def _draw_at_once(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+def _draw_groups(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
     """Returns each row's token, [rows] int64, and which of them are decided, [rows] bool; waits for neither."""
     kinds: dict[int | None, list[int]] = {}  # Length of the prefix -> rows; None for greedy ones.
     for index, row in enumerate(rows):
@@ -231,8 +249,7 @@ def _draw_at_once(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, 
 
 def _draw_group(logits: Tensor, rows: Sequence[SamplingRow], size: int | None) -> tuple[Tensor, Tensor]:
     if size is None:
-        # The first of the highest, as argmax finds it; on a CPU in a third of its time.
-        token_ids = logits.max(dim=1).indices
+        token_ids = logits.max(dim=1).indices  # The first of the highest.
         return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
     columns = Columns.of([row.params for row in rows], [row.uniform for row in rows], logits.device)
     return draw_from_prefix(logits, columns, size)

@@ -100,6 +100,16 @@ class StepRow:
 
 
 @dataclass(frozen=True)
+class LookaheadRow:
+    """A decode step, launched before the last one was waited for, and after."""
+
+    sequences: int
+    context: int
+    ahead_ms: float
+    after_ms: float
+
+
+@dataclass(frozen=True)
 class MixedRow:
     """Requests of mixed lengths, as many running as fit, beside as many that decode and do nothing else."""
 
@@ -167,13 +177,15 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
     console.print(steps_table(steps))
 
     model = NeoX(config, weights)
+    lookahead = list(measure_lookahead(model, shape))
+    console.print(lookahead_table(lookahead))
     mixed = _if_it_fits("a load of mixed lengths", measure_mixed, model, shape)
     if mixed:
         console.print(mixed_table(mixed))
     peers = measure_peers(model, reference, shape, rounds)
     if peers:
         console.print(engine_table(peers, dtype_name))
-    rows = {"steps": steps, "mixed": [mixed] if mixed else [], "peers": peers}
+    rows = {"steps": steps, "lookahead": lookahead, "mixed": [mixed] if mixed else [], "peers": peers}
     return {"about": about} | {part: [dataclasses.asdict(row) for row in of_part] for part, of_part in rows.items()}
 
 
@@ -256,6 +268,20 @@ def measure_steps(model: NeoX, way: str, machine: Machine, shape: Shape) -> Iter
     yield StepRow(way, "prefill", 1, length, prompt_s * 1e3, floor_s * 1e3)
 
 
+def measure_lookahead(model: NeoX, shape: Shape) -> Iterator[LookaheadRow]:
+    """At the shortest context, where Python's share of a step is largest; both ways in turn, medians of all steps."""
+    context = shape.contexts[0]
+    for batch in shape.batches:
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for looks_ahead in (True, False, False, True):
+            what = f"decode of {batch} sequences of {context} tokens"
+            measured = _if_it_fits(what, _decode_steps, model, batch, context, shape.steps, looks_ahead)
+            seconds[looks_ahead] += [step_s for step_s, _ in measured or ()]
+        if all(seconds.values()):
+            ahead_s, after_s = (statistics.median(seconds[looks_ahead]) for looks_ahead in (True, False))
+            yield LookaheadRow(batch, context, ahead_s * 1e3, after_s * 1e3)
+
+
 def measure_mixed(model: NeoX, shape: Shape) -> MixedRow:
     """From when all places are taken until no request waits any more."""
     lengths = torch.randint(shape.max_positions // 16, shape.max_positions // 2, (4 * shape.mixed_batch, 2))
@@ -328,6 +354,18 @@ def steps_table(rows: list[StepRow]) -> Table:
     return table
 
 
+def lookahead_table(rows: list[LookaheadRow]) -> Table:
+    table = Table(title="A decode step launched before the last one was waited for, and after: ms")
+    for heading in ("sequences", "tokens each", "before", "after", "ratio"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ratio = row.after_ms / row.ahead_ms
+        table.add_row(
+            str(row.sequences), str(row.context), f"{row.ahead_ms:.2f}", f"{row.after_ms:.2f}", f"{ratio:.2f}"
+        )
+    return table
+
+
 def mixed_table(row: MixedRow) -> Table:
     table = Table(title="Requests of mixed lengths, prefill included, beside steady decode at their mean context")
     for heading in ("sequences", "tokens/s", "steady tokens/s", "of it", "KV cache wasted"):
@@ -342,12 +380,14 @@ def mixed_table(row: MixedRow) -> Table:
     return table
 
 
-def _decode_steps(model: NeoX, batch: int, context: int, steps: int) -> list[tuple[float, StepWork]]:
+def _decode_steps(
+    model: NeoX, batch: int, context: int, steps: int, looks_ahead: bool | None = None
+) -> list[tuple[float, StepWork]]:
     """So many steps of sequences that decode and do nothing else, each with its seconds."""
     # While the last prompts come in the first sequences decode.
     prefill_steps = -(-batch * context // STEP_TOKENS)
     new_tokens = prefill_steps + steps + 2
-    runner = _runner(model, batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1), batch)
+    runner = _runner(model, batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1), batch, looks_ahead)
     engine = Engine(runner, _engine_config(model, batch))
     for number, prompt in enumerate(random_prompts(batch, context, model.config.vocab_size)):
         engine.add(Sequence(str(number), prompt, _params(new_tokens)))
@@ -377,9 +417,9 @@ def _prefill_s(model: NeoX, length: int) -> float:
     return time.perf_counter() - start
 
 
-def _runner(model: NeoX, num_blocks: int, max_sequences: int) -> ModelRunner:
+def _runner(model: NeoX, num_blocks: int, max_sequences: int, looks_ahead: bool | None = None) -> ModelRunner:
     """As a worker makes it; a bucket is made when it is first needed, before anything is timed."""
-    return ModelRunner(model, num_blocks=num_blocks, max_decoding=max_sequences)
+    return ModelRunner(model, num_blocks=num_blocks, max_decoding=max_sequences, looks_ahead=looks_ahead)
 
 
 def _engine_config(model: NeoX, max_sequences: int) -> EngineConfig:

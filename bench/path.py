@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -45,10 +46,10 @@ class PathRow:
 
 
 @contextmanager
-def running_stack(model: Path, *options: str) -> Iterator[dict[str, Any]]:
-    """`oasst up` serves this model; what it says of itself."""
+def running_stack(model: Path, **environment: str) -> Iterator[dict[str, Any]]:
+    """`oasst up` serves this model, its environment ours and this; what it says of itself."""
     command = [sys.executable, "-m", "oasst_cli", "up", "--json", "--listen", "127.0.0.1:0", "--model", str(model)]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line:
@@ -76,7 +77,7 @@ def measure_path(name: str, folder: Path, *, streams: int, prompt_tokens: int, n
         return random_prompts(number, prompt_tokens, tokenizer_size, seed=next(seeds))
 
     times: dict[str, list[float]] = {"path": [], "engine": [], "path first": [], "engine first": []}
-    with running_stack(folder) as stack:
+    with running_stack(folder, OASST_WORKER_SPECULATE="0") as stack:  # Nor does the engine guess.
         address = stack["addresses"][0]
         warm_up = new_prompts(streams)
         asyncio.run(_through_the_path(address, warm_up, 4))

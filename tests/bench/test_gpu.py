@@ -24,6 +24,7 @@ def test_every_part_of_it_measures_something(tmp_path, monkeypatch):
     }
     assert [row["concurrent"] for row in figures["peers"]] == list(shape.batches)
     assert all(set(row["same_tokens"].values()) == {1.0} for row in figures["peers"])
+    assert [row["sequences"] for row in figures["lookahead"]] == list(shape.batches)
     assert 0 < figures["mixed"][0]["kv_waste"] < 0.5
 
 

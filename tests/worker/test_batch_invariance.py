@@ -246,15 +246,16 @@ class CrampedRunner(ModelRunner):
 
     num_batches = 0
 
-    def _forward(self, batch: Batch, *, every_row: bool = False) -> torch.Tensor:
+    def _forward(self, batch: Batch, **options) -> torch.Tensor:
         self.num_batches += 1
-        logits = super()._forward(batch, every_row=every_row)
+        logits = super()._forward(batch, **options)
         if self.num_batches % 5 == 0 and len(batch.chunks) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
 
 
-def test_a_device_without_memory_for_some_batches_gives_the_same_tokens():
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_a_device_without_memory_for_some_batches_gives_the_same_tokens(looks_ahead):
     model = make_model(torch.float32, compiled_attention, **SHAPES["heads of 64"])
     jobs = make_jobs(model.config.vocab_size)
 
@@ -269,7 +270,7 @@ def test_a_device_without_memory_for_some_batches_gives_the_same_tokens():
                 drawn[output.sequence_id].append(output.token_id)
         return drawn, engine
 
-    cramped, engine = tokens(CrampedRunner(model, num_blocks=1024))
+    cramped, engine = tokens(CrampedRunner(model, num_blocks=1024, looks_ahead=looks_ahead))
     assert engine.num_out_of_memory > 2
     assert cramped == tokens(ModelRunner(model, num_blocks=1024))[0]
 

@@ -25,11 +25,11 @@ class RecordingRunner(ModelRunner):
         super().__init__(model, num_blocks=40, **options)
         self.logits: dict[str, list[torch.Tensor]] = {}
 
-    def _sample(self, batch, logits):
+    def _draw(self, batch, logits, last_ids=None):
         drawing = [chunk.sequence.sequence_id for chunk in batch.chunks if chunk.draws]
         for name, row in zip(drawing, logits, strict=True):
             self.logits.setdefault(name, []).append(row.clone())
-        return super()._sample(batch, logits)
+        return super()._draw(batch, logits, last_ids)
 
 
 @pytest.fixture
@@ -77,10 +77,11 @@ def generate(runner: RecordingRunner) -> dict[str, list[torch.Tensor]]:
     return runner.logits
 
 
-def test_a_sequence_has_the_same_bits_in_buckets_and_a_bucket_is_recorded_once(model, recordings):
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_a_sequence_has_the_same_bits_in_buckets_and_a_bucket_is_recorded_once(model, recordings, looks_ahead):
     expected = generate(RecordingRunner(model))
     assert recordings == []
-    outcome = generate(RecordingRunner(model, max_decoding=5))
+    outcome = generate(RecordingRunner(model, max_decoding=5, looks_ahead=looks_ahead))
     assert len(recordings) == 4  # Of 8, 4, 2 and 1 rows.
     assert all(recordings)
     for name, rows in expected.items():

@@ -1,6 +1,17 @@
 """Decides what each step computes. Standard library only: the tensors live in `oasst_worker.runtime`."""
 
-from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, Scores, TokenLogprob
+from oasst_worker.engine.batch import (
+    Batch,
+    Chunk,
+    Computed,
+    Executor,
+    Launched,
+    LookaheadExecutor,
+    OutOfDeviceMemoryError,
+    Sample,
+    Scores,
+    TokenLogprob,
+)
 from oasst_worker.engine.engine import (
     Engine,
     EngineConfig,
@@ -16,11 +27,14 @@ from oasst_worker.engine.sequence import Sequence
 __all__ = [
     "Batch",
     "Chunk",
+    "Computed",
     "Engine",
     "EngineConfig",
     "Executor",
     "FinishReason",
     "GenerationParams",
+    "Launched",
+    "LookaheadExecutor",
     "OutOfDeviceMemoryError",
     "Sample",
     "ScoreOutput",

@@ -2,12 +2,23 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from oasst_worker.engine.scoring import ScoringSequence, Target, TargetScore
 from oasst_worker.engine.sequence import Sequence
 
-__all__ = ["Batch", "Chunk", "Executor", "OutOfDeviceMemoryError", "Sample", "Scores", "TokenLogprob"]
+__all__ = [
+    "Batch",
+    "Chunk",
+    "Computed",
+    "Executor",
+    "Launched",
+    "LookaheadExecutor",
+    "OutOfDeviceMemoryError",
+    "Sample",
+    "Scores",
+    "TokenLogprob",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +47,13 @@ class Chunk:
 
     @property
     def draws(self) -> bool:
-        """The chunk ends with the sequence's last token, so the next one is drawn."""
-        return self.end == self.sequence.num_tokens and not isinstance(self.sequence, ScoringSequence)
+        """The chunk ends with the sequence's last token, or the one being drawn, so the next one is drawn."""
+        return self.end >= self.sequence.num_tokens and not isinstance(self.sequence, ScoringSequence)
+
+    @property
+    def num_results(self) -> int:
+        """What an executor gives for the chunk: a sample for each draw, or scores, or nothing."""
+        return self.num_draws or bool(self.targets)
 
     @property
     def targets(self) -> Items[Target]:
@@ -123,4 +139,46 @@ class Executor(Protocol):
         Raises:
             OutOfDeviceMemoryError: if a smaller batch may succeed. Nothing is drawn; what was written is written again.
         """
+        ...
+
+
+class Launched(Protocol):
+    """A batch that is being computed."""
+
+    def wait(self) -> Items[Sample | Scores | None]:
+        """What `Executor.execute` returns, once it is there; to be called once, and in the order of launches.
+
+        None stands for what was drawn behind another token than its sequence got: that is to be computed again.
+
+        Raises:
+            OutOfDeviceMemoryError: as `Executor.execute`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A batch whose results were there at once."""
+
+    results: Items[Sample | Scores]
+
+    def wait(self) -> Items[Sample | Scores]:
+        return self.results
+
+
+@runtime_checkable
+class LookaheadExecutor(Executor, Protocol):
+    """An executor whose device computes while the host goes on."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """A batch behind the one that is being computed saves time."""
+        ...
+
+    def launch(self, batch: Batch) -> Launched:
+        """As `execute`, without waiting for it."""
+        ...
+
+    def launch_behind(self, batch: Batch, before: Launched) -> Launched:
+        """As `launch`, where every chunk is the token that the batch before draws for its sequence."""
         ...

@@ -1,13 +1,29 @@
-"""The engine: schedule, execute, update, every step."""
+"""The engine: schedule, execute, update, every step.
+
+Where the device computes by itself, the next step is launched before this one is waited for.
+"""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
-from oasst_worker.engine.batch import Batch, Chunk, Executor, OutOfDeviceMemoryError, Sample, Scores, TokenLogprob
+from oasst_worker.engine.batch import (
+    Batch,
+    Chunk,
+    Computed,
+    Executor,
+    Launched,
+    LookaheadExecutor,
+    OutOfDeviceMemoryError,
+    Sample,
+    Scores,
+    TokenLogprob,
+)
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.scheduler import Scheduler
@@ -62,6 +78,15 @@ class ScoreOutput:
 _NOT_FINITE = "the logits are not finite numbers"
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that has begun."""
+
+    batch: Batch
+    launched: Launched
+    started_s: float
+
+
 class Engine:
     """Continuous batching over an executor. Not thread-safe: one thread owns it.
 
@@ -81,6 +106,7 @@ class Engine:
         """
         self.config = config
         self._executor = executor
+        self._lookahead = executor if isinstance(executor, LookaheadExecutor) and executor.looks_ahead else None
         self._clock = clock
         self._scheduler = Scheduler(
             BlockPool(executor.num_blocks, executor.block_size),
@@ -93,6 +119,8 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}
         self.last_batch = Batch(())
+        self._ahead: _Step | None = None  # Launched behind the last one that was waited for.
+        self._ended_s = float("-inf")  # When that was.
         # Batches that the device had no memory for.
         self.num_out_of_memory = 0
 
@@ -174,38 +202,75 @@ class Engine:
         Raises:
             OutOfDeviceMemoryError: if the device has no memory even for the smallest batch.
         """
-        batch = self._scheduler.schedule()
-        while batch.chunks:
+        step, self._ahead = self._ahead or self._launch(), None
+        self.last_batch = step.batch if step else Batch(())
+        if step is None:
+            return []
+        self._ahead = self._launch_behind(step)
+        try:
+            results = step.launched.wait()
+        except OutOfDeviceMemoryError as error:
+            self._ahead = None
+            self._shrink(step.batch, error)
+            return []
+        now_s = self._clock()
+        self._scheduler.cost.record(step.batch.num_tokens, now_s - max(step.started_s, self._ended_s))
+        self._ended_s = now_s
+        outputs = self._update(step.batch, results)
+        if not self._sequences:
+            self._ahead = None
+        return outputs
+
+    def _launch(self) -> "_Step | None":
+        """The next step has begun; None if there is none to take."""
+        while (batch := self._scheduler.schedule()).chunks:
             started_s = self._clock()
             try:
-                results = self._executor.execute(batch)
+                if self._lookahead:
+                    return _Step(batch, self._lookahead.launch(batch), started_s)
+                return _Step(batch, Computed(self._executor.execute(batch)), started_s)
             except OutOfDeviceMemoryError as error:
-                batch = self._schedule_smaller(batch, error)
-            else:
-                self._scheduler.cost.record(batch.num_tokens, self._clock() - started_s)
-                break
-        self.last_batch = batch
-        return self._update(batch, results) if batch.chunks else []
+                self._shrink(batch, error)
+        return None
 
-    def _schedule_smaller(self, failed: Batch, error: OutOfDeviceMemoryError) -> Batch:
+    def _launch_behind(self, step: "_Step") -> "_Step | None":
+        """What follows the step has begun, if that is known already."""
+        if self._lookahead is None:
+            return None
+        batch = self._scheduler.schedule_behind(step.batch)
+        if not batch.chunks:
+            return None
+        started_s = self._clock()
+        with suppress(OutOfDeviceMemoryError):  # It comes once this one's memory is free.
+            return _Step(batch, self._lookahead.launch_behind(batch, step.launched), started_s)
+        return None
+
+    def _shrink(self, failed: Batch, error: OutOfDeviceMemoryError) -> None:
         self.num_out_of_memory += 1
         logger.warning("no memory for a step sequences=%d tokens=%d: %s", len(failed.chunks), failed.num_tokens, error)
         if not self._scheduler.shrink(failed):
             raise error
-        return self._scheduler.schedule()
 
-    def _update(self, batch: Batch, results: Items[Sample | Scores]) -> list[TokenOutput | ScoreOutput]:
+    def _update(self, batch: Batch, results: Items[Sample | Scores | None]) -> list[TokenOutput | ScoreOutput]:
         self._scheduler.record_good_step()
         of_chunks = iter(results)
         outputs: list[TokenOutput | ScoreOutput] = []
         for chunk in batch.chunks:
+            given = [result for result in islice(of_chunks, chunk.num_results) if result is not None]
+            if len(given) < chunk.num_results or not self._is_current(chunk):
+                continue
             if chunk.draws:
-                outputs += self._take_samples(chunk, [next(of_chunks) for _ in range(chunk.num_draws)])
+                outputs += self._take_samples(chunk, given)
                 continue
             self._scheduler.record_computed(chunk)
-            if chunk.targets and (output := self._take_scores(chunk, next(of_chunks))) is not None:
+            if given and (output := self._take_scores(chunk, given[0])) is not None:
                 outputs.append(output)
         return outputs
+
+    def _is_current(self, chunk: Chunk) -> bool:
+        """The sequence has not ended or been preempted since the chunk was launched."""
+        sequence = chunk.sequence
+        return self._sequences.get(sequence.sequence_id) is sequence and sequence.num_computed == chunk.start
 
     def _take_scores(self, chunk: Chunk, scores: Sample | Scores) -> ScoreOutput | None:
         """Keeps the chunk's scores; tells them all once the sequence has ended."""

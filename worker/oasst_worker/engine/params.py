@@ -27,3 +27,8 @@ class GenerationParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None  # Alternatives to return with each token; None returns no log-probabilities.
+
+    @property
+    def counts_tokens(self) -> bool:
+        """A draw depends on how often each token was generated before."""
+        return bool(self.presence_penalty or self.frequency_penalty)

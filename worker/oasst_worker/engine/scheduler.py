@@ -54,6 +54,7 @@ class Scheduler:
       while.
     - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is
       preempted first. Beside sequences that generate it makes a step no longer than that either.
+    - While all that run decode and nobody waits, the next step is known before this one has ended.
     - Where a step is small, what sequences that decode may say next is guessed and computed with it, if there are
       blocks to spare.
     """
@@ -154,6 +155,23 @@ class Scheduler:
         if self._speculates:
             self._speculate(chunks)
         return Batch(tuple(chunks.values()))
+
+    def schedule_behind(self, batch: Batch) -> Batch:
+        """The step behind one whose tokens are not there yet: all go on, but for those that draw their last now.
+
+        Empty where that step could not be the one `schedule` would give: while somebody waits or has a prompt to
+        compute, where a draw counts the tokens before it, and where a sequence would have to be preempted.
+        """
+        running = self._generating.running
+        drawing = {chunk.sequence for chunk in batch.chunks if chunk.num_draws == 1 and _ends_its_sequence(chunk)}
+        if self.num_waiting or self._scoring.running or self._speculates or not drawing.issuperset(running):
+            return Batch(())
+        going_on = [each for each in running if each.num_output_tokens + 1 < each.params.max_new_tokens]
+        if any(each.params.counts_tokens for each in going_on):
+            return Batch(())
+        if not all(self._grow_to_spare(each, each.num_tokens + 1) for each in going_on):
+            return Batch(())
+        return Batch(tuple(Chunk(each, each.num_tokens, each.num_tokens + 1) for each in going_on))
 
     def shrink(self, failed: Batch) -> bool:
         """The next batch is half as large as this one, for which there was no memory; the youngest wait for theirs.
@@ -304,7 +322,7 @@ class Scheduler:
         for sequence, chunk in chunks.items():
             if chunk.num_tokens > 1 or not chunk.draws:
                 continue
-            drafts = self.speculator.draft(sequence, num_rows=num_rows)
+            drafts = self.speculator.draft(sequence, num_rows=num_rows)[: self._limits.step_tokens - num_rows]
             if drafts and self._grow_to_spare(sequence, chunk.end + len(drafts)):
                 chunks[sequence] = replace(chunk, drafts=drafts)
                 num_rows += len(drafts)
@@ -341,3 +359,7 @@ class Scheduler:
         sequence.num_computed = 0
         insort(self._lane_of(sequence).waiting, sequence, key=attrgetter("arrival"))
         self.num_preemptions += 1
+
+
+def _ends_its_sequence(chunk: Chunk) -> bool:
+    return chunk.end == chunk.sequence.num_tokens

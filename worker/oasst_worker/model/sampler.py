@@ -9,16 +9,19 @@ temperature, top_k, top_p, min_p, typical_p. Temperature 0 takes the most likely
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oasst_worker.model.philox import uniform_for
 from oasst_worker.model.shortcuts import Columns, draw_from_bucket, draw_from_prefix
+from oasst_worker.model.transfer import Fetch, to_device
 from oasst_worker.model.warpers import SamplingSpec, draw, warp
 
 __all__ = [
+    "Draw",
     "Sampled",
     "Sampler",
     "SamplingRow",
@@ -66,6 +69,8 @@ class Sampled:
     token_ids: list[int | None]
     # None where the row asked for none or drew nothing.
     logprobs: list[TokenLogprob | None]
+    # What the device told before anybody looked: another token where that did not decide the row.
+    at_once: list[int]
 
     @property
     def bad_rows(self) -> list[int]:
@@ -81,24 +86,81 @@ class Sampler:
         self._vocab_size = vocab_size
         self._banned_token_ids = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         """Returns one token per row of `logits` [rows, vocab] fp32, which are overwritten."""
+        return self.launch(logits, rows).wait()
+
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None = None) -> "Draw":
+        """Begins to draw one token per row of `logits` [rows, vocab] fp32, which are the draw's own from now on.
+
+        On a GPU the host goes on meanwhile. `last_ids` [rows] int64 are the rows' last tokens, if `seen_ids` lack them.
+        """
         if logits.shape != (len(rows), self._vocab_size):
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
-        broken = _rows_not_finite(logits)
-        asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None and row not in broken]
-        log_probabilities = logits[asking].log_softmax(dim=1)
+        asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
+        log_probabilities = _take(logits, asking).log_softmax(dim=1) if asking else None
+        is_greedy = all(_is_greedy(row.params) for row in rows)
+        draw_at_once = self._take_best if is_greedy and logits.device.type == "cpu" else self._draw_at_once
+        return Draw(logits, rows, draw_at_once(logits, rows, last_ids), log_probabilities)
 
-        _penalize(logits, rows)
+    def _draw_at_once(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> Tensor:
+        """Returns what a `Draw` is told of each row, without waiting for the device."""
+        is_good = logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite()  # A NaN is both.
+        self._process(logits, rows, last_ids)
+        is_good &= _is_drawable(logits, rows)
+        token_ids, is_decided = _draw_groups(logits, rows)
+        return torch.stack((token_ids, is_decided, is_good))
+
+    def _take_best(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> Tensor:
+        """The same for greedy rows on a CPU, by NumPy: fewer calls, and its search takes a sixth of the time."""
+        scores = logits.numpy()
+        is_good = np.isfinite(scores.min(axis=1)) & np.isfinite(scores.max(axis=1))
+        self._process(logits, rows, last_ids)
+        token_ids = scores.argmax(axis=1)  # The first of the highest, or of NaNs.
+        is_good &= np.isfinite(scores[np.arange(len(rows)), token_ids])
+        return torch.from_numpy(np.stack((token_ids, np.ones_like(token_ids), is_good)))
+
+    def _process(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> None:
+        """Everything that comes before temperature, in place."""
+        _penalize(logits, rows, last_ids)
         logits.index_fill_(1, self._banned_token_ids, -torch.inf)
-        broken += [row for row in _undrawable_rows(logits, rows) if row not in broken]
-        logits[broken] = 0.0  # Out of the others' way; what they draw is dropped.
-        token_ids = [None if row in broken else token_id for row, token_id in enumerate(_draw(logits, rows))]
+
+
+class Draw:
+    """Tokens that are being drawn. A row that takes a closer look is drawn when it is waited for."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        told: Tensor,
+        log_probabilities: Tensor | None,
+    ) -> None:
+        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all."""
+        # [rows] int64 on the device; those of undecided rows mean nothing.
+        self.token_ids = told[0]
+        self._logits = logits
+        self._rows = rows
+        self._fetch = Fetch(told)
+        self._log_probabilities = log_probabilities
+
+    @torch.inference_mode()
+    def wait(self) -> Sampled:
+        rows = self._rows
+        at_once, is_decided, is_good = self._fetch.wait().tolist()
+        token_ids: list[int | None] = [
+            token_id if good else None for token_id, good in zip(at_once, is_good, strict=True)
+        ]
+        undecided = [row for row in range(len(rows)) if is_good[row] and not is_decided[row]]
+        for row, token_id in zip(undecided, _draw_closely(self._logits, rows, undecided), strict=True):
+            token_ids[row] = token_id
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
-        for row, of_row in zip(asking, log_probabilities, strict=True):
-            logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
-        return Sampled(token_ids, logprobs)
+        if self._log_probabilities is not None:
+            asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
+            for row, of_row in zip(asking, self._log_probabilities, strict=True):
+                logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
+        return Sampled(token_ids, logprobs, at_once)
 
 
 def processed_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -121,24 +183,19 @@ def _is_greedy(params: SamplingSpec) -> bool:
     return params.temperature < _COLDEST_TEMPERATURE
 
 
-def _rows_not_finite(logits: Tensor) -> list[int]:
-    """Returns the rows that hold a NaN or an infinity."""
-    # An infinity or NaN always reaches the sum; a finite row's sum may overflow, so suspects are looked at closely.
-    suspects = (~logits.sum(dim=1).isfinite()).nonzero().flatten().tolist()
-    return [row for row in suspects if not logits[row].isfinite().all()]
-
-
-def _undrawable_rows(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Returns the rows where no token is left, or whose best score does not fit fp32 after temperature."""
+def _is_drawable(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Where a token is left, and the best score fits fp32 after temperature: [rows] bool."""
     limits = [math.inf if _is_greedy(row.params) else _LARGEST_SCORE * min(row.params.temperature, 1.0) for row in rows]
-    peaks = logits.amax(dim=1).abs().tolist()
-    return [row for row, (peak, limit) in enumerate(zip(peaks, limits, strict=True)) if not peak < limit]
+    return logits.amax(dim=1).abs() < _values(limits, logits)
 
 
-def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+def _penalize(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None = None) -> None:
     """Applies penalties, logit bias and the rows' own bans in place."""
     if seen := {i: row.seen_ids for i, row in enumerate(rows) if row.params.repetition_penalty != 1}:
         cells = _cells(seen, logits)
+        if last_ids is not None:  # A cell that stands twice gets the same value twice.
+            penalized = to_device(list(seen), torch.int64, logits.device)
+            cells = torch.cat((cells[0], penalized)), torch.cat((cells[1], last_ids[penalized]))
         scores = logits[cells]
         penalties = _values((row.params.repetition_penalty for row in rows), logits)[cells[0]]
         logits[cells] = torch.where(scores < 0, scores * penalties, scores / penalties)
@@ -161,41 +218,66 @@ def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 def _cells(ids_by_row: Mapping[int, Collection[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
     """Returns row and column of each named logit, in order."""
-    lengths = torch.tensor([len(ids) for ids in ids_by_row.values()])
-    rows = torch.tensor(list(ids_by_row)).repeat_interleave(lengths)
-    columns = torch.tensor(list(chain.from_iterable(ids_by_row.values())), dtype=torch.int64)
-    return rows.to(logits.device), columns.to(logits.device)
+    rows = chain.from_iterable(repeat(row, len(ids)) for row, ids in ids_by_row.items())
+    columns = chain.from_iterable(ids_by_row.values())
+    cells = to_device([list(rows), list(columns)], torch.int64, logits.device)
+    return cells[0], cells[1]
 
 
 def _values(values: Iterable[float], logits: Tensor) -> Tensor:
-    return torch.tensor(list(values), dtype=logits.dtype, device=logits.device)
+    return to_device(list(values), logits.dtype, logits.device)
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Returns each row's token."""
-    greedy = [index for index, row in enumerate(rows) if _is_greedy(row.params)]
-    # The first of the highest, as argmax finds it; on a CPU in a third of its time.
-    token_ids = dict(zip(greedy, _take(logits, greedy).max(dim=1).indices.tolist(), strict=True))
+def _draw_groups(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+    """Returns each row's token, [rows] int64, and which of them are decided, [rows] bool; waits for neither."""
+    kinds: dict[int | None, list[int]] = {}  # Length of the prefix -> rows; None for greedy ones.
+    for index, row in enumerate(rows):
+        if _is_greedy(row.params):
+            kinds.setdefault(None, []).append(index)
+        elif sizes := _fitting_sizes(row.params):
+            kinds.setdefault(sizes[0], []).append(index)
+    token_ids = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    is_decided = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+    for size, indices in kinds.items():
+        drawn, decided = _draw_group(_take(logits, indices), [rows[index] for index in indices], size)
+        if len(indices) == len(rows):
+            return drawn, decided
+        at = to_device(indices, torch.int64, logits.device)
+        token_ids[at], is_decided[at] = drawn, decided
+    return token_ids, is_decided
+
+
+def _draw_group(logits: Tensor, rows: Sequence[SamplingRow], size: int | None) -> tuple[Tensor, Tensor]:
+    if size is None:
+        token_ids = logits.max(dim=1).indices  # The first of the highest.
+        return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
+    columns = Columns.of([row.params for row in rows], [row.uniform for row in rows], logits.device)
+    return draw_from_prefix(logits, columns, size)
+
+
+def _draw_closely(logits: Tensor, rows: Sequence[SamplingRow], undecided: list[int]) -> list[int]:
+    """Returns the tokens of rows that their first prefix does not decide: by longer ones, then by the plain path."""
+    token_ids: dict[int, int] = {}
     for size in _PREFIX_SIZES:
-        tried = [index for index, row in enumerate(rows) if index not in token_ids and _fits(row.params, size)]
+        left = [index for index in undecided if index not in token_ids]
+        tried = [index for index in left if size in _fitting_sizes(rows[index].params)[1:]]
         if not tried:
             continue
-        params, uniforms = [rows[index].params for index in tried], [rows[index].uniform for index in tried]
-        columns = Columns.of(params, uniforms, logits.device)
-        drawn, decided = draw_from_prefix(_take(logits, tried), columns, size)
+        drawn, decided = _draw_group(_take(logits, tried), [rows[index] for index in tried], size)
         for index, token_id, is_decided in zip(tried, drawn.tolist(), decided.tolist(), strict=True):
             if is_decided:
                 token_ids[index] = token_id
-    for index, row in enumerate(rows):
-        if index not in token_ids:
-            token_ids[index] = _draw_row(logits[index], row)
-    return [token_ids[index] for index in range(len(rows))]
+    return [token_ids[index] if index in token_ids else _draw_row(logits[index], rows[index]) for index in undecided]
 
 
-def _fits(params: SamplingSpec, size: int) -> bool:
-    """Whether a prefix of this size can decide such a row, and does it for less than the plain path."""
+def _fitting_sizes(params: SamplingSpec) -> list[int]:
+    """Lengths of the prefixes that can decide such a row, and do it for less than the plain path."""
     plain_path_sorts = params.top_p < 1 or params.typical_p < 1
-    return params.top_k < size and (size == _PREFIX_SIZES[0] or params.top_k > 0 or plain_path_sorts)
+    return [
+        size
+        for size in _PREFIX_SIZES
+        if params.top_k < size and (size == _PREFIX_SIZES[0] or params.top_k > 0 or plain_path_sorts)
+    ]
 
 
 def _draw_row(scores: Tensor, row: SamplingRow) -> int:
@@ -206,7 +288,7 @@ def _draw_row(scores: Tensor, row: SamplingRow) -> int:
 
 def _take(logits: Tensor, rows: list[int]) -> Tensor:
     """Returns these rows, without a copy if they are all."""
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else logits[to_device(rows, torch.int64, logits.device)]
 
 
 def _describe(log_probabilities: Tensor, token_id: int | None, num_alternatives: int) -> TokenLogprob | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oasst_worker.model.transfer import to_device
 from oasst_worker.model.warpers import SamplingSpec
 
 __all__ = ["Columns", "draw_from_bucket", "draw_from_prefix"]
@@ -36,6 +37,7 @@ _NUM_BUCKETS = 32 * 128
 class Columns:
     """The parameters of a batch, one row each, [rows, 1]."""
 
+    specs: Sequence[SamplingSpec]  # The same on the host, where it is decided what is launched.
     temperature: Tensor  # fp32, as the plain path divides
     top_k: Tensor  # int64
     top_p: Tensor  # float64, as all below
@@ -44,23 +46,25 @@ class Columns:
     uniform: Tensor
 
     @classmethod
-    def of(cls, params: Sequence[SamplingSpec], uniforms: Sequence[float], device: torch.device) -> "Columns":
+    def of(cls, specs: Sequence[SamplingSpec], uniforms: Sequence[float], device: torch.device) -> "Columns":
         values = [
             [row.temperature, row.top_k, row.top_p, row.min_p, row.typical_p, uniform]
-            for row, uniform in zip(params, uniforms, strict=True)
+            for row, uniform in zip(specs, uniforms, strict=True)
         ]
-        temperature, top_k, *others = torch.tensor(values, dtype=torch.float64).to(device).T.unsqueeze(2).unbind()
-        return cls(temperature.float(), top_k.long(), *others)
+        temperature, top_k, *others = to_device(values, torch.float64, device).T.unsqueeze(2).unbind()
+        return cls(specs, temperature.float(), top_k.long(), *others)
 
-    def take(self, rows: Tensor) -> "Columns":
+    def take(self, rows: Sequence[int]) -> "Columns":
         """Returns the columns of these rows only."""
+        index = to_device(rows, torch.int64, self.uniform.device)
         return Columns(
-            self.temperature[rows],
-            self.top_k[rows],
-            self.top_p[rows],
-            self.min_p[rows],
-            self.typical_p[rows],
-            self.uniform[rows],
+            [self.specs[row] for row in rows],
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.min_p[index],
+            self.typical_p[index],
+            self.uniform[index],
         )
 
     @property
@@ -79,15 +83,17 @@ def draw_from_prefix(logits: Tensor, columns: Columns, size: int) -> tuple[Tenso
     `logits` [rows, vocab] have penalties and bans applied, temperature not. `size` is the length of the prefix.
     """
     size = min(size, logits.shape[1])
-    token_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    decided = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    by_typicality = (columns.is_typical & ~columns.is_cut).flatten()
-    for group, draw in ((~by_typicality, _draw_from_head), (by_typicality, _draw_from_typical)):
-        rows = group.nonzero().flatten()
-        if len(rows) == len(logits):
-            return draw(logits, columns, size)
-        if len(rows):
-            token_ids[rows], decided[rows] = draw(logits[rows], columns.take(rows), size)
+    typical = [row for row, spec in enumerate(columns.specs) if spec.typical_p < 1 and not _is_cut(spec)]
+    if not typical:
+        return _draw_from_head(logits, columns, size)
+    if len(typical) == len(logits):
+        return _draw_from_typical(logits, columns, size)
+    others = sorted(set(range(len(logits))).difference(typical))
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    decided = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+    for rows, draw in ((others, _draw_from_head), (typical, _draw_from_typical)):
+        index = to_device(rows, torch.int64, logits.device)
+        token_ids[index], decided[index] = draw(logits[index], columns.take(rows), size)
     return token_ids, decided
 
 
@@ -107,6 +113,10 @@ def draw_from_bucket(scores: Tensor, uniform: float) -> int | None:
     drawn = int((sums_within <= target).sum())
     is_close = bool(((sums_within - target).abs() < _SUM_MARGIN * total).any())
     return None if is_close or drawn == len(members) else int(members[order[drawn]])
+
+
+def _is_cut(spec: SamplingSpec) -> bool:
+    return spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0
 
 
 @dataclass(slots=True)
@@ -191,16 +201,19 @@ def _draw_from_head(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor
     closed = (outside == -torch.inf) | (has_top_k & (columns.top_k <= size) & (kth_score > outside))
 
     total = prefix.total()
-    needs_whole_row = ~closed & ~has_top_k & (has_top_p | ~columns.is_cut)
-    if needs_whole_row.any():
-        rows = slice(None) if needs_whole_row.all() else needs_whole_row.flatten().nonzero().flatten()
+    of_whole_row = [
+        i for i, spec in enumerate(columns.specs) if not spec.top_k and (spec.top_p < 1 or not _is_cut(spec))
+    ]
+    if of_whole_row and size < logits.shape[1]:
+        is_all = len(of_whole_row) == len(logits)
+        rows = slice(None) if is_all else to_device(of_whole_row, torch.int64, logits.device)
         scaled = logits[rows] / columns.temperature[rows]
         total[rows] = scaled.sub_(scores[rows, :1]).exp_().sum(dim=1, keepdim=True).double()
     prefix.keep_top_p(columns.top_p, total, where=has_top_p)
     prefix.keep_min_p(columns.min_p, where=has_min_p)
     closed |= ~has_top_k & (has_top_p | has_min_p) & (prefix.lowest_score() > outside)
 
-    if columns.is_typical.any():
+    if any(spec.typical_p < 1 for spec in columns.specs):
         kept_total = prefix.total()
         probabilities = prefix.weights / kept_total
         entropy = -(probabilities * probabilities.log().clamp(min=_LOG_NOTHING)).sum(dim=1, keepdim=True)

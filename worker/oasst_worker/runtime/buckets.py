@@ -73,8 +73,11 @@ class DecodeBuckets:
         for size in reversed(self._sizes):
             self._bucket(size)
 
-    def logits(self, batch: Batch) -> Tensor | None:
-        """The logits of each chunk, [chunks, vocab] fp32, to be used before the next call.
+    def logits(self, batch: Batch, token_ids: Tensor | None = None) -> Tensor | None:
+        """The logits of each chunk, [chunks, vocab] fp32, in memory that the next call writes to.
+
+        `token_ids` are the chunks' own, [chunks] on the device, where the host does not know them yet; it must have
+        waited for all calls but the last one.
 
         None for a batch that does anything else than decode, or has more sequences than the largest bucket.
         """
@@ -82,7 +85,7 @@ class DecodeBuckets:
         if num_rows > self._sizes[-1] or not all(_decodes(chunk) for chunk in batch.chunks):
             return None
         size = next(size for size in self._sizes if size >= num_rows)
-        return self._bucket(size).compute(batch.chunks)[:num_rows]
+        return self._bucket(size).compute(batch.chunks, token_ids)[:num_rows]
 
     def _bucket(self, size: int) -> "_Bucket":
         if size not in self._buckets:
@@ -94,25 +97,41 @@ class _Bucket:
     """So many rows, in memory that stays where it is."""
 
     def __init__(self, model: NeoX, cache: KVCache, size: int, padding_block: int, record: Record) -> None:
-        self._padding = (0, 0, padding_block * BLOCK_SIZE)
-        self._padding_blocks = [padding_block]
         num_blocks = -(-model.config.max_positions // BLOCK_SIZE)
-        # Token ids, positions, cells, then the block table: what goes to the device goes in one copy.
-        self._on_host = torch.zeros(size * (3 + num_blocks), dtype=torch.int64, pin_memory=model.device.type == "cuda")
-        self._on_device = self._on_host.to(model.device)
-        self._rows, self._block_table = _views(self._on_host, size)
-        (token_ids, positions, cells), block_table = _views(self._on_device, size)
-        self._blocks: list[Sequence[int]] = [()] * size  # As they stand in the table.
-        self._load(())
-        inputs = DecodeInputs(token_ids, positions, cells, block_table)
+        # While the device still reads one page, the host fills the other.
+        self._pages = [_Page(size, num_blocks, padding_block, model.device) for _ in range(2)]
+        self._on_device = self._pages[0].numbers.to(model.device)
+        (self._token_ids, positions, cells), block_table = _views(self._on_device, size)
+        self._load((), None)
+        inputs = DecodeInputs(self._token_ids, positions, cells, block_table)
         self._compute = record(model.prepare_decode(inputs, cache))
 
-    def compute(self, chunks: Sequence[Chunk]) -> Tensor:
+    def compute(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> Tensor:
         """Logits of all rows, those of the chunks first."""
-        self._load(chunks)
+        self._load(chunks, token_ids)
         return self._compute()
 
-    def _load(self, chunks: Sequence[Chunk]) -> None:
+    def _load(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> None:
+        self._pages.reverse()
+        self._pages[0].fill(chunks)
+        self._on_device.copy_(self._pages[0].numbers, non_blocking=True)
+        if token_ids is not None:
+            self._token_ids[: len(token_ids)].copy_(token_ids)
+
+
+class _Page:
+    """What a bucket's rows are, on the host: what goes to the device goes in one copy."""
+
+    def __init__(self, size: int, num_blocks: int, padding_block: int, device: torch.device) -> None:
+        self._padding = (0, 0, padding_block * BLOCK_SIZE)
+        self._padding_blocks = [padding_block]
+        # Token ids, positions, cells, then the block table.
+        self.numbers = torch.zeros(size * (3 + num_blocks), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._rows, self._block_table = _views(self.numbers, size)
+        self._blocks: list[Sequence[int]] = [()] * size  # As they stand in the table.
+
+    def fill(self, chunks: Sequence[Chunk]) -> None:
+        """The rows are these, and padding."""
         num_padding = len(self._blocks) - len(chunks)
         rows = [_row_of(chunk) for chunk in chunks] + [self._padding] * num_padding
         self._rows.copy_(torch.tensor(rows).T)
@@ -121,8 +140,6 @@ class _Bucket:
             if self._blocks[row] != blocks:  # Seldom: a sequence takes a block every sixteenth step.
                 self._blocks[row] = list(blocks)
                 self._block_table[row, : len(blocks)] = torch.tensor(blocks)
-        # Who draws from the logits waits for them, so what stands here has been read before it changes.
-        self._on_device.copy_(self._on_host, non_blocking=True)
 
 
 def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +153,8 @@ def _decodes(chunk: Chunk) -> bool:
 
 
 def _row_of(chunk: Chunk) -> tuple[int, int, int]:
-    """Token id, position and cell."""
+    """Token id, position and cell; 0 for a token that is still being drawn."""
     sequence, position = chunk.sequence, chunk.start
     block, offset = divmod(position, BLOCK_SIZE)
-    return sequence.token_ids[position], position, sequence.blocks[block] * BLOCK_SIZE + offset
+    token_id = sequence.token_ids[position] if position < sequence.num_tokens else 0
+    return token_id, position, sequence.blocks[block] * BLOCK_SIZE + offset

@@ -6,26 +6,26 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from oasst_worker.engine import (
     Batch,
     Chunk,
+    Computed,
     GenerationParams,
-    OutOfDeviceMemoryError,
+    Launched,
     Sample,
     Scores,
     Sequence,
-    TokenLogprob,
 )
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import TrafficCount
-from oasst_worker.model.sampler import Sampled, Sampler, SamplingRow, uniform_for
+from oasst_worker.model.sampler import Draw, Sampler, SamplingRow, uniform_for
 from oasst_worker.runtime.buckets import DecodeBuckets
+from oasst_worker.runtime.launched import DrawnBatch, GivenTokens, as_samples, within_memory
 from oasst_worker.runtime.ranks import RankProcesses, SplitModel
 from oasst_worker.runtime.scoring import BatchTargets, find_targets, score_batch
 from oasst_worker.runtime.tensors import make_inputs
@@ -50,10 +50,12 @@ class ModelRunner:
         num_blocks: int,
         banned_token_ids: Iterable[int] = (),
         max_decoding: int = 0,
+        looks_ahead: bool | None = None,
     ) -> None:
         """`banned_token_ids` are never drawn: padding rows of the vocabulary, control tokens other than end-of-text.
 
-        Steps of up to `max_decoding` sequences that only decode run in buckets, where the model can.
+        Steps of up to `max_decoding` sequences that only decode run in buckets, where the model can. By default the
+        next one is launched ahead where a device computes by itself.
         """
         config = model.config
         self.num_blocks = num_blocks
@@ -69,6 +71,8 @@ class ModelRunner:
         # Where a position's bits depend on itself alone a prompt may be cut anywhere; blocks are known whole.
         self.prefill_tile = BLOCK_SIZE if model.is_position_exact else PREFILL_TILE
         self.device = model.device
+        is_one_gpu = isinstance(model, NeoX) and model.device.type == "cuda"
+        self.looks_ahead = is_one_gpu if looks_ahead is None else looks_ahead
 
     def make_buckets(self) -> None:
         """Every bucket is there before it is needed; none, if the device cannot record what they launch."""
@@ -97,27 +101,43 @@ class ModelRunner:
         Raises:
             OutOfDeviceMemoryError: if the device has no memory left for the batch.
         """
-        try:
-            return self._compute(batch)
-        except torch.OutOfMemoryError as error:
-            message = str(error)
-        # Behind the handler, whose traceback holds the tensors of the step that failed.
-        torch.cuda.empty_cache()
-        raise OutOfDeviceMemoryError(message)
+        return [result for result in self.launch(batch).wait() if result is not None]
 
-    def _compute(self, batch: Batch) -> Items[Sample | Scores]:
+    def launch(self, batch: Batch) -> Launched:
+        """As `execute`, without waiting for the device."""
+        return within_memory(lambda: self._launch(batch))
+
+    def launch_behind(self, batch: Batch, before: Launched) -> Launched:
+        """As `launch`, each chunk being the token that the batch before draws for its sequence.
+
+        Raises:
+            TypeError: if the batch before draws nothing, or another runner launched it.
+            OutOfDeviceMemoryError: as `execute`.
+        """
+        if not isinstance(before, DrawnBatch):
+            raise TypeError(f"no batch can follow a {type(before).__name__}")
+        return within_memory(lambda: self._launch(batch, before.given_to(batch)))
+
+    def _launch(self, batch: Batch, given: GivenTokens | None = None) -> Launched:
         targets = find_targets(batch)
         if targets.rows:
-            return self._compute_scoring(batch, targets)
-        logits = self._buckets.logits(batch) if self._buckets else None
-        return self._sample(batch, self._forward(batch) if logits is None else logits)
+            return Computed(self._compute_scoring(batch, targets))
+        token_ids = given.token_ids if given else None
+        logits = self._buckets.logits(batch, token_ids) if self._buckets else None
+        if logits is None:
+            logits = self._forward(batch, token_ids=token_ids)
+        elif self.looks_ahead:  # The next batch writes there, and a row may have to be looked at again.
+            logits = logits.clone()
+        draw = self._draw(batch, logits, token_ids)
+        return DrawnBatch(batch, draw, given) if draw else Computed(())
 
     def _compute_scoring(self, batch: Batch, targets: BatchTargets) -> Items[Sample | Scores]:
         """As `execute`; logits of all targets at once would take too much memory, so those that draw come first."""
         inputs = make_inputs(batch, device=self._model.device)
         hidden = self._model.hidden(inputs, self._cache)
         draws = any(chunk.draws for chunk in batch.chunks)
-        samples = iter(self._sample(batch, self._model.logits(hidden[inputs.drawing_rows])) if draws else ())
+        draw = self._draw(batch, self._model.logits(hidden[inputs.drawing_rows])) if draws else None
+        samples = iter(as_samples(draw.wait()) if draw else ())
         scores = iter(score_batch(targets, hidden, self._model.logits))
         results: list[Sample | Scores] = []
         for chunk in batch.chunks:
@@ -127,9 +147,9 @@ class ModelRunner:
                 results.append(next(scores))
         return results
 
-    def _sample(self, batch: Batch, logits: Tensor) -> list[Sample]:
+    def _draw(self, batch: Batch, logits: Tensor, last_ids: Tensor | None = None) -> Draw | None:
         rows = [row for chunk in batch.chunks if chunk.draws for row in self._sampling_rows(chunk)]
-        return _samples(self._sampler.sample(logits, rows)) if rows else []
+        return self._sampler.launch(logits, rows, last_ids) if rows else None
 
     def prompt_logits(self, token_ids: list[int]) -> Tensor:
         """The logits after each token of a prompt, [tokens, vocab] fp32. The cache must be idle."""
@@ -138,8 +158,8 @@ class ModelRunner:
         chunk = Chunk(sequence, 0, len(token_ids))
         return self._forward(Batch((chunk,)), every_row=True)
 
-    def _forward(self, batch: Batch, *, every_row: bool = False) -> Tensor:
-        inputs = make_inputs(batch, device=self._model.device, every_row=every_row)
+    def _forward(self, batch: Batch, *, every_row: bool = False, token_ids: Tensor | None = None) -> Tensor:
+        inputs = make_inputs(batch, device=self._model.device, every_row=every_row, token_ids=token_ids)
         return self._model.forward(inputs, self._cache)
 
     def _sampling_rows(self, chunk: Chunk) -> Iterator[SamplingRow]:
@@ -149,7 +169,7 @@ class ModelRunner:
         has_count_penalty = params.presence_penalty or params.frequency_penalty
         for num_drafts in range(chunk.num_draws):
             drafts = chunk.drafts[:num_drafts]
-            position = sequence.num_output_tokens + num_drafts
+            position = chunk.end - sequence.num_prompt_tokens + num_drafts
             counts = sequence.output_counts
             may_end = position >= params.min_new_tokens
             yield SamplingRow(
@@ -159,10 +179,3 @@ class ModelRunner:
                 output_counts=Counter(counts) + Counter(drafts) if drafts and has_count_penalty else counts,
                 banned_ids=() if may_end else (self._model.config.eos_token_id,),
             )
-
-
-def _samples(sampled: Sampled) -> list[Sample]:
-    return [
-        Sample(token_id, TokenLogprob(logprob.logprob, logprob.alternatives) if logprob else None)
-        for token_id, logprob in zip(sampled.token_ids, sampled.logprobs, strict=True)
-    ]

@@ -82,7 +82,8 @@ def test_a_sequence_has_the_same_bits_in_buckets_and_a_bucket_is_recorded_once(m
     expected = generate(RecordingRunner(model))
     assert recordings == []
     outcome = generate(RecordingRunner(model, max_decoding=5, looks_ahead=looks_ahead))
-    assert len(recordings) == 4  # Of 8, 4, 2 and 1 rows.
+    # Of 8, 4, 2 and 1 rows; a step later, as launching ahead lets it in, the late prompt meets the two that are left.
+    assert len(recordings) == (3 if looks_ahead else 4)
     assert all(recordings)
     for name, rows in expected.items():
         assert len(outcome[name]) == len(rows)

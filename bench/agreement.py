@@ -1,4 +1,4 @@
-"""What bf16, int8 weights and a KV cache in fp8 cost: how far greedy answers and probabilities leave those of fp32."""
+"""What bf16 and 8 bits cost, in weights and KV cache: how far greedy answers and probabilities leave those of fp32."""
 
 import itertools
 import json
@@ -27,8 +27,8 @@ _DIALOGUES = DEMO.parent / "dialogues.jsonl"
 _KV_TOKENS = 16384
 
 
-def _served(folder: Path, dtype: str, quantize: str | None = None) -> ModelRunner:
-    return build_executor(folder, RuntimeOptions("cpu", dtype, quantize=quantize, kv_tokens=_KV_TOKENS))
+def _served(folder: Path, dtype: str, quantize: str | None = None, kv_dtype: str = "auto") -> ModelRunner:
+    return build_executor(folder, RuntimeOptions("cpu", dtype, kv_dtype, quantize=quantize, kv_tokens=_KV_TOKENS))
 
 
 def _with_fp8_cache(folder: Path, dtype: torch.dtype) -> ModelRunner:
@@ -43,6 +43,9 @@ _VARIANTS: dict[str, Callable[[Path], ModelRunner]] = {
     "bf16": partial(_served, dtype="bfloat16"),
     "int8, fp32 rows": partial(_served, dtype="float32", quantize="int8"),
     "int8, bf16 rows": partial(_served, dtype="bfloat16", quantize="int8"),
+    "int8 cache, fp32 rows": partial(_served, dtype="float32", kv_dtype="int8"),
+    "int8 cache, bf16 rows": partial(_served, dtype="bfloat16", kv_dtype="int8"),
+    "int8 and int8 cache, bf16 rows": partial(_served, dtype="bfloat16", quantize="int8", kv_dtype="int8"),
     "fp8 cache, fp32 rows": partial(_with_fp8_cache, dtype=torch.float32),
     "fp8 cache, bf16 rows": partial(_with_fp8_cache, dtype=torch.bfloat16),
 }

@@ -9,12 +9,13 @@ Times are minima over the steps: other processes only ever add to a step.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
-from oasst_worker.model.attention import Attend, build_attention
+from oasst_worker.model.attention import INT8, Attend, build_attention, kv_bytes
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear
@@ -28,11 +29,23 @@ from bench.checkpoints import random_prompts
 
 __all__ = ["ProfileRow", "Roofline", "measure_profile", "measure_roofline", "profile_table", "roofline_table"]
 
-# Name -> (dtype of rows and cache, how linear layers are made, bytes of a weight).
-PATHS: dict[str, tuple[torch.dtype, Callable[..., Linear], int]] = {
-    "fp32": (torch.float32, build_linear, 4),
-    "bf16": (torch.bfloat16, build_linear, 2),
-    "int8": (torch.bfloat16, build_quantized_linear, 1),
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a model is made of."""
+
+    rows: torch.dtype
+    cache: torch.dtype
+    make_linear: Callable[..., Linear]
+    weight_bytes: int
+    products: str  # Whose rate of the roofline is theirs.
+
+
+PATHS = {
+    "fp32": Numbers(torch.float32, torch.float32, build_linear, 4, "fp32"),
+    "bf16": Numbers(torch.bfloat16, torch.bfloat16, build_linear, 2, "bf16"),
+    "int8": Numbers(torch.bfloat16, torch.bfloat16, build_quantized_linear, 1, "int8"),
+    "int8, int8 cache": Numbers(torch.bfloat16, INT8, build_quantized_linear, 1, "int8"),
 }
 
 
@@ -41,7 +54,7 @@ class Roofline:
     """What this machine does at best, by all threads."""
 
     read_gb_s: float
-    matrix_gflop_s: dict[str, float]  # By the path's name.
+    matrix_gflop_s: dict[str, float]  # By the products' kind.
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ def measure_roofline() -> Roofline:
         "int8": _fastest(lambda: torch._int_mm(as_int8, as_int8)),
     }
     operations = 2 * len(square) ** 3
-    return Roofline(block.nbytes / read_s / 1e9, {path: operations / one / 1e9 for path, one in seconds.items()})
+    return Roofline(block.nbytes / read_s / 1e9, {kind: operations / one / 1e9 for kind, one in seconds.items()})
 
 
 def measure_profile(
@@ -81,14 +94,16 @@ def measure_profile(
     """Every path at every number of sequences."""
     config = load_config(folder)
     rows = []
-    for path, (dtype, make_linear, weight_bytes) in PATHS.items():
-        weights = load_weights(folder, config, dtype=dtype)
+    for path, numbers in PATHS.items():
+        weights = load_weights(folder, config, dtype=numbers.rows)
         clock = _Clock()
-        served = NeoX(config, weights, make_linear)
-        apart = NeoX(config, weights, clock.linears(make_linear, config.vocab_size), clock.attention(build_attention))
+        make_attention = partial(build_attention, kv_dtype=numbers.cache)
+        served = NeoX(config, weights, numbers.make_linear, make_attention)
+        make_timed = clock.linears(numbers.make_linear, config.vocab_size)
+        apart = NeoX(config, weights, make_timed, clock.attention(make_attention))
         for concurrent in concurrencies:
             step_s = min(_decode_steps(served, concurrent, context, steps))
-            floor_s = _floor_s(config, roofline, path, weight_bytes, dtype.itemsize, concurrent, context)
+            floor_s = _floor_s(config, roofline, numbers, concurrent, context)
             operators = _operators_ms(apart, clock, concurrent, context, steps)
             rows.append(ProfileRow(name, path, concurrent, context, step_s * 1e3, operators, floor_s * 1e3))
     return rows
@@ -97,8 +112,8 @@ def measure_profile(
 def roofline_table(roofline: Roofline) -> Table:
     table = Table(title="What this machine does at best")
     table.add_column("reading, GB/s", justify="right")
-    for path in roofline.matrix_gflop_s:
-        table.add_column(f"{path} products, GFLOP/s", justify="right")
+    for kind in roofline.matrix_gflop_s:
+        table.add_column(f"{kind} products, GFLOP/s", justify="right")
     table.add_row(f"{roofline.read_gb_s:.1f}", *(f"{rate:.0f}" for rate in roofline.matrix_gflop_s.values()))
     return table
 
@@ -194,20 +209,12 @@ def _operators_ms(model: NeoX, clock: _Clock, concurrent: int, context: int, ste
             operators["rest"] = step_s * 1e3 - sum(operators.values())
 
 
-def _floor_s(
-    config: NeoXConfig,
-    roofline: Roofline,
-    path: str,
-    weight_bytes: int,
-    cache_bytes: int,
-    concurrent: int,
-    context: int,
-) -> float:
+def _floor_s(config: NeoXConfig, roofline: Roofline, numbers: Numbers, concurrent: int, context: int) -> float:
     hidden = config.hidden_size
     weights = config.num_layers * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + config.vocab_size * hidden
-    cache = 2 * config.num_layers * hidden * context * concurrent
-    read_s = (weights * weight_bytes + cache * cache_bytes) / roofline.read_gb_s / 1e9
-    return max(read_s, 2 * weights * concurrent / roofline.matrix_gflop_s[path] / 1e9)
+    cache_bytes = config.num_layers * kv_bytes(config, numbers.cache) * context * concurrent
+    read_s = (weights * numbers.weight_bytes + cache_bytes) / roofline.read_gb_s / 1e9
+    return max(read_s, 2 * weights * concurrent / roofline.matrix_gflop_s[numbers.products] / 1e9)
 
 
 def _fastest(call: Callable[[], Any], times: int = 12) -> float:

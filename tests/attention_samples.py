@@ -49,11 +49,17 @@ def make_inputs(chunks: list[tuple[int, int, list[int]]], prompt_end: int = 1024
     return StepInputs(none, torch.tensor(positions), torch.tensor(cells), spans, none)
 
 
+def make_unread_cache(attention) -> torch.Tensor:
+    """Nothing may be read before it was written: numbers are NaN, and as scales of int8 these bytes are."""
+    cache = attention.make_cache(NUM_BLOCKS)
+    return cache.fill_(torch.nan if cache.is_floating_point() else -1)
+
+
 def attend_in_chunks(
     attention, qkv: torch.Tensor, borders: list[int], blocks: list[int], prompt_end: int = 1024
 ) -> torch.Tensor:
     """One sequence's rows, cut at these borders."""
-    cache = attention.make_cache(NUM_BLOCKS).fill_(torch.nan)  # Nothing may be read before it was written.
+    cache = make_unread_cache(attention)
     outcomes = [
         attention.prepare(make_inputs([(start, end, blocks)], prompt_end))(qkv[start:end].clone(), cache[0])
         for start, end in zip([0, *borders], [*borders, len(qkv)], strict=True)

@@ -2,13 +2,14 @@
 
 import random
 import subprocess
+from functools import partial
 
 import pytest
 import torch
-from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs
+from attention_samples import NUM_BLOCKS, attend_in_chunks, make_config, make_inputs, make_unread_cache
 from oasst_worker.model import kernels
-from oasst_worker.model.attention import FP8, CompiledAttention, PlainAttention, build_attention
-from oasst_worker.model.attention.interface import to_fp8
+from oasst_worker.model.attention import FP8, INT8, CompiledAttention, PlainAttention, build_attention
+from oasst_worker.model.attention.interface import from_int8, to_fp8, to_int8
 
 CPU = torch.device("cpu")
 
@@ -16,23 +17,32 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim"), [(64, 16), (64, 64), (128, 32), (80, 20), (40, 10), (8, 2), (20, 0)]
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_it_equals_the_plain_path(head_dim, rotary_dim, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "tolerance"),
+    [
+        (torch.float32, None, 1e-5),
+        (torch.float32, INT8, 1e-2),  # Two ways may round a number to neighbours.
+        (torch.bfloat16, None, 3e-2),
+        (torch.bfloat16, INT8, 4e-2),
+    ],
+)
+def test_it_equals_the_plain_path(head_dim, rotary_dim, dtype, kv_dtype, tolerance):
     config = make_config(head_dim, rotary_dim)
     qkv = torch.randn(333, 3 * config.hidden_size, dtype=dtype)
     blocks = random.Random(0).sample(range(NUM_BLOCKS), 21)
-    plain = PlainAttention(config, dtype=dtype, device=CPU)
+    plain = PlainAttention(config, dtype=dtype, device=CPU, kv_dtype=kv_dtype)
     expected = attend_in_chunks(plain, qkv, [], blocks)
-    outcome = attend_in_chunks(CompiledAttention(config, dtype=dtype), qkv, [], blocks)
+    outcome = attend_in_chunks(CompiledAttention(config, dtype=dtype, kv_dtype=kv_dtype), qkv, [], blocks)
     torch.testing.assert_close(outcome, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, INT8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 40])
-def test_a_rows_bits_depend_neither_on_chunks_nor_on_blocks_nor_on_threads(head_dim, dtype):
+def test_a_rows_bits_depend_neither_on_chunks_nor_on_blocks_nor_on_threads(head_dim, dtype, kv_dtype):
     config = make_config(head_dim, rotary_dim=head_dim // 4 // 2 * 2)
     qkv = torch.randn(200, 3 * config.hidden_size, dtype=dtype)
-    attention = CompiledAttention(config, dtype=dtype)
+    attention = CompiledAttention(config, dtype=dtype, kv_dtype=kv_dtype)
     rng = random.Random(0)
     expected = attend_in_chunks(attention, qkv, list(range(1, 200)), list(range(13)))
     threads = torch.get_num_threads()
@@ -46,20 +56,22 @@ def test_a_rows_bits_depend_neither_on_chunks_nor_on_blocks_nor_on_threads(head_
         torch.set_num_threads(threads)
 
 
-def test_sequences_beside_each_other_do_not_touch():
+@pytest.mark.parametrize("kv_dtype", [None, INT8])
+def test_sequences_beside_each_other_do_not_touch(kv_dtype):
     config = make_config(64, 16)
-    attention = CompiledAttention(config, dtype=torch.float32)
+    attention = CompiledAttention(config, dtype=torch.float32, kv_dtype=kv_dtype)
     one, other = torch.randn(70, 3 * config.hidden_size), torch.randn(33, 3 * config.hidden_size)
-    cache = attention.make_cache(NUM_BLOCKS).fill_(torch.nan)
+    cache = make_unread_cache(attention)
     inputs = make_inputs([(0, 70, [9, 3, 5, 40, 41]), (0, 33, [2, 0, 7])])
     together = attention.prepare(inputs)(torch.cat([one, other]), cache[0])
     assert torch.equal(together[:70], attend_in_chunks(attention, one, [], list(range(5))))
     assert torch.equal(together[70:], attend_in_chunks(attention, other, [], list(range(3))))
 
 
-def test_a_sequence_that_is_not_finite_leaves_the_others_finite():
+@pytest.mark.parametrize("kv_dtype", [None, INT8])
+def test_a_sequence_that_is_not_finite_leaves_the_others_finite(kv_dtype):
     config = make_config(64, 16)
-    attention = CompiledAttention(config, dtype=torch.float32)
+    attention = CompiledAttention(config, dtype=torch.float32, kv_dtype=kv_dtype)
     broken, sound = torch.full((20, 3 * config.hidden_size), torch.nan), torch.randn(20, 3 * config.hidden_size)
     cache = attention.make_cache(NUM_BLOCKS)
     inputs = make_inputs([(0, 20, [0, 1]), (0, 20, [2, 3])])
@@ -78,6 +90,30 @@ def test_fp8_takes_the_nearest_number_and_the_largest_for_what_is_larger():
     assert to_fp8(torch.tensor([torch.nan, torch.inf, -torch.inf])).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_off_by_half_a_127th_of_the_largest_at_most(dtype):
+    x = torch.randn(50, 64).to(dtype) * torch.logspace(-20, 20, 50)[:, None].to(dtype)
+    held = to_int8(x)
+    assert held.shape == (50, 68)
+    assert (held[:, :64].abs().amax(dim=1) == 127).all()
+    off = (from_int8(held, torch.float32) - x.float()).abs() / x.float().abs().amax(dim=1, keepdim=True)
+    assert off.max() < 0.5001 / 127
+    assert torch.equal(from_int8(to_int8(torch.zeros(1, 8)), dtype), torch.zeros(1, 8, dtype=dtype))
+
+
+def test_the_kernel_attends_to_keys_and_values_as_int8_holds_them():
+    config = make_config(64, 0)  # Nothing is rotated, so what the cache holds can be said beforehand.
+    qkv = torch.randn(100, 3 * 192)
+    held = from_int8(to_int8(qkv[:, 192:].unflatten(1, (6, 64))), torch.float32).flatten(1)
+    attention = CompiledAttention(config, dtype=torch.float32, kv_dtype=INT8)
+    blocks = random.Random(0).sample(range(NUM_BLOCKS), 7)
+    outcome = attend_in_chunks(attention, qkv, [64, 97], blocks)
+    expected = attend_in_chunks(
+        CompiledAttention(config, dtype=torch.float32), torch.cat([qkv[:, :192], held], dim=1), [64, 97], blocks
+    )
+    torch.testing.assert_close(outcome, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_plain_path_attends_to_keys_and_values_as_fp8_holds_them(dtype):
     config = make_config(64, 0)  # Nothing is rotated, so what the cache holds can be said beforehand.
@@ -93,13 +129,21 @@ def test_the_plain_path_attends_to_keys_and_values_as_fp8_holds_them(dtype):
     assert not torch.equal(held, qkv)
 
 
+@pytest.mark.parametrize(
+    "make_attention",
+    [
+        partial(PlainAttention, device=CPU, kv_dtype=FP8),
+        partial(PlainAttention, device=CPU, kv_dtype=INT8),
+        partial(CompiledAttention, kv_dtype=INT8),
+    ],
+)
 @pytest.mark.parametrize("part", [1, 2])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_a_key_or_value_that_is_not_finite_is_seen_with_an_fp8_cache_too(number, part):
+def test_a_key_or_value_that_is_not_finite_is_seen_in_a_narrow_cache_too(number, part, make_attention):
     config = make_config(64, 16)
     qkv = torch.randn(40, 3, config.hidden_size)
     qkv[20, part] = number
-    attention = PlainAttention(config, dtype=torch.float32, device=CPU, kv_dtype=FP8)
+    attention = make_attention(config, dtype=torch.float32)
     outcome = attend_in_chunks(attention, qkv.flatten(1), [], [2, 0, 1], prompt_end=0)
     assert outcome[:20].isfinite().all()
     assert outcome[20:].isnan().all()
@@ -109,7 +153,9 @@ def test_on_a_cpu_an_fp8_cache_is_the_plain_paths(caplog):
     attention = build_attention(make_config(64, 16), dtype=torch.float32, device=CPU, kv_dtype=FP8)
     assert isinstance(attention, PlainAttention)
     assert attention.make_cache(1).dtype is FP8
-    assert "attention runs on the plain path: no attention kernel for a cache in" in caplog.text
+    assert (
+        "attention runs on the plain path: no attention kernel for rows of torch.float32 and a cache of" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
-from oasst_worker.model.attention import FP8, CompiledAttention, PlainAttention, build_attention
+from oasst_worker.model.attention import FP8, INT8, CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.linear import PackedLinear, PlainQuantizedLinear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
@@ -28,8 +28,8 @@ SHAPES = {
 }
 
 
-def compiled_attention(config, *, dtype, device):
-    return CompiledAttention(config, dtype=dtype)
+def compiled_attention(config, *, dtype, device, kv_dtype=None):
+    return CompiledAttention(config, dtype=dtype, kv_dtype=kv_dtype)
 
 
 def make_model(dtype: torch.dtype, make_attention=build_attention, make_linear=build_linear, **shape) -> NeoX:
@@ -224,9 +224,12 @@ def test_with_beginnings_that_were_computed_for_others(scene):
         (torch.float32, PlainAttention, PlainQuantizedLinear),
         (torch.float32, partial(PlainAttention, kv_dtype=FP8), build_linear),
         (torch.bfloat16, partial(PlainAttention, kv_dtype=FP8), PackedLinear),
+        (torch.float32, partial(compiled_attention, kv_dtype=INT8), build_linear),
+        (torch.bfloat16, partial(compiled_attention, kv_dtype=INT8), build_quantized_linear),
+        (torch.float32, partial(PlainAttention, kv_dtype=INT8), build_linear),
     ],
 )
-def test_in_bf16_and_int8_and_with_keys_and_values_in_fp8_too(dtype, make_attention, make_linear):
+def test_in_bf16_and_int8_and_with_narrow_keys_and_values_too(dtype, make_attention, make_linear):
     model = make_model(dtype, make_attention, make_linear, **SHAPES["heads of 40, odd vocabulary"])
     assert_same_bits_after_preemption(model, long_answers(make_jobs(model.config.vocab_size)))
 
@@ -277,19 +280,23 @@ def test_a_device_without_memory_for_some_batches_gives_the_same_tokens(looks_ah
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "make_linear", "tolerance"),
+    ("dtype", "kv_dtype", "make_linear", "tolerance"),
     [
-        (torch.float32, build_linear, 1e-4),
-        (torch.bfloat16, build_linear, 0.1),
-        (torch.float32, build_quantized_linear, 1e-2),
+        (torch.float32, None, build_linear, 1e-4),
+        (torch.bfloat16, None, build_linear, 0.1),
+        (torch.float32, None, build_quantized_linear, 1e-2),
+        (torch.float32, INT8, build_linear, 1e-2),
     ],
 )
-def test_all_layers_in_one_call_give_what_they_give_one_by_one(dtype, make_linear, tolerance, shape, monkeypatch):
+def test_all_layers_in_one_call_give_what_they_give_one_by_one(
+    dtype, kv_dtype, make_linear, tolerance, shape, monkeypatch
+):
     tokens = list(range(1, 101))
-    at_once = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
+    make_attention = partial(compiled_attention, kv_dtype=kv_dtype)
+    at_once = make_model(dtype, make_attention, make_linear, **SHAPES[shape])
     assert at_once.has_compiled_layers
     monkeypatch.setattr("oasst_worker.model.stack.CompiledLayers", refuse)
-    one_by_one = make_model(dtype, compiled_attention, make_linear, **SHAPES[shape])
+    one_by_one = make_model(dtype, make_attention, make_linear, **SHAPES[shape])
     assert not one_by_one.has_compiled_layers
     logits, expected = (ModelRunner(model, num_blocks=16).prompt_logits(tokens) for model in (at_once, one_by_one))
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * expected.std().item())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams
 from oasst_worker.engine import Sequence as EngineSequence
-from oasst_worker.model.attention import FP8
+from oasst_worker.model.attention import FP8, INT8, PlainAttention, kv_bytes
 from oasst_worker.model.config import NeoXConfig, load_config
+from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.weights import LayerPlace
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
 from oasst_worker.runtime.build import build_layered
@@ -258,19 +259,35 @@ def test_placement_options_are_refused_for_other_splits(make_checkpoint):
 
 @pytest.mark.parametrize("devices", [[DeviceMemory(CPU, 10**9)], gpus(1, cpu=1)], ids=["cpu", "gpu and cpu"])
 def test_a_cache_in_fp8_is_refused_where_a_layer_would_be_on_a_cpu(make_checkpoint, devices):
-    with pytest.raises(
-        UnsupportedOptionError, match="--kv-dtype fp8 needs every layer on a GPU: leave it out on a CPU"
-    ):
+    with pytest.raises(UnsupportedOptionError, match="--kv-dtype fp8 needs every layer on a GPU: use int8 on a CPU"):
         build_layered(make_checkpoint(), replace(OPTIONS, kv_dtype="fp8"), devices)
 
 
 def test_a_cache_in_fp8_is_refused_on_a_cpu(make_checkpoint):
-    with pytest.raises(UnsupportedOptionError, match="leave it out on a CPU"):
+    with pytest.raises(UnsupportedOptionError, match="use int8 on a CPU"):
         build_executor(make_checkpoint(), replace(OPTIONS, kv_dtype="fp8"))
 
 
-def test_the_caches_dtype_reaches_the_cache(make_checkpoint, monkeypatch):
-    monkeypatch.setattr(build, "_choose_kv_dtype", lambda *_: FP8)  # As on a GPU.
-    runner = build_executor(make_checkpoint(), OPTIONS)
-    assert [cache.dtype for cache in runner._cache] == [FP8]
+@pytest.mark.parametrize("devices", [gpus(1), gpus(1, cpu=1)], ids=["gpu", "gpu and cpu"])
+def test_a_cache_in_int8_is_refused_where_a_layer_would_be_on_a_gpu(make_checkpoint, devices):
+    with pytest.raises(UnsupportedOptionError, match="--kv-dtype int8 needs --device cpu: on a GPU use fp8"):
+        build_layered(make_checkpoint(), replace(OPTIONS, kv_dtype="int8"), devices)
+
+
+@pytest.mark.parametrize(("kv_dtype", "size"), [(torch.float32, 32 * 4), (INT8, 32 + 4 * 4)])
+def test_a_position_takes_its_numbers_and_their_scales(make_checkpoint, kv_dtype, size):
+    config = load_config(make_checkpoint())
+    assert (config.hidden_size, config.num_heads) == (32, 4)
+    assert kv_bytes(config, kv_dtype) == 2 * size
+    # A plain cache has these bytes; a compiled one pads heads to 16 numbers.
+    attention = PlainAttention(config, dtype=torch.float32, device=CPU, kv_dtype=kv_dtype)
+    assert attention.make_cache(3).nbytes == config.num_layers * 3 * BLOCK_SIZE * 2 * size
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp8", FP8), ("int8", INT8)])
+def test_the_caches_dtype_reaches_the_cache(make_checkpoint, monkeypatch, name, dtype):
+    if dtype is FP8:
+        monkeypatch.setattr(build, "_choose_kv_dtype", lambda *_: FP8)  # As on a GPU.
+    runner = build_executor(make_checkpoint(), replace(OPTIONS, kv_dtype=name))
+    assert [cache.dtype for cache in runner._cache] == [dtype]
     assert runner.prompt_logits([*range(1, 50)]).isfinite().all()

@@ -143,7 +143,9 @@ async def test_a_corrupt_checkpoint_stops_the_start_with_a_sentence_that_names_t
 async def test_an_option_that_does_not_fit_the_machine_stops_the_start_with_a_sentence_that_says_what_to_do():
     exit_code, said = await run_to_end("--model", str(DEMO), "--device", "cpu", "--kv-dtype", "fp8")
     assert exit_code == 2
-    assert said.splitlines()[-1].startswith("oasst_worker: --kv-dtype fp8 needs every layer on a GPU: leave it out")
+    assert said.splitlines()[-1].startswith(
+        "oasst_worker: --kv-dtype fp8 needs every layer on a GPU: use int8 on a CPU"
+    )
     assert "Traceback" not in said
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from oasst_worker.model.attention import Attention, CompiledAttention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
+from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.linear import CompiledLinear, Linear
 
 __all__ = ["CompiledLayers", "LayerParts"]
@@ -77,9 +78,13 @@ class CompiledLayers:
         compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in linears]
         if any(tuple((part.in_features, part.out_features) for part in layer) != shapes for layer in compiled):
             raise RuntimeError("a linear layer is not compiled, or not whole")
+        library = load_kernels("layers", *compiled[0][0].definitions, *attention.definitions)
+        if library is None:
+            raise RuntimeError("no kernel for all layers here")
+        library.prepare()
         self._config = config
         self._attention = attention
-        self._kernel = compiled[0][0].library.apply_layers
+        self._kernel = library.apply_layers
         self._kernel.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
         self._kernel.restype = None
         self._most_words = max(part.words for layer in compiled for part in layer)

@@ -214,10 +214,10 @@ class CompiledLinear:
         if weight.dtype not in ROWS:
             raise RuntimeError(f"no kernel for linear layers of {weight.dtype}")
         kind = _WEIGHTS[torch.int8 if quantize else weight.dtype]
-        library = load_kernels("layers", f"WEIGHTS={kind}", *SIZES, *ROWS[weight.dtype])
+        self.definitions = (f"WEIGHTS={kind}", *SIZES, *ROWS[weight.dtype])
+        library = load_kernels("layers", *self.definitions)
         if library is None:
             raise RuntimeError("no kernel for linear layers here")
-        self.library = library
         self._kernel = library.apply
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from oasst_worker.model.attention import FP8, Attention, build_attention
+from oasst_worker.model.attention import FP8, INT8, Attention, build_attention, kv_bytes
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear, build_row_exact_linear
@@ -48,7 +48,7 @@ class UnsupportedOptionError(ValueError):
 class RuntimeOptions:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    kv_dtype: str = "auto"  # auto, fp8: of the KV cache; auto is `dtype`.
+    kv_dtype: str = "auto"  # auto, fp8 on a GPU, int8 on a CPU: of the KV cache; auto is `dtype`.
     quantize: str | None = None  # int8: weights of the linear layers, on a CPU.
     batch_invariant: bool = False  # On a GPU too, a sequence's bits do not depend on its batch.
     threads: int | None = None  # None is PyTorch's choice: one per core.
@@ -240,11 +240,14 @@ def _choose_kv_dtype(name: str, dtype: torch.dtype, *devices: torch.device) -> t
     """Of the cache on these devices, beside a model in `dtype`."""
     if name == "auto":
         return dtype
-    if any(device.type == "cpu" for device in devices):
+    on_cpu = [device.type == "cpu" for device in devices]
+    if name == "int8" and not all(on_cpu):
+        raise UnsupportedOptionError("--kv-dtype int8 needs --device cpu: on a GPU use fp8, or leave it out")
+    if name == "fp8" and any(on_cpu):
         raise UnsupportedOptionError(
-            f"--kv-dtype {name} needs every layer on a GPU: leave it out on a CPU, and with --offload"
+            "--kv-dtype fp8 needs every layer on a GPU: use int8 on a CPU, and leave it out with --offload"
         )
-    return FP8
+    return FP8 if name == "fp8" else INT8
 
 
 def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..., Linear]:
@@ -259,7 +262,7 @@ def _default_kv_tokens(
     config: NeoXConfig, device: torch.device, kv_dtype: torch.dtype, max_sequences: int, num_ranks: int
 ) -> int:
     """Every sequence at its longest, or as many positions as the memory of the device, or of the machine, allows."""
-    bytes_per_token = 2 * config.num_layers * config.hidden_size * kv_dtype.itemsize
+    bytes_per_token = config.num_layers * kv_bytes(config, kv_dtype)
     if device.type == "cuda":  # Each rank has a device of its own, and its share of each position.
         memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE) * num_ranks
     else:

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from torch import Tensor, nn
 
+from oasst_worker.model.attention import kv_bytes
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.weights import LayerPlace
 
@@ -127,7 +128,7 @@ def place_layers(
     Raises:
         UnplacedError: if not all has room, and the rest may not stay on disk.
     """
-    layer_bytes, cache_bytes = _layer_bytes(config, dtype), _cache_bytes(config, kv_dtype) * kv_tokens
+    layer_bytes, cache_bytes = _layer_bytes(config, dtype), kv_bytes(config, kv_dtype) * kv_tokens
     ends_bytes = _ends_bytes(config, dtype)
     memory = [each.num_bytes for each in devices]
     reserved = 0  # On the last device, for the cache of the layers on disk.
@@ -228,8 +229,3 @@ def _layer_bytes(config: NeoXConfig, dtype: torch.dtype) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size
     biases = inner + hidden + 4 * hidden * config.attention_bias
     return dtype.itemsize * (4 * hidden * hidden + 2 * hidden * inner + 4 * hidden + biases)
-
-
-def _cache_bytes(config: NeoXConfig, kv_dtype: torch.dtype) -> int:
-    """Of one position in one layer."""
-    return kv_dtype.itemsize * 2 * config.hidden_size

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from oasst_worker.model.attention.compiled import CompiledAttention
-from oasst_worker.model.attention.interface import FP8, Attend, Attention
+from oasst_worker.model.attention.interface import FP8, INT8, Attend, Attention, kv_bytes
 from oasst_worker.model.attention.paged import PagedAttention
 from oasst_worker.model.attention.plain import PREFILL_TILE, PlainAttention
 from oasst_worker.model.attention.trial import try_attention
@@ -13,6 +13,7 @@ from oasst_worker.model.config import NeoXConfig
 
 __all__ = [
     "FP8",
+    "INT8",
     "PREFILL_TILE",
     "Attend",
     "Attention",
@@ -20,6 +21,7 @@ __all__ = [
     "PagedAttention",
     "PlainAttention",
     "build_attention",
+    "kv_bytes",
     "try_attention",
 ]
 
@@ -29,20 +31,14 @@ _log = logging.getLogger(__name__)
 def build_attention(
     config: NeoXConfig, *, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
 ) -> Attention:
-    """The best way for this device and dtype on this machine; the cache in `dtype`, or in FP8."""
+    """The best way for this device and dtype on this machine; the cache in `dtype`, or in FP8 or INT8."""
     try:
         if device.type == "cpu":
-            return _compiled(config, dtype=dtype, kv_dtype=kv_dtype)
+            return CompiledAttention(config, dtype=dtype, kv_dtype=kv_dtype)
         return _tried_on_device(config, dtype=dtype, device=device, kv_dtype=kv_dtype)
     except RuntimeError as error:
         _log.warning("attention runs on the plain path: %s", error)
     return PlainAttention(config, dtype=dtype, device=device, kv_dtype=kv_dtype)
-
-
-def _compiled(config: NeoXConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> Attention:
-    if kv_dtype not in (None, dtype):
-        raise RuntimeError(f"no attention kernel for a cache in {kv_dtype} here")
-    return CompiledAttention(config, dtype=dtype)
 
 
 def _tried_on_device(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from oasst_worker.model.attention.interface import rotary_table
+from oasst_worker.model.attention.interface import INT8, rotary_table
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
 from oasst_worker.model.kernels import QUERIES, ROWS, SIZES, TILE, load_kernels
@@ -37,30 +37,35 @@ class CompiledAttention:
     """The kernel of `kernels/attention.h`.
 
     The cache is [layers, blocks, 2, heads, BLOCK_SIZE * head_dim rounded up to 16]: keys of a block by dimension,
-    values by position.
+    values by position. In int8 the fp32 scales of a block's positions stand before its numbers.
 
     Raises:
-        RuntimeError: at construction, where the kernel cannot be had for this dtype on this machine.
+        RuntimeError: at construction, where the kernel cannot be had for these dtypes on this machine.
     """
 
     is_position_exact = True
 
-    def __init__(self, config: NeoXConfig, *, dtype: torch.dtype) -> None:
-        library = load_kernels("attention", *SIZES, *ROWS[dtype]) if dtype in ROWS else None
+    def __init__(self, config: NeoXConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
+        """`kv_dtype` is the cache's: INT8, or `dtype` itself, as without it."""
+        self._kv_dtype = kv_dtype or dtype
+        # What the kernels that read the cache are compiled with.
+        self.definitions = ("KV_INT8",) if self._kv_dtype is INT8 else ()
+        is_known = dtype in ROWS and self._kv_dtype in (dtype, INT8)
+        library = load_kernels("attention", *SIZES, *ROWS[dtype], *self.definitions) if is_known else None
         if library is None:
-            raise RuntimeError(f"no attention kernel for {dtype} here")
+            raise RuntimeError(f"no attention kernel for rows of {dtype} and a cache of {self._kv_dtype} here")
         self._kernel = library.attend
         self._kernel.argtypes = (ctypes.c_void_p,) * 4
         self._kernel.restype = None
         self._config = config
-        self._dtype = dtype
         self._cos, self._sin = rotary_table(config, torch.device("cpu"))
 
     def make_cache(self, num_blocks: int) -> Tensor:
         config = self._config
         padded = -(-config.head_dim // _LANES) * _LANES
-        shape = (config.num_layers, num_blocks, 2, config.num_heads, BLOCK_SIZE * padded)
-        return empty_in_large_pages(*shape, dtype=self._dtype)
+        scales = BLOCK_SIZE * torch.float32.itemsize if self._kv_dtype is INT8 else 0
+        shape = (config.num_layers, num_blocks, 2, config.num_heads, scales + BLOCK_SIZE * padded)
+        return empty_in_large_pages(*shape, dtype=self._kv_dtype)
 
     def prepare(self, inputs: StepInputs) -> "PreparedAttention":
         spans: list[tuple[int, int, int, int]] = []

@@ -9,11 +9,14 @@ from torch import Tensor
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
 
-__all__ = ["FP8", "Attend", "Attention", "rotary_table", "to_fp8"]
+__all__ = ["FP8", "INT8", "Attend", "Attention", "from_int8", "kv_bytes", "rotary_table", "to_fp8", "to_int8"]
 
 # What a cache may hold instead of the model's dtype: e4m3, without scales. Its precision is relative, so a scale would
 # add range alone.
 FP8 = torch.float8_e4m3fn
+# Or whole numbers, with an fp32 scale for each key and each value of a head: its largest number is 127 or -127.
+INT8 = torch.int8
+_SCALE_BYTES = 4
 
 # One layer of one step. From `qkv` [rows, 3 * hidden] and the layer's cache to [rows, hidden]: queries and keys are
 # rotated, keys and values stand in the cache, and every row has attended to the positions up to its own. `qkv` may be
@@ -45,6 +48,30 @@ def to_fp8(x: Tensor) -> Tensor:
     """
     largest = torch.finfo(FP8).max
     return torch.where(x.isfinite(), x.clamp(-largest, largest), torch.nan).to(FP8)
+
+
+def to_int8(x: Tensor) -> Tensor:
+    """[..., size] as [..., size + 4] int8: whole numbers, then the bytes of the scale they are to be multiplied by.
+
+    Rounded to the nearest, ties to even. Where a number is not finite the scale is NaN.
+    """
+    x = x.float()
+    peaks = x.abs().amax(dim=-1, keepdim=True)
+    scales = torch.where(peaks < 1e-30, 1.0, peaks / 127)
+    scales = torch.where(peaks.isfinite(), scales, torch.nan)
+    return torch.cat(((x / scales).nan_to_num().round().to(INT8), scales.view(INT8)), dim=-1)
+
+
+def from_int8(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `to_int8` made, in `dtype`."""
+    scales = stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+    return (stored[..., :-_SCALE_BYTES] * scales).to(dtype)
+
+
+def kv_bytes(config: NeoXConfig, kv_dtype: torch.dtype) -> int:
+    """Of a position's keys and values in one layer of a cache."""
+    scales = 2 * config.num_heads * _SCALE_BYTES if kv_dtype is INT8 else 0
+    return 2 * config.hidden_size * kv_dtype.itemsize + scales
 
 
 def rotary_table(config: NeoXConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasst_worker.model.attention.interface import FP8, Attend, rotary_table, to_fp8
+from oasst_worker.model.attention.interface import FP8, INT8, Attend, from_int8, rotary_table, to_fp8, to_int8
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs
 
@@ -31,7 +31,8 @@ class PlainAttention:
     """Operators of PyTorch, sequence by sequence.
 
     The cache is [layers, 2, heads, positions, head_dim], keys before values: a sequence whose blocks follow each other
-    is read as a plain view of every head, without copying. In fp8 what a position attends to is copied and widened.
+    is read as a plain view of every head, without copying. In fp8 and int8 what a position attends to is copied and
+    widened; in int8 the four bytes of its scale stand behind each key and value.
     """
 
     is_position_exact = False
@@ -39,19 +40,20 @@ class PlainAttention:
     def __init__(
         self, config: NeoXConfig, *, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
     ) -> None:
-        """`kv_dtype` is the cache's: FP8, or `dtype` itself, as without it."""
+        """`kv_dtype` is the cache's: FP8, INT8, or `dtype` itself, as without it."""
         self._config = config
         self._dtype = dtype
         self._kv_dtype = kv_dtype or dtype
         self._device = device
         cos, sin = rotary_table(config, device)
-        # What fp8 is to hold is rounded once, from fp32.
-        rotated_dtype = torch.float32 if self._kv_dtype is FP8 else dtype
+        # What is to be narrowed is rounded once, from fp32.
+        rotated_dtype = torch.float32 if self._kv_dtype in (FP8, INT8) else dtype
         self._cos, self._sin = cos.to(rotated_dtype), sin.to(rotated_dtype)
 
     def make_cache(self, num_blocks: int) -> Tensor:
         config = self._config
-        shape = (config.num_layers, 2, config.num_heads, num_blocks * BLOCK_SIZE, config.head_dim)
+        size = config.head_dim + (torch.float32.itemsize if self._kv_dtype is INT8 else 0)
+        shape = (config.num_layers, 2, config.num_heads, num_blocks * BLOCK_SIZE, size)
         return torch.empty(shape, dtype=self._kv_dtype, device=self._device)
 
     def prepare(self, inputs: StepInputs) -> Attend:
@@ -78,9 +80,13 @@ class PlainAttention:
         return attend
 
     def _narrowed(self, keys_values: Tensor) -> Tensor:
+        if self._kv_dtype is INT8:
+            return to_int8(keys_values)
         return to_fp8(keys_values).view(torch.uint8) if self._kv_dtype is FP8 else keys_values
 
     def _widened(self, stored: Tensor) -> Tensor:
+        if self._kv_dtype is INT8:
+            return from_int8(stored, self._dtype)
         return stored.view(FP8).to(self._dtype) if self._kv_dtype is FP8 else stored
 
     def _groups(self, span: AttentionSpan) -> Iterator[tuple[slice, slice | Tensor, bool]]:

@@ -10,14 +10,14 @@
  *
  * Grouping rows only shares loads. A position that a row may not see has weight 0 and adds nothing.
  *
- * The cache of a layer is [blocks, 2, heads, BLOCK * padded]: keys of a block lie by dimension, [head_dim, BLOCK], so
- * that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded`
+ * The cache of a layer is [blocks, 2, heads, piece] (see `cache.h`): keys of a block lie by dimension, [head_dim, BLOCK],
+ * so that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded`
  * is head_dim rounded up to 16.
  *
  * ROWS_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
  */
 #pragma once
-#include "scalars.h"
+#include "cache.h"
 #include "team.h"
 
 /* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
@@ -55,22 +55,22 @@ static void rotate(scalar *x, const float *cos, const float *sin, int64_t rotary
 }
 
 /* One row's head: query and key rotated, key and value in the cache. */
-static void enter(const step *s, scalar *qkv, scalar *cache, int64_t row, int64_t head, int64_t padded) {
-    int64_t width = s->heads * s->head_dim, piece = BLOCK * padded;
+static void enter(const step *s, scalar *qkv, stored *cache, int64_t row, int64_t head, int64_t padded) {
+    int64_t width = s->heads * s->head_dim, piece = size_of_piece(padded);
     scalar *query = qkv + row * 3 * width + head * s->head_dim, *key = query + width, *value = key + width;
     const float *cos = s->cos + s->positions[row] * s->rotary_dim, *sin = s->sin + s->positions[row] * s->rotary_dim;
     int64_t block = s->cells[row] / BLOCK, offset = s->cells[row] % BLOCK;
-    scalar *keys = cache + (block * 2 * s->heads + head) * piece, *values = keys + s->heads * piece;
+    stored *keys = cache + (block * 2 * s->heads + head) * piece, *values = keys + s->heads * piece;
     rotate(query, cos, sin, s->rotary_dim);
     rotate(key, cos, sin, s->rotary_dim);
-    for (int64_t i = 0; i < s->head_dim; i++) keys[i * BLOCK + offset] = key[i];
-    values += offset * padded;
-    for (int64_t i = 0; i < padded; i++) values[i] = i < s->head_dim ? value[i] : 0;
+    put(keys, offset, key, s->head_dim, offset, BLOCK);
+    put(values, offset, value, s->head_dim, offset * padded, 1);
+    memset(values + SCALES + offset * padded + s->head_dim, 0, (padded - s->head_dim) * sizeof(stored));
 }
 
 /* What one row reads of its head, a piece of a block after the other: keys, values, then the next head's keys. */
-INLINED const scalar *find_piece(
-    const step *s, const scalar *cache, const int64_t *blocks, int64_t num_blocks, int64_t head, int64_t size,
+INLINED const stored *find_piece(
+    const step *s, const stored *cache, const int64_t *blocks, int64_t num_blocks, int64_t head, int64_t size,
     int64_t number) {
     int64_t side = (number >= num_blocks) + (number >= 2 * num_blocks);
     int64_t block = blocks[min(number - side * num_blocks, num_blocks - 1)];
@@ -80,29 +80,34 @@ INLINED const scalar *find_piece(
 /* Scores of `rows` queries against `blocks` blocks of keys; scores[row] is where the first block's go. Meanwhile the
  * processor fetches the pieces `next`, as many, unless that is NULL. */
 INLINED void score(
-    int rows, int blocks, float *const scores[], const float *const queries[], const scalar *const keys[],
-    const scalar *const next[], int64_t head_dim, float scale) {
+    int rows, int blocks, float *const scores[], const float *const queries[], const stored *const keys[],
+    const stored *const next[], int64_t head_dim, float scale) {
     vector sums[QUERIES * WIDE];
     UNROLLED for (int i = 0; i < rows * blocks * WIDE; i++) sums[i] = spread(0);
     for (int64_t i = 0; i < head_dim; i++)
         UNROLLED for (int block = 0; block < blocks; block++) {
-            if (next) __builtin_prefetch(next[block] + i * BLOCK);
+            if (next && begins_line(i * BLOCK)) __builtin_prefetch(next[block] + SCALES + i * BLOCK);
             UNROLLED for (int v = 0; v < WIDE; v++) {
-                vector key = load(keys[block] + i * BLOCK + v * LANES);
+                vector key = load_stored(keys[block] + SCALES + i * BLOCK + v * LANES);
                 UNROLLED for (int row = 0; row < rows; row++)
                     sums[(row * blocks + block) * WIDE + v] += queries[row][i] * key;
             }
         }
     UNROLLED for (int row = 0; row < rows; row++)
-        UNROLLED for (int v = 0; v < blocks * WIDE; v++)
-            *(loose_vector *)(scores[row] + v * LANES) = sums[row * blocks * WIDE + v] * scale;
+        UNROLLED for (int v = 0; v < blocks * WIDE; v++) {
+            vector sum = sums[row * blocks * WIDE + v] * scale;
+#ifdef KV_INT8
+            sum *= *(const loose_vector *)((const float *)keys[v / WIDE] + v % WIDE * LANES);
+#endif
+            *(loose_vector *)(scores[row] + v * LANES) = sum;
+        }
 }
 
 /* The same of one query, against all its keys. */
 INLINED void score_one(
-    const step *s, const scalar *cache, const int64_t *blocks, int64_t num_blocks, int64_t head, int64_t size,
+    const step *s, const stored *cache, const int64_t *blocks, int64_t num_blocks, int64_t head, int64_t size,
     const float *query, float *scores, float scale) {
-    const scalar *pieces[2 * QUERIES];
+    const stored *pieces[2 * QUERIES];
     for (int64_t block = 0; block < num_blocks; block += QUERIES, scores += QUERIES * BLOCK) {
         int64_t group = min(num_blocks - block, QUERIES);
         for (int64_t i = 0; i < 2 * group; i++) {
@@ -138,21 +143,34 @@ static void soften(float *scores, int64_t length, int64_t end) {
 /* `rows` rows' weighted sums of the values of positions [0, length): 16 * `parts` dimensions from `first` on. For a
  * single row the processor fetches what it reads QUERIES blocks later. */
 INLINED void blend(
-    int rows, int parts, const step *s, const scalar *cache, const int64_t *blocks, int64_t length,
+    int rows, int parts, const step *s, const stored *cache, const int64_t *blocks, int64_t length,
     float *const weights[], scalar *const outputs[], int64_t first, int64_t head, int64_t padded) {
-    int64_t piece = BLOCK * padded, num_blocks = (length + BLOCK - 1) / BLOCK;
+    int64_t piece = size_of_piece(padded), num_blocks = (length + BLOCK - 1) / BLOCK;
     vector sums[QUERIES * WIDE];
     UNROLLED for (int i = 0; i < rows * parts * WIDE; i++) sums[i] = spread(0);
     for (int64_t block = 0; block < num_blocks; block++) {
         int64_t number = num_blocks + block, p = block * BLOCK, end = min(length - p, BLOCK);
-        const scalar *values = find_piece(s, cache, blocks, num_blocks, head, piece, number) + first;
-        const scalar *next = find_piece(s, cache, blocks, num_blocks, head, piece, number + QUERIES) + first;
+        const stored *held = find_piece(s, cache, blocks, num_blocks, head, piece, number);
+        const stored *values = held + SCALES + first;
+        const stored *next = find_piece(s, cache, blocks, num_blocks, head, piece, number + QUERIES) + SCALES + first;
+        const float *shares[QUERIES];
+#ifdef KV_INT8
+        float scaled[QUERIES][BLOCK];
+        UNROLLED for (int row = 0; row < rows; row++) {
+            UNROLLED for (int v = 0; v < WIDE; v++)
+                *(loose_vector *)(scaled[row] + v * LANES) = *(loose_vector *)(weights[row] + p + v * LANES) *
+                                                             *(const loose_vector *)((const float *)held + v * LANES);
+            shares[row] = scaled[row];
+        }
+#else
+        UNROLLED for (int row = 0; row < rows; row++) shares[row] = weights[row] + p;
+#endif
         for (int64_t i = 0; i < end; i++)
             UNROLLED for (int v = 0; v < parts * WIDE; v++) {
-                if (rows == 1) __builtin_prefetch(next + i * padded + v * LANES);
-                vector value = load(values + i * padded + v * LANES);
+                if (rows == 1 && begins_line(v * LANES)) __builtin_prefetch(next + i * padded + v * LANES);
+                vector value = load_stored(values + i * padded + v * LANES);
                 UNROLLED for (int row = 0; row < rows; row++)
-                    sums[row * parts * WIDE + v] += weights[row][p + i] * value;
+                    sums[row * parts * WIDE + v] += shares[row][i] * value;
             }
     }
     int64_t size = min(s->head_dim - first, 16 * parts);
@@ -163,9 +181,9 @@ INLINED void blend(
 
 /* `rows` neighbouring rows of one head attend, the first at `position`. */
 INLINED void attend_rows(
-    int rows, const step *s, const scalar *qkv, const scalar *cache, scalar *out, float *scratch,
+    int rows, const step *s, const scalar *qkv, const stored *cache, scalar *out, float *scratch,
     const int64_t *blocks, int64_t row, int64_t position, int64_t head, int64_t padded) {
-    int64_t width = s->heads * s->head_dim, piece = BLOCK * padded;
+    int64_t width = s->heads * s->head_dim, piece = size_of_piece(padded);
     int64_t length = position + rows, num_blocks = (length + BLOCK - 1) / BLOCK;
     float scale = 1.0f / sqrtf((float)s->head_dim);
     const float *queries[QUERIES];
@@ -181,7 +199,7 @@ INLINED void attend_rows(
         score_one(s, cache, blocks, num_blocks, head, piece, queries[0], scores[0], scale);
     else
         for (int64_t block = 0; block < num_blocks; block++) {
-            const scalar *keys = find_piece(s, cache, blocks, num_blocks, head, piece, block);
+            const stored *keys = find_piece(s, cache, blocks, num_blocks, head, piece, block);
             score(rows, 1, next, queries, &keys, NULL, s->head_dim, scale);
             for (int i = 0; i < rows; i++) next[i] += BLOCK;
         }
@@ -195,7 +213,7 @@ INLINED void attend_rows(
 }
 
 static void attend_tile(
-    const step *s, const scalar *qkv, const scalar *cache, scalar *out, float *scratch, int64_t task, int64_t head,
+    const step *s, const scalar *qkv, const stored *cache, scalar *out, float *scratch, int64_t task, int64_t head,
     int64_t padded) {
     const span *own = s->spans + s->task_spans[task];
     const int64_t *blocks = s->blocks + own->first_block;
@@ -208,7 +226,7 @@ static void attend_tile(
 
 /* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's cache,
  * and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
-static void attend_rows_of_step(team *all, const step *s, scalar *qkv, scalar *cache, scalar *out) {
+static void attend_rows_of_step(team *all, const step *s, scalar *qkv, stored *cache, scalar *out) {
     int64_t padded = (s->head_dim + 15) / 16 * 16;
     float *scratch = s->scratch + omp_get_thread_num() * QUERIES * s->scratch_size;
 #pragma omp for schedule(static) nowait

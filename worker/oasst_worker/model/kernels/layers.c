@@ -41,7 +41,7 @@ void apply(
 
 /* By the whole team: b->hidden becomes b->next. */
 static void apply_layer(
-    team *all, const stack *n, const layer *l, const step *s, scalar *cache, const buffers *b) {
+    team *all, const stack *n, const layer *l, const step *s, stored *cache, const buffers *b) {
     int64_t rows = s->num_rows, size = n->hidden_size;
     normalize(all, &l->before_attention, rows, size, n->epsilon, b->hidden, b->normed);
     apply_linear(all, l->qkv, rows, b->normed, b->words, NULL, NULL, b->qkv);
@@ -55,7 +55,7 @@ static void apply_layer(
 
 /* All layers, from b->hidden into b->hidden, or into b->next where their number is odd. `caches` holds `cache_size`
  * numbers for each layer. */
-void apply_layers(const stack *n, const step *s, scalar *caches, int64_t cache_size, const buffers *b) {
+void apply_layers(const stack *n, const step *s, stored *caches, int64_t cache_size, const buffers *b) {
     team all = {0};
 #pragma omp parallel num_threads(s->num_threads)
     {

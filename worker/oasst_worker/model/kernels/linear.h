@@ -53,21 +53,14 @@ typedef struct {
 #if WEIGHTS == INT8
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-/* The row's scale; a row that holds an infinity or a NaN gets a NaN, and so do all its outputs. */
+/* Returns the row's scale; where that is NaN all its outputs will be. */
 static float quantize(const linear *l, const scalar *x, uint8_t *quantized) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: added to a small number it rounds it, to even, into its last bits. */
-    vector highest = spread(0), nothing = spread(0);
+    float scale = scale_of(x, l->inputs);
     for (int64_t i = 0; i < l->inputs; i += LANES) {
-        vector part = load_some(x + i, l->inputs - i), size = (vector)((int_vector)part & INT32_MAX);
-        highest = choose(size > highest, size, highest);
-        nothing += part * 0.0f;
-    }
-    float peak = highest_of(highest), scale = peak < 1e-30f ? 1.0f : peak / 127.0f;
-    for (int64_t i = 0; i < l->inputs; i += LANES) {
-        int_vector whole = (int_vector)(load_some(x + i, l->inputs - i) / scale + shift) + 128;
+        int_vector whole = to_whole(load_some(x + i, l->inputs - i) / scale) + 128;
         *(bytes *)(quantized + i) = __builtin_convertvector(whole & 0xff, bytes);
     }
-    return scale + sum_of(nothing);
+    return scale;
 }
 #endif
 

@@ -69,3 +69,21 @@ INLINED const float *widen_all(const scalar *from, int64_t size, float *scratch)
     return from;
 #endif
 }
+
+/* What brings the largest of these numbers to 127 by division; NaN where one of them is not finite. */
+INLINED float scale_of(const scalar *x, int64_t size) {
+    vector highest = spread(0), nothing = spread(0);
+    for (int64_t i = 0; i < size; i += LANES) {
+        vector part = load_some(x + i, size - i), magnitude = (vector)((int_vector)part & INT32_MAX);
+        highest = choose(magnitude > highest, magnitude, highest);
+        nothing += part * 0.0f;
+    }
+    float peak = highest_of(highest);
+    return (peak < 1e-30f ? 1.0f : peak / 127.0f) + sum_of(nothing);
+}
+
+/* Numbers of 8 bits rounded to whole ones, to even from the middle; in their last 8 bits. */
+INLINED int_vector to_whole(vector x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: added to a small number it rounds it into its last bits. */
+    return (int_vector)(x + shift);
+}

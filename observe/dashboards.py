@@ -332,8 +332,8 @@ WORKERS = Dashboard(
                     'sum by (component, instance) (process_resident_memory_bytes{release="$release"})',
                 ),
             ),
-            "Resident, on the host's side. A worker on a CPU grows until every block of its KV cache (--kv-tokens) was used"
-            " once; growth behind that is a leak.",
+            "Resident, on the host's side. A worker on a CPU grows until every block of its KV cache (--kv-tokens) was"
+            " used once; growth behind that is a leak.",
         ),
     ),
 )

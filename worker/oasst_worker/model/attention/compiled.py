@@ -86,7 +86,7 @@ class CompiledAttention:
             torch.tensor(spans),
             torch.tensor(blocks),
             *torch.tensor(tasks).T.contiguous(),
-            torch.empty(num_threads * QUERIES * scratch_size),
+            torch.empty(num_threads * 2 * QUERIES * scratch_size),
         )
         step = _Step(
             len(inputs.positions),

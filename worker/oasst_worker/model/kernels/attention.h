@@ -23,6 +23,11 @@
 /* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
  * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
 #define WIDE (BLOCK / LANES) /* Vectors that hold 16 numbers. */
+#if defined(__AVX512F__) && (defined(ROWS_BF16) || defined(KV_INT8))
+#define MOST_QUERIES (2 * QUERIES) /* Numbers are widened as they are loaded, and there are registers for more rows. */
+#else
+#define MOST_QUERIES QUERIES
+#endif
 
 /* The rows [first_row, first_row + num_rows) are the positions from `start` of one sequence, whose blocks are
  * blocks[first_block], blocks[first_block + 1] ... */
@@ -41,7 +46,7 @@ typedef struct {
     const int64_t *blocks;
     const int64_t *task_spans; /* [num_tasks], a task takes the rows [task_rows, + TILE) of its span */
     const int64_t *task_rows;
-    float *scratch;            /* [num_threads, QUERIES, scratch_size] */
+    float *scratch;            /* [num_threads, 2 * QUERIES, scratch_size] */
 } step;
 
 /* Rotates the halves of one head's first `rotary_dim` dimensions against each other. */
@@ -82,7 +87,7 @@ INLINED const stored *find_piece(
 INLINED void score(
     int rows, int blocks, float *const scores[], const float *const queries[], const stored *const keys[],
     const stored *const next[], int64_t head_dim, float scale) {
-    vector sums[QUERIES * WIDE];
+    vector sums[MOST_QUERIES * WIDE];
     UNROLLED for (int i = 0; i < rows * blocks * WIDE; i++) sums[i] = spread(0);
     for (int64_t i = 0; i < head_dim; i++)
         UNROLLED for (int block = 0; block < blocks; block++) {
@@ -146,16 +151,16 @@ INLINED void blend(
     int rows, int parts, const step *s, const stored *cache, const int64_t *blocks, int64_t length,
     float *const weights[], scalar *const outputs[], int64_t first, int64_t head, int64_t padded) {
     int64_t piece = size_of_piece(padded), num_blocks = (length + BLOCK - 1) / BLOCK;
-    vector sums[QUERIES * WIDE];
+    vector sums[MOST_QUERIES * WIDE];
     UNROLLED for (int i = 0; i < rows * parts * WIDE; i++) sums[i] = spread(0);
     for (int64_t block = 0; block < num_blocks; block++) {
         int64_t number = num_blocks + block, p = block * BLOCK, end = min(length - p, BLOCK);
         const stored *held = find_piece(s, cache, blocks, num_blocks, head, piece, number);
         const stored *values = held + SCALES + first;
         const stored *next = find_piece(s, cache, blocks, num_blocks, head, piece, number + QUERIES) + SCALES + first;
-        const float *shares[QUERIES];
+        const float *shares[MOST_QUERIES];
 #ifdef KV_INT8
-        float scaled[QUERIES][BLOCK];
+        float scaled[MOST_QUERIES][BLOCK];
         UNROLLED for (int row = 0; row < rows; row++) {
             UNROLLED for (int v = 0; v < WIDE; v++)
                 *(loose_vector *)(scaled[row] + v * LANES) = *(loose_vector *)(weights[row] + p + v * LANES) *
@@ -186,9 +191,9 @@ INLINED void attend_rows(
     int64_t width = s->heads * s->head_dim, piece = size_of_piece(padded);
     int64_t length = position + rows, num_blocks = (length + BLOCK - 1) / BLOCK;
     float scale = 1.0f / sqrtf((float)s->head_dim);
-    const float *queries[QUERIES];
-    scalar *outputs[QUERIES];
-    float *scores[QUERIES], *next[QUERIES];
+    const float *queries[MOST_QUERIES];
+    scalar *outputs[MOST_QUERIES];
+    float *scores[MOST_QUERIES], *next[MOST_QUERIES];
     for (int i = 0; i < rows; i++) {
         float *query = scratch + i * s->scratch_size;
         queries[i] = widen_all(qkv + (row + i) * 3 * width + head * s->head_dim, s->head_dim, query);
@@ -218,17 +223,18 @@ static void attend_tile(
     const span *own = s->spans + s->task_spans[task];
     const int64_t *blocks = s->blocks + own->first_block;
     int64_t i = s->task_rows[task], end = min(i + TILE, own->num_rows);
-    for (; i + QUERIES <= end; i += QUERIES)
-        attend_rows(QUERIES, s, qkv, cache, out, scratch, blocks, own->first_row + i, own->start + i, head, padded);
-    for (; i < end; i++)
-        attend_rows(1, s, qkv, cache, out, scratch, blocks, own->first_row + i, own->start + i, head, padded);
+#define ATTEND(n) \
+    for (; i + n <= end; i += n) \
+        attend_rows(n, s, qkv, cache, out, scratch, blocks, own->first_row + i, own->start + i, head, padded);
+    ATTEND(MOST_QUERIES) ATTEND(QUERIES) ATTEND(1)
+#undef ATTEND
 }
 
 /* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's cache,
  * and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
 static void attend_rows_of_step(team *all, const step *s, scalar *qkv, stored *cache, scalar *out) {
     int64_t padded = (s->head_dim + 15) / 16 * 16;
-    float *scratch = s->scratch + omp_get_thread_num() * QUERIES * s->scratch_size;
+    float *scratch = s->scratch + omp_get_thread_num() * 2 * QUERIES * s->scratch_size;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < s->num_rows * s->heads; i++) enter(s, qkv, cache, i / s->heads, i % s->heads, padded);
     meet(all);

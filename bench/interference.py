@@ -47,7 +47,9 @@ def measure_interference(name: str, folder: Path, streams: list[int], *, rounds:
         gaps: dict[float, list[tuple[float, float, float]]] = {2.0: [], _UNPACED: []}
         for _ in range(rounds):
             for max_slowdown, measured in gaps.items():
-                config = EngineConfig(model.eos_token_id, model.max_positions, max_slowdown=max_slowdown)
+                config = EngineConfig(
+                    model.eos_token_id, model.max_positions, max_sequences=num_streams + 1, max_slowdown=max_slowdown
+                )
                 measured.append(_interfere(runner, config, num_streams, model.vocab_size))
         for max_slowdown, measured in gaps.items():
             medians = (statistics.median(figures) for figures in zip(*measured, strict=True))

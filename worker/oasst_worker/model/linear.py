@@ -28,6 +28,7 @@ from torch import Tensor
 from oasst_worker.model.config import Activation
 from oasst_worker.model.kernels import ROWS, SIZES, load_kernels
 from oasst_worker.model.pages import empty_in_large_pages
+from oasst_worker.model.scales import int8_scales
 
 __all__ = [
     "CompiledLinear",
@@ -163,8 +164,7 @@ class PlainQuantizedLinear:
 
     def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
         rows = x.float()
-        peaks = rows.abs().amax(dim=1, keepdim=True)
-        scales = torch.where(peaks < 1e-30, 1.0, peaks / 127)
+        scales = int8_scales(rows)
         product = self._sums((rows / scales).round()) * (scales * self._weight.scales)
         if self._bias is not None:
             product += self._bias

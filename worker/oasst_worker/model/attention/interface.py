@@ -8,6 +8,7 @@ from torch import Tensor
 
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
+from oasst_worker.model.scales import int8_scales
 
 __all__ = ["FP8", "INT8", "Attend", "Attention", "from_int8", "kv_bytes", "rotary_table", "to_fp8", "to_int8"]
 
@@ -56,9 +57,7 @@ def to_int8(x: Tensor) -> Tensor:
     Rounded to the nearest, ties to even. Where a number is not finite the scale is NaN.
     """
     x = x.float()
-    peaks = x.abs().amax(dim=-1, keepdim=True)
-    scales = torch.where(peaks < 1e-30, 1.0, peaks / 127)
-    scales = torch.where(peaks.isfinite(), scales, torch.nan)
+    scales = int8_scales(x)
     return torch.cat(((x / scales).nan_to_num().round().to(INT8), scales.view(INT8)), dim=-1)
 
 

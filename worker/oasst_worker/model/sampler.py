@@ -99,7 +99,8 @@ class Sampler:
         if logits.shape != (len(rows), self._vocab_size):
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
         asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
-        log_probabilities = _take(logits, asking).log_softmax(dim=1) if asking else None
+        of_asking = _take(logits, asking).log_softmax(dim=1) if asking else ()
+        log_probabilities = dict(zip(asking, of_asking, strict=True))
         is_greedy = all(_is_greedy(row.params) for row in rows)
         draw_at_once = self._take_best if is_greedy and logits.device.type == "cpu" else self._draw_at_once
         return Draw(logits, rows, draw_at_once(logits, rows, last_ids), log_probabilities)
@@ -135,9 +136,12 @@ class Draw:
         logits: Tensor,
         rows: Sequence[SamplingRow],
         told: Tensor,
-        log_probabilities: Tensor | None,
+        log_probabilities: Mapping[int, Tensor],
     ) -> None:
-        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all."""
+        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all.
+
+        `log_probabilities` [vocab] are those of each row that asks for some, by the raw logits.
+        """
         # [rows] int64 on the device; those of undecided rows mean nothing.
         self.token_ids = told[0]
         self._logits = logits
@@ -156,10 +160,8 @@ class Draw:
         for row, token_id in zip(undecided, _draw_closely(self._logits, rows, undecided), strict=True):
             token_ids[row] = token_id
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
-        if self._log_probabilities is not None:
-            asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
-            for row, of_row in zip(asking, self._log_probabilities, strict=True):
-                logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
+        for row, of_row in self._log_probabilities.items():
+            logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
         return Sampled(token_ids, logprobs, at_once)
 
 

@@ -40,6 +40,7 @@ class Columns:
     specs: Sequence[SamplingSpec]  # The same on the host, where it is decided what is launched.
     temperature: Tensor  # fp32, as the plain path divides
     top_k: Tensor  # int64
+    is_cut: Tensor  # bool
     top_p: Tensor  # float64, as all below
     min_p: Tensor
     typical_p: Tensor
@@ -48,11 +49,11 @@ class Columns:
     @classmethod
     def of(cls, specs: Sequence[SamplingSpec], uniforms: Sequence[float], device: torch.device) -> "Columns":
         values = [
-            [row.temperature, row.top_k, row.top_p, row.min_p, row.typical_p, uniform]
+            [row.temperature, row.top_k, _is_cut(row), row.top_p, row.min_p, row.typical_p, uniform]
             for row, uniform in zip(specs, uniforms, strict=True)
         ]
-        temperature, top_k, *others = to_device(values, torch.float64, device).T.unsqueeze(2).unbind()
-        return cls(specs, temperature.float(), top_k.long(), *others)
+        temperature, top_k, is_cut, *others = to_device(values, torch.float64, device).T.unsqueeze(2).unbind()
+        return cls(specs, temperature.float(), top_k.long(), is_cut.bool(), *others)
 
     def take(self, rows: Sequence[int]) -> "Columns":
         """Returns the columns of these rows only."""
@@ -61,16 +62,12 @@ class Columns:
             [self.specs[row] for row in rows],
             self.temperature[index],
             self.top_k[index],
+            self.is_cut[index],
             self.top_p[index],
             self.min_p[index],
             self.typical_p[index],
             self.uniform[index],
         )
-
-    @property
-    def is_cut(self) -> Tensor:
-        """Whether a filter by likelihood keeps only the head of a row."""
-        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
 
     @property
     def is_typical(self) -> Tensor:
@@ -116,6 +113,7 @@ def draw_from_bucket(scores: Tensor, uniform: float) -> int | None:
 
 
 def _is_cut(spec: SamplingSpec) -> bool:
+    """Whether a filter by likelihood keeps only the head of the row."""
     return spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0
 
 

@@ -42,6 +42,12 @@ class Chunk:
         return self.end - self.start + len(self.drafts)
 
     @property
+    def token_ids(self) -> list[int]:
+        """Of its rows, drafts included; 0 for a token that is still being drawn."""
+        known = self.sequence.token_ids[self.start : self.end]
+        return [*known, *(0 for _ in range(self.end - self.start - len(known))), *self.drafts]
+
+    @property
     def num_draws(self) -> int:
         return 1 + len(self.drafts) if self.draws else 0
 

@@ -221,7 +221,7 @@ class Engine:
             self._ahead = None
         return outputs
 
-    def _launch(self) -> "_Step | None":
+    def _launch(self) -> _Step | None:
         """The next step has begun; None if there is none to take."""
         while (batch := self._scheduler.schedule()).chunks:
             started_s = self._clock()
@@ -233,7 +233,7 @@ class Engine:
                 self._shrink(batch, error)
         return None
 
-    def _launch_behind(self, step: "_Step") -> "_Step | None":
+    def _launch_behind(self, step: _Step) -> _Step | None:
         """What follows the step has begun, if that is known already."""
         if self._lookahead is None:
             return None
@@ -256,8 +256,9 @@ class Engine:
         of_chunks = iter(results)
         outputs: list[TokenOutput | ScoreOutput] = []
         for chunk in batch.chunks:
-            given = [result for result in islice(of_chunks, chunk.num_results) if result is not None]
-            if len(given) < chunk.num_results or not self._is_current(chunk):
+            num_results = chunk.num_results
+            given = [result for result in islice(of_chunks, num_results) if result is not None]
+            if len(given) < num_results or not self._is_current(chunk):
                 continue
             if chunk.draws:
                 outputs += self._take_samples(chunk, given)

@@ -153,8 +153,6 @@ def _decodes(chunk: Chunk) -> bool:
 
 
 def _row_of(chunk: Chunk) -> tuple[int, int, int]:
-    """Token id, position and cell; 0 for a token that is still being drawn."""
-    sequence, position = chunk.sequence, chunk.start
-    block, offset = divmod(position, BLOCK_SIZE)
-    token_id = sequence.token_ids[position] if position < sequence.num_tokens else 0
-    return token_id, position, sequence.blocks[block] * BLOCK_SIZE + offset
+    """Token id, position and cell."""
+    [token_id], (block, offset) = chunk.token_ids, divmod(chunk.start, BLOCK_SIZE)
+    return token_id, chunk.start, chunk.sequence.blocks[block] * BLOCK_SIZE + offset

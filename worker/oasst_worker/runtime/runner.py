@@ -122,13 +122,13 @@ class ModelRunner:
         targets = find_targets(batch)
         if targets.rows:
             return Computed(self._compute_scoring(batch, targets))
-        token_ids = given.token_ids if given else None
-        logits = self._buckets.logits(batch, token_ids) if self._buckets else None
+        drawn_ids = given.token_ids if given else None
+        logits = self._buckets.logits(batch, drawn_ids) if self._buckets else None
         if logits is None:
-            logits = self._forward(batch, token_ids=token_ids)
+            logits = self._forward(batch, drawn_ids=drawn_ids)
         elif self.looks_ahead:  # The next batch writes there, and a row may have to be looked at again.
             logits = logits.clone()
-        draw = self._draw(batch, logits, token_ids)
+        draw = self._draw(batch, logits, drawn_ids)
         return DrawnBatch(batch, draw, given) if draw else Computed(())
 
     def _compute_scoring(self, batch: Batch, targets: BatchTargets) -> Items[Sample | Scores]:
@@ -158,15 +158,14 @@ class ModelRunner:
         chunk = Chunk(sequence, 0, len(token_ids))
         return self._forward(Batch((chunk,)), every_row=True)
 
-    def _forward(self, batch: Batch, *, every_row: bool = False, token_ids: Tensor | None = None) -> Tensor:
-        inputs = make_inputs(batch, device=self._model.device, every_row=every_row, token_ids=token_ids)
+    def _forward(self, batch: Batch, *, every_row: bool = False, drawn_ids: Tensor | None = None) -> Tensor:
+        inputs = make_inputs(batch, device=self._model.device, every_row=every_row, drawn_ids=drawn_ids)
         return self._model.forward(inputs, self._cache)
 
     def _sampling_rows(self, chunk: Chunk) -> Iterator[SamplingRow]:
         """Of the chunk's last token, and of each draft as if those before it had been drawn."""
         sequence, params = chunk.sequence, chunk.sequence.params
         has_repetition_penalty = params.repetition_penalty != 1
-        has_count_penalty = params.presence_penalty or params.frequency_penalty
         for num_drafts in range(chunk.num_draws):
             drafts = chunk.drafts[:num_drafts]
             position = chunk.end - sequence.num_prompt_tokens + num_drafts
@@ -176,6 +175,6 @@ class ModelRunner:
                 params,
                 uniform_for(params.seed, params.choice, position) if params.temperature else 0.0,
                 seen_ids=(*sequence.token_ids, *drafts) if has_repetition_penalty else (),
-                output_counts=Counter(counts) + Counter(drafts) if drafts and has_count_penalty else counts,
+                output_counts=Counter(counts) + Counter(drafts) if drafts and params.counts_tokens else counts,
                 banned_ids=() if may_end else (self._model.config.eos_token_id,),
             )

@@ -48,7 +48,11 @@ def measure_interference(name: str, folder: Path, streams: list[int], *, rounds:
         for _ in range(rounds):
             for max_slowdown, measured in gaps.items():
                 config = EngineConfig(
-                    model.eos_token_id, model.max_positions, max_sequences=num_streams + 1, max_slowdown=max_slowdown
+                    model.eos_token_id,
+                    model.max_positions,
+                    max_sequences=num_streams + 1,
+                    max_slowdown=max_slowdown,
+                    position_cost=model.position_cost,
                 )
                 measured.append(_interfere(runner, config, num_streams, model.vocab_size))
         for max_slowdown, measured in gaps.items():

@@ -42,6 +42,7 @@ class EngineConfig:
     max_sequences: int = 32  # Running at once.
     step_tokens: int = 512  # Budget of one step, decoding and prefill together.
     max_slowdown: float = 2.0  # A few prompts make a step of sequences that decode at most so many times as long.
+    position_cost: float = 0.0  # What attending to one position costs a row, in rows.
     speculate: int = 0  # The most tokens guessed ahead for one sequence in a step; 0 guesses none.
 
 
@@ -115,6 +116,7 @@ class Engine:
             prefill_tile=executor.prefill_tile,
             is_position_exact=executor.is_position_exact,
             max_slowdown=config.max_slowdown,
+            position_cost=config.position_cost,
             speculate=config.speculate,
         )
         self._sequences: dict[str, Sequence] = {}
@@ -214,7 +216,7 @@ class Engine:
             self._shrink(step.batch, error)
             return []
         now_s = self._clock()
-        self._scheduler.cost.record(step.batch.num_tokens, now_s - max(step.started_s, self._ended_s))
+        self._scheduler.record_seconds(step.batch, now_s - max(step.started_s, self._ended_s))
         self._ended_s = now_s
         outputs = self._update(step.batch, results)
         if not self._sequences:

@@ -33,7 +33,7 @@ class StepCost:
         # Sums over steps, weighted: 1, rows, seconds, rows * rows, rows * seconds.
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
 
-    def record(self, num_rows: int, seconds: float) -> None:
+    def record(self, num_rows: float, seconds: float) -> None:
         """A step of so many rows took so long."""
         if num_rows > _LONGEST_STEP:
             return
@@ -46,11 +46,11 @@ class StepCost:
         self._add(num_rows, min(seconds, _HELD_UP * self._fixed_s * (1 + num_rows * self.row_cost)), 1.0)
         self._fit()
 
-    def rows_within(self, slowdown: float, *, beside: int) -> int:
+    def rows_within(self, slowdown: float, *, beside: float) -> float:
         """How many rows a step of `beside` rows may get, to take `slowdown` times as long as without."""
-        return int((slowdown - 1) * (1 / self.row_cost + beside))
+        return (slowdown - 1) * (1 / self.row_cost + beside)
 
-    def _add(self, rows: int, seconds: float, weight: float) -> None:
+    def _add(self, rows: float, seconds: float, weight: float) -> None:
         self._weight += weight
         self._rows += weight * rows
         self._seconds += weight * seconds

@@ -7,6 +7,7 @@ from zero again.
 
 from bisect import insort
 from collections import deque
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -68,6 +69,7 @@ class Scheduler:
         prefill_tile: int,
         is_position_exact: bool,
         max_slowdown: float = 2.0,
+        position_cost: float = 0.0,
         speculate: int = 0,
     ) -> None:
         """
@@ -89,6 +91,7 @@ class Scheduler:
         self.cost = StepCost()
         self.speculator = Speculator(speculate, self.cost)
         self._max_slowdown = max_slowdown
+        self._position_cost = position_cost
         self._speculates = speculate > 0
         self._pool = pool
         self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
@@ -142,10 +145,10 @@ class Scheduler:
         generating, scoring = self._generating.running, self._scoring.running
         decoding = [sequence for sequence in generating if sequence.num_to_compute == 1]
         budget = self._give_chunks(decoding, self._limits.step_tokens, chunks)
-        paced = self._paced(budget, len(chunks))
+        prefilling = [sequence for sequence in generating if sequence.num_to_compute > 1]
+        paced = self._paced(budget, chunks.values(), prefilling=prefilling)
         if not self._is_burst(len(decoding)):
             budget = paced
-        prefilling = [sequence for sequence in generating if sequence.num_to_compute > 1]
         budget = self._give_chunks(prefilling, budget, chunks)
         budget, has_room = self._admit(self._generating, budget, chunks)
         budget = min(budget, paced)
@@ -184,6 +187,10 @@ class Scheduler:
             self._preempt(self._youngest)
         return True
 
+    def record_seconds(self, batch: Batch, seconds: float) -> None:
+        """The batch took so long."""
+        self.cost.record(self._num_rows(batch.chunks), seconds)
+
     def record_good_step(self) -> None:
         """The device had memory for the batch."""
         self._limits.record_good_step()
@@ -220,12 +227,18 @@ class Scheduler:
         num_prompts = num_prefilling + min(slots, len(self._generating.waiting))
         return num_prompts > max(_FEW_PROMPTS, _FEW_PROMPTS_SHARE * num_decoding)
 
-    def _paced(self, budget: int, num_decoding: int) -> int:
-        """What of the budget may be given out beside so many rows that decode; at least a tile, or all if none do."""
-        if not num_decoding:
+    def _paced(self, budget: int, decoding: Collection[Chunk], *, prefilling: Items[Sequence]) -> int:
+        """What of the budget prompts may get beside what decodes; at least a tile, or all if nothing does."""
+        if not decoding:
             return budget
-        allowed = self.cost.rows_within(self._max_slowdown, beside=num_decoding)
+        allowed = self.cost.rows_within(self._max_slowdown, beside=self._num_rows(decoding))
+        farthest = max((sequence.num_computed for sequence in prefilling), default=0)
+        allowed = int(allowed / (1 + self._position_cost * farthest))
         return min(budget, max(allowed - allowed % self._prefill_tile, self._prefill_tile))
+
+    def _num_rows(self, chunks: Iterable[Chunk]) -> float:
+        """The chunks' rows, a row being worth more the more positions it attends to."""
+        return sum(chunk.num_tokens * (1 + self._position_cost * chunk.start) for chunk in chunks)
 
     def _give_chunks(self, sequences: Items[Sequence], budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Chunks for these sequences of one lane that run; returns what is left of the budget."""

@@ -1,4 +1,4 @@
-"""All layers of the model in one call of a kernel, where every part of them has been compiled."""
+"""All layers of the model in one call of a kernel, and the whole model, where every part has been compiled."""
 
 import ctypes
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from oasst_worker.model.inputs import StepInputs
 from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.linear import CompiledLinear, Linear
 
-__all__ = ["CompiledLayers", "LayerParts"]
+__all__ = ["CompiledHead", "CompiledLayers", "CompiledModel", "LayerParts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,22 @@ class _Stack(ctypes.Structure):
     )
 
 
+class _Head(ctypes.Structure):
+    """The kernel's `head`, field for field."""
+
+    _fields_ = (
+        ("hidden_size", ctypes.c_int64),
+        ("epsilon", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias", "linear")),
+    )
+
+
+class _Model(ctypes.Structure):
+    """The kernel's `model`, field for field."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("embedding", "layers", "head"))
+
+
 class _Buffers(ctypes.Structure):
     """The kernel's `buffers`, field for field."""
 
@@ -78,16 +94,19 @@ class CompiledLayers:
         compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in linears]
         if any(tuple((part.in_features, part.out_features) for part in layer) != shapes for layer in compiled):
             raise RuntimeError("a linear layer is not compiled, or not whole")
-        library = load_kernels("layers", *compiled[0][0].definitions, *attention.definitions)
+        self.definitions = (*compiled[0][0].definitions, *attention.definitions)
+        library = load_kernels("layers", *self.definitions)
         if library is None:
             raise RuntimeError("no kernel for all layers here")
         library.prepare()
-        self._config = config
-        self._attention = attention
+        self.library = library
+        self.attention = attention
+        self._num_layers = len(layers)
         self._kernel = library.apply_layers
         self._kernel.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
         self._kernel.restype = None
-        self._most_words = max(part.words for layer in compiled for part in layer)
+        self._words = 1 + max(part.words for layer in compiled for part in layer)
+        self._widths = (hidden, hidden, hidden, 3 * hidden, hidden, hidden, inner)
         norms = [[norm.float() for norm in each.norms] for each in layers]
         table = (_Layer * len(layers))(
             *(
@@ -100,24 +119,122 @@ class CompiledLayers:
         )
         self._alive = (norms, compiled, table)
 
+    @property
+    def address(self) -> int:
+        """Of the kernel's `stack`; this object keeps it alive."""
+        return ctypes.addressof(self._stack)
+
+    def make_buffers(self, rows: int, dtype: torch.dtype) -> tuple[_Buffers, Tensor]:
+        """The kernel's `buffers` for so many rows, and the memory they lie in."""
+        row_bytes = [width * dtype.itemsize for width in self._widths]
+        memory = torch.empty(rows * (sum(row_bytes) + self._words * torch.int32.itemsize), dtype=torch.uint8)
+        addresses = [memory.data_ptr()]
+        for size in row_bytes:
+            addresses.append(addresses[-1] + rows * size)
+        return _Buffers(*addresses), memory
+
     def __call__(self, hidden: Tensor, inputs: StepInputs, cache: Tensor) -> Tensor:
         """[rows, hidden], which may be overwritten, -> [rows, hidden]; keys and values are in the cache."""
-        rows, size = hidden.shape
-        widths = (size, 3 * size, size, size, self._config.intermediate_size)
-        spare = hidden.new_empty(rows * sum(widths))
-        starts = [0]
-        for width in widths[:-1]:
-            starts.append(starts[-1] + rows * width * spare.itemsize)
         following = torch.empty_like(hidden)
-        words = torch.empty(rows * (self._most_words + 1), dtype=torch.int32)
-        buffers = _Buffers(
-            hidden.data_ptr(),
-            following.data_ptr(),
-            *(spare.data_ptr() + start for start in starts),
-            words.data_ptr(),
+        buffers, memory = self.make_buffers(len(hidden), hidden.dtype)
+        buffers.hidden, buffers.next = hidden.data_ptr(), following.data_ptr()
+        step = self.attention.prepare(inputs)
+        self._kernel(self.address, step.address, cache.data_ptr(), cache.stride(0), ctypes.addressof(buffers))
+        del memory  # Until here it was needed.
+        return following if self._num_layers % 2 else hidden
+
+
+class CompiledHead:
+    """The last norm and the head by `kernels/layers.c`.
+
+    Raises:
+        RuntimeError: at construction, where the head is not compiled.
+    """
+
+    def __init__(self, final_norm: tuple[Tensor, Tensor], epsilon: float, linear: Linear) -> None:
+        """`final_norm` are weight and bias, [hidden] each."""
+        if not isinstance(linear, CompiledLinear):
+            raise RuntimeError("the head is not compiled")
+        library = load_kernels("layers", *linear.definitions)
+        if library is None:
+            raise RuntimeError("no kernel for the head here")
+        library.prepare()
+        self.definitions = linear.definitions
+        self.vocab_size = linear.out_features
+        self._words = linear.words + 1
+        self._kernel = library.apply_head
+        self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
+        self._kernel.restype = None
+        norm = [each.float() for each in final_norm]
+        as_floats = linear.giving_floats()
+        addresses = (*(each.data_ptr() for each in norm), ctypes.addressof(as_floats))
+        self._head = _Head(linear.in_features, epsilon, *addresses)
+        self._alive = (norm, linear, as_floats)
+
+    @property
+    def address(self) -> int:
+        """Of the kernel's `head`; this object keeps it alive."""
+        return ctypes.addressof(self._head)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> logits [rows, vocab] fp32."""
+        hidden, rows = hidden.contiguous(), torch.arange(len(hidden))
+        normed = torch.empty_like(hidden)
+        words = torch.empty(len(hidden) * self._words, dtype=torch.int32)
+        logits = torch.empty(len(hidden), self.vocab_size)
+        arrays = (rows, hidden, normed, words, logits)
+        self._kernel(self.address, torch.get_num_threads(), len(hidden), *(array.data_ptr() for array in arrays))
+        return logits
+
+
+class CompiledModel:
+    """The model from token ids to logits by `kernels/layers.c`: one call in a step.
+
+    Raises:
+        RuntimeError: at construction, where layers and head are of different kinds.
+    """
+
+    def __init__(self, embedding: Tensor, layers: CompiledLayers, head: CompiledHead) -> None:
+        """`embedding` is [vocab, hidden]."""
+        if head.definitions != layers.definitions[: len(head.definitions)]:
+            raise RuntimeError("head and layers are compiled for numbers of different kinds")
+        self._embedding = embedding.contiguous()
+        self._layers = layers
+        self._vocab_size = head.vocab_size
+        self._kernel = layers.library.apply_model
+        self._kernel.argtypes = (
+            *(ctypes.c_void_p,) * 3,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            *(ctypes.c_void_p,) * 3,
         )
-        step = self._attention.prepare(inputs)
-        self._kernel(
-            ctypes.addressof(self._stack), step.address, cache.data_ptr(), cache.stride(0), ctypes.addressof(buffers)
+        self._kernel.restype = ctypes.c_int64
+        self._model = _Model(self._embedding.data_ptr(), layers.address, head.address)
+        self._alive = head
+
+    def __call__(self, inputs: StepInputs, cache: Tensor) -> Tensor:
+        """Returns the drawing rows' logits, [drawing, vocab] fp32; all rows' keys and values are in the cache.
+
+        Raises:
+            IndexError: if a token id is not in the vocabulary.
+        """
+        rows, drawing = len(inputs.token_ids), len(inputs.drawing_rows)
+        buffers, memory = self._layers.make_buffers(rows, self._embedding.dtype)
+        logits = torch.empty(drawing, self._vocab_size)
+        step = self._layers.attention.prepare(inputs)
+        taken = self._kernel(
+            ctypes.addressof(self._model),
+            step.address,
+            cache.data_ptr(),
+            cache.stride(0),
+            inputs.token_ids.data_ptr(),
+            drawing,
+            inputs.drawing_rows.data_ptr(),
+            ctypes.addressof(buffers),
+            logits.data_ptr(),
         )
-        return following if self._config.num_layers % 2 else hidden
+        del memory  # Until here it was needed.
+        if taken < rows:
+            raise IndexError(f"{inputs.token_ids[taken]} is not the id of one of {self._vocab_size} tokens")
+        return logits

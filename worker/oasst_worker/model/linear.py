@@ -185,7 +185,7 @@ class _Linear(ctypes.Structure):
     """The kernel's `linear`, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "words", "activation")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "words", "activation", "gives_floats")),
         *((name, ctypes.c_void_p) for name in ("panels", "bias", "scales", "offsets")),
     )
 
@@ -239,6 +239,7 @@ class CompiledLinear:
             self.out_features,
             self.words,
             self._ACTIVATIONS[activation],
+            False,
             *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors),
         )
 
@@ -246,6 +247,12 @@ class CompiledLinear:
     def address(self) -> int:
         """Of the kernel's `linear`; this object keeps it alive."""
         return ctypes.addressof(self._linear)
+
+    def giving_floats(self) -> ctypes.Structure:
+        """The kernel's `linear` for outputs widened to fp32 as they come; this object keeps alive what it needs."""
+        linear = _Linear.from_buffer_copy(self._linear)
+        linear.gives_floats = True
+        return linear
 
     def __call__(self, x: Tensor, *residuals: Tensor) -> Tensor:
         rows = x.shape[0]

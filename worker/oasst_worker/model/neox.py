@@ -10,6 +10,7 @@ Shapes: `rows` new tokens in this step, `heads` attention heads of `head_dim`, `
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from oasst_worker.model.attention import Attention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import DecodeInputs, StepInputs
+from oasst_worker.model.layers import CompiledHead, CompiledModel
 from oasst_worker.model.linear import Linear, build_linear, is_row_exact
 from oasst_worker.model.ranks import ALONE, Ranks
 from oasst_worker.model.stack import LayerStack, Norm
@@ -51,6 +53,13 @@ class NeoX:
         ]
         self._final_norm = Norm(weights.final_norm_weight, weights.final_norm_bias, config.layer_norm_eps)
         self._head = make_linear(weights.head, None)
+        self._compiled_head: CompiledHead | None = None
+        self._compiled: CompiledModel | None = None
+        if ranks is ALONE:
+            with suppress(RuntimeError):  # Then the parts are called one by one.
+                self._compiled_head = CompiledHead(self._final_norm.tensors, config.layer_norm_eps, self._head)
+                if len(self._stacks) == 1 and (layers := self._stacks[0].compiled):
+                    self._compiled = CompiledModel(self._embedding, layers, self._compiled_head)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +84,7 @@ class NeoX:
     @property
     def has_compiled_layers(self) -> bool:
         """A step's layers are one call for each place."""
-        return all(stack.is_compiled for stack in self._stacks)
+        return all(stack.compiled is not None for stack in self._stacks)
 
     @property
     def is_position_exact(self) -> bool:
@@ -93,6 +102,8 @@ class NeoX:
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         """Writes every row's keys and values and returns the drawing rows' logits, as `logits`."""
+        if self._compiled:
+            return self._compiled(inputs, cache[0])
         return self.logits(self.hidden(inputs, cache)[inputs.drawing_rows])
 
     @torch.inference_mode()
@@ -125,6 +136,8 @@ class NeoX:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of rows of `hidden`, [rows, vocab] in fp32; whole at the first rank, where tokens are drawn."""
+        if self._compiled_head:
+            return self._compiled_head(hidden)
         return self.ranks.gather_columns(self._head(self._final_norm(hidden)), self.config.vocab_size).float()
 
     def _embed(self, token_ids: Tensor) -> Tensor:

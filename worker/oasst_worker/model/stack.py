@@ -45,9 +45,9 @@ class LayerStack:
         self._kept = self._make_layers(run.weights) if run.place.is_kept else None
 
     @property
-    def is_compiled(self) -> bool:
-        """All layers are one call."""
-        return self._kept is not None and self._kept.compiled is not None
+    def compiled(self) -> CompiledLayers | None:
+        """All layers in one call, if they can be had so."""
+        return self._kept.compiled if self._kept else None
 
     @property
     def is_position_exact(self) -> bool:

@@ -6,6 +6,7 @@ any chunk, beside any others, in any blocks, by any number of threads.
 
 import ctypes
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -68,29 +69,31 @@ class CompiledAttention:
         return empty_in_large_pages(*shape, dtype=self._kv_dtype)
 
     def prepare(self, inputs: StepInputs) -> "PreparedAttention":
-        spans: list[tuple[int, int, int, int]] = []
-        tasks: list[tuple[int, int]] = []
+        spans: list[int] = []
         blocks: list[int] = []
+        task_spans: list[int] = []
+        task_rows: list[int] = []
         for number, span in enumerate(inputs.spans):
-            spans.append((span.first_row, span.num_rows, span.start, len(blocks)))
-            tasks += [(number, row) for row in range(0, span.num_rows, TILE)]
+            spans += (span.first_row, span.num_rows, span.start, len(blocks))
             blocks += span.blocks
+            rows = range(0, span.num_rows, TILE)
+            task_rows += rows
+            task_spans += [number] * len(rows)
         num_threads = torch.get_num_threads()
         longest = max(span.start + span.num_rows for span in inputs.spans)
         scratch_size = self._config.head_dim + -(-longest // BLOCK_SIZE) * BLOCK_SIZE
+        lists = (spans, blocks, task_spans, task_rows)
         arrays = (
             self._cos,
             self._sin,
             inputs.positions,
             inputs.cells,
-            torch.tensor(spans),
-            torch.tensor(blocks),
-            *torch.tensor(tasks).T.contiguous(),
+            *torch.split(torch.tensor([*chain(*lists)]), [*map(len, lists)]),
             torch.empty(num_threads * 2 * QUERIES * scratch_size),
         )
         step = _Step(
             len(inputs.positions),
-            len(tasks),
+            len(task_rows),
             num_threads,
             self._config.num_heads,
             self._config.head_dim,

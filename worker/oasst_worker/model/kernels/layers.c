@@ -1,5 +1,5 @@
-/* A linear layer, and all layers of a GPT-NeoX in one parallel region: between two parts the team waits for its slowest,
- * but is not sent away and called again. */
+/* A linear layer, all layers of a GPT-NeoX, and the whole model, in one parallel region each: between two parts the team
+ * waits for its slowest, but is not sent away and called again. */
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
@@ -14,6 +14,19 @@ typedef struct {
     double epsilon;
     const layer *layers;
 } stack;
+
+typedef struct {
+    int64_t hidden_size;
+    double epsilon;
+    norm before;
+    const linear *linear;
+} head;
+
+typedef struct {
+    const scalar *embedding; /* [vocabulary, hidden_size] */
+    const stack *layers;
+    const head *head;
+} model;
 
 /* What the layers hand each other, [rows, ...] each. */
 typedef struct {
@@ -53,18 +66,63 @@ static void apply_layer(
     apply_linear(all, l->mlp_out, rows, b->inner, b->words, beside, middle, b->next);
 }
 
-/* All layers, from b->hidden into b->hidden, or into b->next where their number is odd. `caches` holds `cache_size`
- * numbers for each layer. */
+/* By the whole team: from b->hidden into what is returned, b->hidden or, where their number is odd, b->next. `caches`
+ * holds `cache_size` numbers for each layer. */
+static scalar *apply_all_layers(
+    team *all, const stack *n, const step *s, stored *caches, int64_t cache_size, const buffers *b) {
+    buffers own = *b;
+    for (int64_t i = 0; i < n->num_layers; i++) {
+        apply_layer(all, n, n->layers + i, s, caches + i * cache_size, &own);
+        scalar *given = own.hidden;
+        own.hidden = own.next;
+        own.next = given;
+    }
+    return own.hidden;
+}
+
+/* By the whole team: logits [num_rows, vocabulary] of these rows of hidden. */
+static void predict(
+    team *all, const head *h, int64_t num_rows, const int64_t *rows, const scalar *hidden, scalar *normed, word *words,
+    float *logits) {
+    int64_t size = h->hidden_size;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < num_rows; i++)
+        normalize_row(&h->before, size, h->epsilon, hidden + rows[i] * size, normed + i * size);
+    meet(all);
+    apply_linear(all, h->linear, num_rows, normed, words, NULL, NULL, logits);
+}
+
 void apply_layers(const stack *n, const step *s, stored *caches, int64_t cache_size, const buffers *b) {
     team all = {0};
 #pragma omp parallel num_threads(s->num_threads)
+    apply_all_layers(&all, n, s, caches, cache_size, b);
+}
+
+void apply_head(
+    const head *h, int64_t num_threads, int64_t num_rows, const int64_t *rows, const scalar *hidden, scalar *normed,
+    word *words, float *logits) {
+    team all = {0};
+#pragma omp parallel num_threads(num_threads)
+    predict(&all, h, num_rows, rows, hidden, normed, words, logits);
+}
+
+/* From the ids of all rows to the logits of those that draw. Returns how many of the rows could be taken: all, or those
+ * before an id that is none, and then nothing is done. */
+int64_t apply_model(
+    const model *m, const step *s, stored *caches, int64_t cache_size, const int64_t *token_ids, int64_t num_drawing,
+    const int64_t *drawing_rows, const buffers *b, float *logits) {
+    int64_t size = m->layers->hidden_size;
+    for (int64_t row = 0; row < s->num_rows; row++)
+        if (token_ids[row] < 0 || token_ids[row] >= m->head->linear->outputs) return row;
+    team all = {0};
+#pragma omp parallel num_threads(s->num_threads)
     {
-        buffers own = *b;
-        for (int64_t i = 0; i < n->num_layers; i++) {
-            apply_layer(&all, n, n->layers + i, s, caches + i * cache_size, &own);
-            scalar *given = own.hidden;
-            own.hidden = own.next;
-            own.next = given;
-        }
+#pragma omp for schedule(static) nowait
+        for (int64_t row = 0; row < s->num_rows; row++)
+            memcpy(b->hidden + row * size, m->embedding + token_ids[row] * size, size * sizeof(scalar));
+        meet(&all);
+        const scalar *hidden = apply_all_layers(&all, m->layers, s, caches, cache_size, b);
+        predict(&all, m->head, num_drawing, drawing_rows, hidden, b->normed, b->words, logits);
     }
+    return s->num_rows;
 }

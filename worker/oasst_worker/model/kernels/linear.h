@@ -38,6 +38,7 @@ typedef struct {
     int64_t inputs, outputs;
     int64_t words; /* Of a row: inputs / INPUTS_OF_A_WORD, and for bf16 and int8 rounded up to 16. */
     int64_t activation;
+    int64_t gives_floats; /* The outputs are, rounded as scalars. */
     const word *panels;
     const float *bias;   /* These three: of each output, filled up to whole panels. The bias may be NULL. */
     const float *scales; /* int8 only. */
@@ -164,7 +165,7 @@ static void sum_by_tiles(
 
 /* The sums of one row become its outputs from `output` on, as many as a vector holds. */
 INLINED void finish(
-    const linear *l, sums total, const operand *x, const scalar *residuals[2], scalar *out, int64_t row,
+    const linear *l, sums total, const operand *x, const scalar *residuals[2], void *out, int64_t row,
     int64_t output) {
     int64_t size = l->outputs - output, at = row * l->outputs + output;
 #if WEIGHTS == INT8
@@ -177,13 +178,16 @@ INLINED void finish(
     value = activate(l->activation, value);
     for (int i = 0; i < 2; i++)
         if (residuals[i]) value += load_some(residuals[i] + at, size);
-    store_some(out + at, value, size);
+    if (l->gives_floats)
+        store_rounded((float *)out + at, value, size);
+    else
+        store_some((scalar *)out + at, value, size);
 }
 
 /* The rows [row, row + size) against the panels [panel, end), which are PANELS_AT_ONCE at most. */
 static void multiply_panels(
     const linear *l, const operand *x, int64_t row, int64_t size, int64_t panel, int64_t end, int64_t ahead,
-    const scalar *residuals[2], scalar *out) {
+    const scalar *residuals[2], void *out) {
     word totals[PASS * PANELS_AT_ONCE * PANEL] __attribute__((aligned(64)));
     const word *words = x->words + row * l->words;
     int64_t width = (end - panel) * PANEL, output = panel * PANEL;
@@ -199,7 +203,7 @@ static void multiply_panels(
 /* By the whole team. x [rows, inputs]; out and the residuals, which may be NULL, [rows, outputs]. */
 static void apply_linear(
     team *all, const linear *l, int64_t rows, const scalar *x, word *scratch, const scalar *first,
-    const scalar *second, scalar *out) {
+    const scalar *second, void *out) {
     const scalar *residuals[2] = {first, second};
     operand operands = into_words(all, l, rows, x, scratch);
     int64_t panels = (l->outputs + PANEL - 1) / PANEL, panel_bytes = l->words * PANEL * (int64_t)sizeof(word);

@@ -60,6 +60,14 @@ INLINED void store_some(scalar *to, vector x, int64_t size) {
     for (int64_t i = 0; i < size; i++) to[i] = padded[i];
 }
 
+/* As `store_some`, into floats that have been rounded as scalars. */
+INLINED void store_rounded(float *to, vector x, int64_t size) {
+    scalar rounded[LANES];
+    store(rounded, x);
+    x = load(rounded);
+    memcpy(to, &x, min(size, LANES) * sizeof(float));
+}
+
 /* `size` numbers as floats: where they lie if they are, in `scratch` otherwise. */
 INLINED const float *widen_all(const scalar *from, int64_t size, float *scratch) {
 #ifdef ROWS_BF16

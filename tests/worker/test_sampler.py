@@ -3,15 +3,18 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from oasst.presets import PRESETS
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.model import sampler as sampler_module
+from oasst_worker.model.penalties import penalize
 from oasst_worker.model.philox import philox4x32
 from oasst_worker.model.sampler import Sampler, SamplingRow, processed_probabilities, uniform_for
-from oasst_worker.model.shortcuts import draw_from_bucket
+from oasst_worker.model.shortcuts import Columns, draw_from_bucket, find_likely, find_typical
+from oasst_worker.model.survey import CompiledSurvey
 from oasst_worker.model.warpers import draw, warp
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -61,6 +64,20 @@ def with_ties(rows, vocabulary=VOCABULARY, seed=0):
 
 
 ALL_SHAPES = [peaked, flat, with_ties]
+
+
+@pytest.fixture(params=["compiled", "operators"])
+def paths(request, monkeypatch):
+    """The whole rows are surveyed by the kernel, or by PyTorch's operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(sampler_module, "CompiledSurvey", refuse)
+
+
+def refuse(*_):
+    raise RuntimeError("not here")
+
+
+by_both_paths = pytest.mark.usefixtures("paths")
 
 
 @pytest.fixture
@@ -157,6 +174,7 @@ def test_penalties_by_hand(fields, wanted):
     assert torch.allclose(processed_probabilities(logits, [row]), torch.tensor([wanted]).softmax(dim=1))
 
 
+@by_both_paths
 def test_greedy_is_the_most_likely_token_after_penalties_and_the_lowest_id_of_equals():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
     greedy = params_of(temperature=0.0)
@@ -167,6 +185,7 @@ def test_greedy_is_the_most_likely_token_after_penalties_and_the_lowest_id_of_eq
         assert processed_probabilities(logits, [row]).argmax().item() == wanted
 
 
+@by_both_paths
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-20])
 def test_a_temperature_close_to_zero_is_greedy(temperature):
     logits = peaked(4)
@@ -174,6 +193,7 @@ def test_a_temperature_close_to_zero_is_greedy(temperature):
     assert sampled.token_ids == logits.argmax(dim=1).tolist()
 
 
+@by_both_paths
 @pytest.mark.parametrize("logits_of", ALL_SHAPES)
 @pytest.mark.parametrize("vocabulary", [7, 64, 65, 3000])
 @pytest.mark.parametrize("seed", range(4))
@@ -188,18 +208,51 @@ def test_the_fast_paths_draw_the_plain_paths_tokens(logits_of, vocabulary, seed)
     ]
     sampled = Sampler(vocabulary, banned).sample(logits.clone(), rows)
 
-    sampler_module._penalize(logits, rows)
+    penalize(logits, rows)
     logits[:, banned] = -torch.inf
     plain = [draw(warp(scores, row.params), row.uniform) for scores, row in zip(logits, rows, strict=True)]
     assert sampled.token_ids == plain
 
 
+@by_both_paths
 @pytest.mark.parametrize("params", [*map(preset, PRESETS), params_of(top_k=500), params_of(top_k=40, typical_p=0.3)])
 def test_a_language_models_rows_are_decided_without_the_plain_path(params, monkeypatch):
     plain_rows = []
     monkeypatch.setattr(sampler_module, "_draw_row", lambda scores, row: plain_rows.append(row) or 0)
     Sampler(50288, []).sample(peaked(16, vocabulary=50288), rows_of(params, 16))
     assert len(plain_rows) <= 1
+
+
+@pytest.mark.parametrize("logits_of", ALL_SHAPES)
+@pytest.mark.parametrize("vocabulary", [5, 64, 1000, 50_001])
+@pytest.mark.parametrize("fields", [{"top_p": 0.9}, {"typical_p": 0.3}], ids=["likely", "typical"])
+def test_the_kernel_finds_what_the_operators_find(fields, vocabulary, logits_of):
+    logits = logits_of(4, vocabulary)
+    params = params_of(temperature=0.7, repetition_penalty=1.3, presence_penalty=0.2, logit_bias={1: -3.0}, **fields)
+    rows = rows_of(params, 4, output_counts={3: 2, 2: 1}, banned_ids=[0])
+    rows = [replace(row, seen_ids=[3, 1, 3]) for row in rows]
+    by_kernel = logits.clone()
+    found, is_good = CompiledSurvey(vocabulary, [vocabulary - 1])(by_kernel, rows, 64)
+    penalize(logits, rows)
+    logits[:, vocabulary - 1] = -torch.inf
+    columns = Columns.of([params] * 4, [0.5] * 4, logits.device)
+    expected = (find_typical if "typical_p" in fields else find_likely)(logits, columns, 64)
+    assert torch.equal(by_kernel, logits)
+    assert is_good.all()
+    assert found.is_whole == expected.is_whole
+    if not found.is_whole:
+        torch.testing.assert_close(found.totals, expected.totals, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.logits.isfinite().sum(1), expected.logits.isfinite().sum(1))
+    torch.testing.assert_close(found.logits.sort().values, expected.logits.sort().values, rtol=0, atol=1e-5)
+    is_there = found.logits.isfinite()
+    assert torch.equal(logits.gather(1, found.ids)[is_there], found.logits[is_there])
+
+
+@pytest.mark.parametrize("field", [{"repetition_penalty": 1.2}, {"logit_bias": {7: 1.0}}])
+def test_a_token_outside_the_vocabulary_is_refused(field):
+    logits = peaked(1, 7)
+    with pytest.raises(IndexError, match="7"):
+        Sampler(7, []).sample(logits, [SamplingRow(params_of(**field), 0.5, seen_ids=[1, 7])])
 
 
 @pytest.mark.parametrize("logits_of", ALL_SHAPES)
@@ -230,6 +283,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@by_both_paths
 @pytest.mark.parametrize("logits_of", ALL_SHAPES)
 def test_a_row_alone_and_among_31_others_is_the_same_bit_for_bit(logits_of, two_threads):
     rng = random.Random(3)
@@ -255,6 +309,7 @@ def test_a_row_alone_and_among_31_others_is_the_same_bit_for_bit(logits_of, two_
         assert (alone.token_ids[0], alone.logprobs[0]) == (together.token_ids[index], together.logprobs[index])
 
 
+@by_both_paths
 @pytest.mark.parametrize(
     "params",
     [params_of(), params_of(temperature=0.7, top_k=8), params_of(top_p=0.8), params_of(typical_p=0.6), preset("k50")],
@@ -282,6 +337,7 @@ def test_a_small_random_number_draws_the_most_likely_token_and_a_large_one_the_l
             assert sampled.token_ids == [wanted.item()]
 
 
+@by_both_paths
 def test_banned_tokens_are_never_drawn():
     logits = torch.zeros(500, 6)
     logits[:, 4] = 50.0
@@ -289,6 +345,7 @@ def test_banned_tokens_are_never_drawn():
     assert set(Sampler(6, [4, 5]).sample(logits, rows).token_ids) == {1, 2, 3}
 
 
+@by_both_paths
 def test_a_row_with_nothing_left_to_draw_draws_nothing():
     rows = [
         SamplingRow(params, 0.5, banned_ids=banned_ids)
@@ -298,6 +355,7 @@ def test_a_row_with_nothing_left_to_draw_draws_nothing():
     assert Sampler(3, [2]).sample(torch.zeros(8, 3), rows).token_ids == [1, None] * 4
 
 
+@by_both_paths
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("params", [params_of(logprobs=2), params_of(temperature=0.0, logprobs=2), preset("typical2")])
 def test_a_row_that_is_not_finite_fails_alone(poison, params):
@@ -312,6 +370,7 @@ def test_a_row_that_is_not_finite_fails_alone(poison, params):
         assert results[:2] + results[3:] == healthy_results[:2] + healthy_results[3:]
 
 
+@by_both_paths
 @pytest.mark.parametrize("params", [params_of(), params_of(top_k=2), params_of(temperature=1e-29, typical_p=0.5)])
 def test_numbers_too_large_for_fp32_fail_their_row_only(params):
     logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3e38], [1.0, 2.0, 3.0]])
@@ -319,6 +378,7 @@ def test_numbers_too_large_for_fp32_fail_their_row_only(params):
     assert Sampler(3, []).sample(logits, rows).bad_rows == [1, 2]
 
 
+@by_both_paths
 def test_large_finite_logits_are_no_failure_of_a_greedy_row():
     logits = torch.full((1, 4), 3e38)
     logits[0, 2] = 3.2e38

@@ -8,6 +8,7 @@ Both decide a row only if no comparison was so close that the rounding of the pl
 a decided row has the plain path's token; the others are left to the next path, the plain one last.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,19 @@ from torch import Tensor
 from oasst_worker.model.transfer import to_device
 from oasst_worker.model.warpers import SamplingSpec
 
-__all__ = ["Columns", "draw_from_bucket", "draw_from_prefix"]
+__all__ = [
+    "Columns",
+    "Survey",
+    "draw_from_bucket",
+    "draw_from_likely",
+    "draw_from_typical",
+    "find_likely",
+    "find_typical",
+    "is_greedy",
+    "is_typical",
+    "largest_logit",
+    "needs_sums",
+]
 
 # Wider than the error of a sum of fp32 probabilities, ours or the plain path's.
 _MASS_MARGIN = 2e-6
@@ -26,7 +39,11 @@ _DISTANCE_MARGIN = 2e-5
 # Wider than the difference between two orders of a float64 sum over a vocabulary.
 _SUM_MARGIN = 1e-10
 # A weight of e^-80 is nothing beside 1; the bound keeps 0 * -inf and slow denormal numbers away.
-_LOG_NOTHING = -80.0
+LOG_NOTHING = -80.0
+
+# Colder is greedy: dividing logits by less would overflow fp32.
+_COLDEST_TEMPERATURE = 1e-30
+_LARGEST_SCORE = 1e38
 
 # Buckets are this wide, in nats, and reach this far down from the most likely token; the last holds all below.
 _BUCKET_WIDTH = 1 / 128
@@ -55,43 +72,84 @@ class Columns:
         temperature, top_k, is_cut, *others = to_device(values, torch.float64, device).T.unsqueeze(2).unbind()
         return cls(specs, temperature.float(), top_k.long(), is_cut.bool(), *others)
 
-    def take(self, rows: Sequence[int]) -> "Columns":
-        """Returns the columns of these rows only."""
-        index = to_device(rows, torch.int64, self.uniform.device)
-        return Columns(
-            [self.specs[row] for row in rows],
-            self.temperature[index],
-            self.top_k[index],
-            self.is_cut[index],
-            self.top_p[index],
-            self.min_p[index],
-            self.typical_p[index],
-            self.uniform[index],
-        )
-
     @property
     def is_typical(self) -> Tensor:
         return self.typical_p < 1
 
 
-def draw_from_prefix(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
-    """Returns the drawn token ids [rows] and which rows are decided [rows]; the ids of others mean nothing.
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is asked of whole rows of logits: their most likely or most typical tokens, and sums over all of them.
 
-    `logits` [rows, vocab] have penalties and bans applied, temperature not. `size` is the length of the prefix.
+    A token's depth is how far its score, logit / temperature, lies below the row's highest.
     """
+
+    is_whole: bool  # No token is missing.
+    ids: Tensor  # [rows, size] int64, the most likely or most typical first
+    logits: Tensor  # [rows, size] fp32, theirs
+    # These where a row `needs_sums`, [rows, 1] float64: the highest score, the sums of w = e^depth and of w * depth.
+    peaks: Tensor
+    totals: Tensor
+    moments: Tensor
+
+    def take(self, rows: Sequence[int]) -> "Survey":
+        """The same of these rows, in order."""
+        if len(rows) == len(self.ids):
+            return self
+        index = to_device(rows, torch.int64, self.ids.device)
+        tensors = (self.ids, self.logits, self.peaks, self.totals, self.moments)
+        return Survey(self.is_whole, *(tensor[index] for tensor in tensors))
+
+
+def is_greedy(spec: SamplingSpec) -> bool:
+    """The row takes its most likely token."""
+    return spec.temperature < _COLDEST_TEMPERATURE
+
+
+def largest_logit(spec: SamplingSpec) -> float:
+    """What a row's highest logit must stay below, to fit fp32 after temperature."""
+    return math.inf if is_greedy(spec) else _LARGEST_SCORE * min(spec.temperature, 1.0)
+
+
+def is_typical(spec: SamplingSpec) -> bool:
+    """The row is drawn from its most typical tokens, not from its most likely ones."""
+    return spec.typical_p < 1 and not _is_cut(spec)
+
+
+def needs_sums(spec: SamplingSpec) -> bool:
+    """The draw depends on what all tokens of the row weigh."""
+    return not spec.top_k and (spec.top_p < 1 or not _is_cut(spec))
+
+
+def find_likely(logits: Tensor, columns: Columns, size: int) -> Survey:
+    """Finds the `size` most likely tokens of each row of `logits` [rows, vocab], where penalties and bans are in."""
     size = min(size, logits.shape[1])
-    typical = [row for row, spec in enumerate(columns.specs) if spec.typical_p < 1 and not _is_cut(spec)]
-    if not typical:
-        return _draw_from_head(logits, columns, size)
-    if len(typical) == len(logits):
-        return _draw_from_typical(logits, columns, size)
-    others = sorted(set(range(len(logits))).difference(typical))
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    decided = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
-    for rows, draw in ((others, _draw_from_head), (typical, _draw_from_typical)):
-        index = to_device(rows, torch.int64, logits.device)
-        token_ids[index], decided[index] = draw(logits[index], columns.take(rows), size)
-    return token_ids, decided
+    # Temperature keeps the order, so the prefix can be chosen before it.
+    best, ids = logits.topk(size)
+    highest = best[:, :1]
+    peaks = (highest / columns.temperature).double()
+    totals = torch.zeros_like(peaks)
+    wanting = [row for row, spec in enumerate(columns.specs) if needs_sums(spec)]
+    if wanting and size < logits.shape[1]:
+        is_all = len(wanting) == len(logits)
+        rows = slice(None) if is_all else to_device(wanting, torch.int64, logits.device)
+        scaled = logits[rows] / columns.temperature[rows]
+        totals[rows] = scaled.sub_(peaks[rows].float()).exp_().sum(dim=1, keepdim=True).double()
+    return Survey(size == logits.shape[1], ids, best, peaks, totals, torch.zeros_like(peaks))
+
+
+def find_typical(logits: Tensor, columns: Columns, size: int) -> Survey:
+    """The same of the most typical tokens: those whose information content is closest to the row's entropy."""
+    size = min(size, logits.shape[1])
+    scaled = logits / columns.temperature
+    peaks = scaled.amax(dim=1, keepdim=True)
+    # Measured from the peak, where fp32 is exact enough, however large the scores are.
+    depths = scaled.sub_(peaks).clamp_(min=LOG_NOTHING)
+    weights = depths.exp()
+    totals = weights.sum(dim=1, keepdim=True).double()
+    moments = weights.mul_(depths).sum(dim=1, keepdim=True).double()
+    ids = depths.sub_((moments / totals).float()).abs_().topk(size, largest=False).indices
+    return Survey(size == logits.shape[1], ids, logits.gather(1, ids), peaks.double(), totals, moments)
 
 
 def draw_from_bucket(scores: Tensor, uniform: float) -> int | None:
@@ -183,14 +241,16 @@ class _Prefix:
         return token_ids.squeeze(1), (in_prefix & ~close & ~self.doubtful).squeeze(1)
 
 
-def _draw_from_head(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
-    """Draws from the `size` most likely tokens, with any filters or none."""
-    # Temperature keeps the order, so the prefix can be chosen before it.
-    logit_values, ids = logits.topk(size)
-    scores = logit_values / columns.temperature
-    prefix = _Prefix.of(scores, ids, peak=scores[:, :1].double())
+def draw_from_likely(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
+    """Draws from the most likely tokens, with any filters or none.
+
+    Returns token ids [rows] and which rows are decided [rows]; the ids of others mean nothing.
+    """
+    size = found.ids.shape[1]
+    scores = found.logits / columns.temperature
+    prefix = _Prefix.of(scores, found.ids, peak=scores[:, :1].double())
     # No token outside the prefix has a higher score than this.
-    outside = prefix.scores[:, -1:] if size < logits.shape[1] else torch.full_like(prefix.peak, -torch.inf)
+    outside = torch.full_like(prefix.peak, -torch.inf) if found.is_whole else prefix.scores[:, -1:]
     has_top_k, has_top_p, has_min_p = columns.top_k > 0, columns.top_p < 1, columns.min_p > 0
 
     kth_score = prefix.scores.gather(1, (columns.top_k - 1).clamp(0, size - 1))
@@ -199,14 +259,9 @@ def _draw_from_head(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor
     closed = (outside == -torch.inf) | (has_top_k & (columns.top_k <= size) & (kth_score > outside))
 
     total = prefix.total()
-    of_whole_row = [
-        i for i, spec in enumerate(columns.specs) if not spec.top_k and (spec.top_p < 1 or not _is_cut(spec))
-    ]
-    if of_whole_row and size < logits.shape[1]:
-        is_all = len(of_whole_row) == len(logits)
-        rows = slice(None) if is_all else to_device(of_whole_row, torch.int64, logits.device)
-        scaled = logits[rows] / columns.temperature[rows]
-        total[rows] = scaled.sub_(scores[rows, :1]).exp_().sum(dim=1, keepdim=True).double()
+    of_whole_row = [needs_sums(spec) for spec in columns.specs]
+    if any(of_whole_row) and not found.is_whole:
+        total = torch.where(to_device(of_whole_row, torch.bool, total.device)[:, None], found.totals, total)
     prefix.keep_top_p(columns.top_p, total, where=has_top_p)
     prefix.keep_min_p(columns.min_p, where=has_min_p)
     closed |= ~has_top_k & (has_top_p | has_min_p) & (prefix.lowest_score() > outside)
@@ -214,28 +269,18 @@ def _draw_from_head(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor
     if any(spec.typical_p < 1 for spec in columns.specs):
         kept_total = prefix.total()
         probabilities = prefix.weights / kept_total
-        entropy = -(probabilities * probabilities.log().clamp(min=_LOG_NOTHING)).sum(dim=1, keepdim=True)
+        entropy = -(probabilities * probabilities.log().clamp(min=LOG_NOTHING)).sum(dim=1, keepdim=True)
         distances = prefix.distances(kept_total, entropy)
         prefix.keep_typical(distances, columns.typical_p, kept_total, where=columns.is_typical)
     prefix.doubtful |= columns.is_cut & ~closed
     return prefix.draw(columns.uniform, torch.where(closed, prefix.total(), total))
 
 
-def _draw_from_typical(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
-    """Draws from the `size` most typical tokens, in rows without any other filter."""
-    scaled = logits / columns.temperature
-    peak = scaled.amax(dim=1, keepdim=True)
-    shifted = (scaled - peak).clamp_(min=_LOG_NOTHING)
-    weights = shifted.exp()
-    total = weights.sum(dim=1, keepdim=True).double()
-    entropy = total.log() - weights.mul_(shifted).sum(dim=1, keepdim=True).double() / total
-    # Measured from the peak, where fp32 is exact enough, however large the scores are.
-    typical_depth = total.log() - entropy
-    ids = shifted.sub_(typical_depth.float()).abs_().topk(size, largest=False).indices
-    prefix = _Prefix.of(scaled.gather(1, ids), ids, peak.double())
-
-    distances = prefix.distances(total, entropy)
-    limit = prefix.keep_typical(distances, columns.typical_p, total, where=columns.is_typical)
-    if size < logits.shape[1]:
+def draw_from_typical(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
+    """Draws from the most typical tokens, in rows without any other filter; returns the same."""
+    prefix = _Prefix.of(found.logits / columns.temperature, found.ids, found.peaks)
+    distances = prefix.distances(found.totals, found.totals.log() - found.moments / found.totals)
+    limit = prefix.keep_typical(distances, columns.typical_p, found.totals, where=columns.is_typical)
+    if not found.is_whole:
         prefix.doubtful |= limit > distances.amax(dim=1, keepdim=True) - _DISTANCE_MARGIN
     return prefix.draw(columns.uniform, prefix.total())

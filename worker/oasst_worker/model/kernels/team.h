@@ -7,6 +7,7 @@
  */
 #pragma once
 #include <stdatomic.h>
+#include <stdint.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>

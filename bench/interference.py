@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oasst_worker.engine import Engine, EngineConfig, Executor, GenerationParams, Sequence
@@ -44,20 +44,20 @@ def measure_interference(name: str, folder: Path, streams: list[int], *, rounds:
     runner = build_executor(folder, RuntimeOptions(device="cpu", dtype="float32"))
     rows = []
     for num_streams in streams:
-        gaps: dict[float, list[tuple[float, float, float]]] = {2.0: [], _UNPACED: []}
+        paced = EngineConfig(
+            model.eos_token_id,
+            model.max_positions,
+            max_sequences=num_streams + 1,
+            position_cost=model.position_cost,
+        )
+        configs = {True: paced, False: replace(paced, max_slowdown=_UNPACED)}
+        gaps: dict[bool, list[tuple[float, float, float]]] = {is_paced: [] for is_paced in configs}
         for _ in range(rounds):
-            for max_slowdown, measured in gaps.items():
-                config = EngineConfig(
-                    model.eos_token_id,
-                    model.max_positions,
-                    max_sequences=num_streams + 1,
-                    max_slowdown=max_slowdown,
-                    position_cost=model.position_cost,
-                )
-                measured.append(_interfere(runner, config, num_streams, model.vocab_size))
-        for max_slowdown, measured in gaps.items():
+            for is_paced, config in configs.items():
+                gaps[is_paced].append(_interfere(runner, config, num_streams, model.vocab_size))
+        for is_paced, measured in gaps.items():
             medians = (statistics.median(figures) for figures in zip(*measured, strict=True))
-            rows.append(InterferenceRow(name, num_streams, max_slowdown != _UNPACED, *medians))
+            rows.append(InterferenceRow(name, num_streams, is_paced, *medians))
     return rows
 
 

@@ -41,7 +41,7 @@ class EngineConfig:
     max_positions: int  # Prompt and generated tokens of one sequence.
     max_sequences: int = 32  # Running at once.
     step_tokens: int = 512  # Budget of one step, decoding and prefill together.
-    max_slowdown: float = 2.0  # A few prompts make a step of sequences that decode at most so many times as long.
+    max_slowdown: float = 1.8  # A few prompts make a step of sequences that decode at most so many times as long.
     position_cost: float = 0.0  # What attending to one position costs a row, in rows.
     speculate: int = 0  # The most tokens guessed ahead for one sequence in a step; 0 guesses none.
 

@@ -68,7 +68,7 @@ class Scheduler:
         step_tokens: int,
         prefill_tile: int,
         is_position_exact: bool,
-        max_slowdown: float = 2.0,
+        max_slowdown: float = 1.8,
         position_cost: float = 0.0,
         speculate: int = 0,
     ) -> None:

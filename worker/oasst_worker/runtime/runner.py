@@ -32,6 +32,8 @@ from oasst_worker.runtime.tensors import make_inputs
 
 __all__ = ["ModelRunner"]
 
+_SMALL_TILE = 4
+
 _log = logging.getLogger(__name__)
 
 
@@ -68,8 +70,8 @@ class ModelRunner:
         else:
             self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
-        # Where a position's bits depend on itself alone a prompt may be cut anywhere; blocks are known whole.
-        self.prefill_tile = BLOCK_SIZE if model.is_position_exact else PREFILL_TILE
+        # Where a position's bits depend on itself alone a prompt may be cut anywhere.
+        self.prefill_tile = _SMALL_TILE if model.is_position_exact else PREFILL_TILE
         self.device = model.device
         is_one_gpu = isinstance(model, NeoX) and model.device.type == "cuda"
         self.looks_ahead = is_one_gpu if looks_ahead is None else looks_ahead

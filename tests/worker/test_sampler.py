@@ -248,6 +248,15 @@ def test_the_kernel_finds_what_the_operators_find(fields, vocabulary, logits_of)
     assert torch.equal(logits.gather(1, found.ids)[is_there], found.logits[is_there])
 
 
+@by_both_paths
+@pytest.mark.parametrize("params", [params_of(temperature=0.0), preset("k50"), preset("typical2")])
+def test_logits_may_be_columns_of_a_wider_tensor(params):
+    wide = peaked(4, VOCABULARY + 6)
+    rows = rows_of(params, 4)
+    expected = Sampler(VOCABULARY, []).sample(wide[:, :VOCABULARY].clone(), rows)
+    assert Sampler(VOCABULARY, []).sample(wide[:, :VOCABULARY], rows) == expected
+
+
 @pytest.mark.parametrize("field", [{"repetition_penalty": 1.2}, {"logit_bias": {7: 1.0}}])
 def test_a_token_outside_the_vocabulary_is_refused(field):
     logits = peaked(1, 7)

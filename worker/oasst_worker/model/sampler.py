@@ -95,6 +95,7 @@ class Sampler:
         """
         if logits.shape != (len(rows), self._vocab_size):
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
+        logits = logits.contiguous()  # Columns of several ranks are not.
         asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
         of_asking = _take(logits, asking).log_softmax(dim=1) if asking else ()
         log_probabilities = dict(zip(asking, of_asking, strict=True))

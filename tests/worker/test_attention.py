@@ -163,7 +163,7 @@ def test_without_a_working_compiler_the_plain_path_serves(fault, monkeypatch, ca
     def fail(command, **_):
         raise subprocess.CalledProcessError(1, command, stderr="unknown option")
 
-    kernels.load_kernels.cache_clear()
+    kernels.start_compiling.cache_clear()
     if fault == "no compiler":
         monkeypatch.setattr(kernels.shutil, "which", lambda _: None)
     else:
@@ -171,6 +171,6 @@ def test_without_a_working_compiler_the_plain_path_serves(fault, monkeypatch, ca
     try:
         attention = build_attention(make_config(64, 16), dtype=torch.float32, device=CPU)
     finally:
-        kernels.load_kernels.cache_clear()
+        kernels.start_compiling.cache_clear()
     assert isinstance(attention, PlainAttention)
     assert "attention runs on the plain path" in caplog.text

@@ -146,9 +146,9 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(
         kernels, "_FLAGS", [flag.replace("march=native", f"march={request.param}") for flag in kernels._FLAGS]
     )
-    kernels.load_kernels.cache_clear()
+    kernels.start_compiling.cache_clear()
     yield request.param
-    kernels.load_kernels.cache_clear()
+    kernels.start_compiling.cache_clear()
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")

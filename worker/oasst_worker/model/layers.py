@@ -45,7 +45,7 @@ class _Stack(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "is_parallel")),
         ("epsilon", ctypes.c_double),
-        ("layers", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("layers", "attend")),
     )
 
 
@@ -94,7 +94,7 @@ class CompiledLayers:
         compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in linears]
         if any(tuple((part.in_features, part.out_features) for part in layer) != shapes for layer in compiled):
             raise RuntimeError("a linear layer is not compiled, or not whole")
-        self.definitions = (*compiled[0][0].definitions, *attention.definitions)
+        self.definitions = compiled[0][0].definitions
         library = load_kernels("layers", *self.definitions)
         if library is None:
             raise RuntimeError("no kernel for all layers here")
@@ -115,7 +115,12 @@ class CompiledLayers:
             )
         )
         self._stack = _Stack(
-            len(layers), hidden, config.parallel_residual, config.layer_norm_eps, ctypes.addressof(table)
+            len(layers),
+            hidden,
+            config.parallel_residual,
+            config.layer_norm_eps,
+            ctypes.addressof(table),
+            attention.address,
         )
         self._alive = (norms, compiled, table)
 
@@ -139,7 +144,7 @@ class CompiledLayers:
         buffers, memory = self.make_buffers(len(hidden), hidden.dtype)
         buffers.hidden, buffers.next = hidden.data_ptr(), following.data_ptr()
         step = self.attention.prepare(inputs)
-        self._kernel(self.address, step.address, cache.data_ptr(), cache.stride(0), ctypes.addressof(buffers))
+        self._kernel(self.address, step.address, cache.data_ptr(), cache[0].nbytes, ctypes.addressof(buffers))
         del memory  # Until here it was needed.
         return following if self._num_layers % 2 else hidden
 
@@ -196,7 +201,7 @@ class CompiledModel:
 
     def __init__(self, embedding: Tensor, layers: CompiledLayers, head: CompiledHead) -> None:
         """`embedding` is [vocab, hidden]."""
-        if head.definitions != layers.definitions[: len(head.definitions)]:
+        if head.definitions != layers.definitions:
             raise RuntimeError("head and layers are compiled for numbers of different kinds")
         self._embedding = embedding.contiguous()
         self._layers = layers
@@ -227,7 +232,7 @@ class CompiledModel:
             ctypes.addressof(self._model),
             step.address,
             cache.data_ptr(),
-            cache.stride(0),
+            cache[0].nbytes,
             inputs.token_ids.data_ptr(),
             drawing,
             inputs.drawing_rows.data_ptr(),

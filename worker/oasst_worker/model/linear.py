@@ -42,6 +42,7 @@ __all__ = [
     "build_quantized_linear",
     "build_row_exact_linear",
     "is_row_exact",
+    "linear_kernel",
 ]
 
 # Rows for which packed products were found to give each row the same bits; fewer are padded, more are split.
@@ -195,6 +196,15 @@ _WEIGHTS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.int8: "INT8"}
 # By the size of a weight's number: how many of them make a word. Other than fp32, whole tiles of 16 words are read.
 _INPUTS_OF_A_WORD = {4: 1, 2: 2, 1: 4}
 _TILE_WORDS = 16
+# Behind each output, while a weight is laid out: as many as a vector has lanes, at most.
+_SPARE_WORDS = 16
+
+
+def linear_kernel(dtype: torch.dtype, *, quantize: bool) -> tuple[str, ...] | None:
+    """What `load_kernels` is asked for; None where there is no such kernel."""
+    if dtype not in ROWS:
+        return None
+    return ("layers", f"WEIGHTS={_WEIGHTS[torch.int8 if quantize else dtype]}", *SIZES, *ROWS[dtype])
 
 
 class CompiledLinear:
@@ -211,29 +221,25 @@ class CompiledLinear:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None, *, quantize: bool = False
     ) -> None:
-        if weight.dtype not in ROWS:
-            raise RuntimeError(f"no kernel for linear layers of {weight.dtype}")
-        kind = _WEIGHTS[torch.int8 if quantize else weight.dtype]
-        self.definitions = (f"WEIGHTS={kind}", *SIZES, *ROWS[weight.dtype])
-        library = load_kernels("layers", *self.definitions)
-        if library is None:
-            raise RuntimeError("no kernel for linear layers here")
+        kernel = linear_kernel(weight.dtype, quantize=quantize)
+        library = load_kernels(*kernel) if kernel else None
+        if kernel is None or library is None:
+            raise RuntimeError(f"no kernel for linear layers of {weight.dtype} here")
+        self.definitions = kernel[1:]
         self._kernel = library.apply
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None
         self._dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
+        self.words = _words_of(self.in_features, 1 if quantize else weight.itemsize)
         width = library.prepare()
-        scales = offsets = None
-        if quantize:
-            quantized = QuantizedWeight.of(weight)
-            weight = quantized.values
-            scales = _whole_panels(quantized.scales, width)
-            offsets = _whole_panels(128 * weight.sum(dim=1, dtype=torch.int32), width)
-        panels = _into_panels(weight, width)
-        self.words = panels.shape[1]
-        # The kernel's structure points into these.
-        self._tensors = (panels, None if bias is None else _whole_panels(bias.float(), width), scales, offsets)
+        num_panels = -(-self.out_features // width)
+        panels = empty_in_large_pages(num_panels, self.words, width, dtype=torch.int32)
+        scales = torch.zeros(num_panels * width) if quantize else None
+        offsets = torch.zeros(num_panels * width, dtype=torch.int32) if quantize else None
+        if bias is not None:
+            bias = F.pad(bias.float(), (0, num_panels * width - self.out_features)).contiguous()
+        self._tensors = (panels, bias, scales, offsets)  # The kernel's structure points into these.
         self._linear = _Linear(
             self.in_features,
             self.out_features,
@@ -242,6 +248,12 @@ class CompiledLinear:
             False,
             *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors),
         )
+        threads, weight = torch.get_num_threads(), weight.contiguous()
+        scratch = torch.empty(threads * width * (self.words + _SPARE_WORDS), dtype=torch.int32)
+        lay_out = library.lay_out
+        lay_out.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        lay_out.restype = None
+        lay_out(self.address, threads, weight.data_ptr(), scratch.data_ptr())
 
     @property
     def address(self) -> int:
@@ -277,20 +289,11 @@ class CompiledLinear:
         return product
 
 
-def _into_panels(weight: Tensor, width: int) -> Tensor:
-    """[out_features, in_features] -> [panels, words, width], words of 4 bytes, filled up with zeros."""
-    inputs_of_a_word = _INPUTS_OF_A_WORD[weight.itemsize]
+def _words_of(inputs: int, itemsize: int) -> int:
+    """How many words an output's inputs take in a panel."""
+    inputs_of_a_word = _INPUTS_OF_A_WORD[itemsize]
     inputs_at_once = 1 if inputs_of_a_word == 1 else _TILE_WORDS * inputs_of_a_word
-    outputs, inputs = weight.shape
-    missing = (0, -inputs % inputs_at_once, 0, -outputs % width)
-    words = (F.pad(weight, missing) if any(missing) else weight.contiguous()).view(torch.int32)
-    by_output = words.view(-1, width, words.shape[1])
-    panels = empty_in_large_pages(len(by_output), words.shape[1], width, dtype=words.dtype)
-    return panels.copy_(by_output.transpose(1, 2))
-
-
-def _whole_panels(of_outputs: Tensor, width: int) -> Tensor:
-    return F.pad(of_outputs, (0, -of_outputs.shape[0] % width)).contiguous()
+    return -(-inputs // inputs_at_once) * inputs_at_once // inputs_of_a_word
 
 
 def _add_(product: Tensor, residuals: tuple[Tensor, ...]) -> Tensor:

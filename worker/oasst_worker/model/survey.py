@@ -18,7 +18,9 @@ from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.penalties import SamplingRow
 from oasst_worker.model.shortcuts import Survey, is_greedy, is_typical, largest_logit, needs_sums
 
-__all__ = ["CompiledSurvey"]
+__all__ = ["SURVEY_KERNEL", "CompiledSurvey"]
+
+SURVEY_KERNEL = ("draw",)  # What `load_kernels` is asked for.
 
 # The kernel's chunks hold at least so many tokens.
 _CHUNK = 16
@@ -50,7 +52,7 @@ class CompiledSurvey:
 
     def __init__(self, vocab_size: int, banned_token_ids: Iterable[int]) -> None:
         """`banned_token_ids` are never drawn by any row."""
-        library = load_kernels("draw")
+        library = load_kernels(*SURVEY_KERNEL)
         if library is None:
             raise RuntimeError("no kernel for draws here")
         self._kernel = library.survey
@@ -62,7 +64,7 @@ class CompiledSurvey:
     def __call__(self, logits: Tensor, rows: Sequence[SamplingRow], size: int) -> tuple[Survey, Tensor]:
         """The `size` most likely or most typical tokens of each row, and which rows may be drawn from, [rows] int64.
 
-        `logits` [rows, vocab] fp32 have penalties and bans applied afterwards.
+        `logits` [rows, vocab] fp32, contiguous, have penalties and bans applied afterwards.
 
         Raises:
             IndexError: if a row names a token id that is not in the vocabulary.

@@ -9,12 +9,27 @@ from pathlib import Path
 
 import torch
 
-from oasst_worker.model.attention import FP8, INT8, Attention, build_attention, kv_bytes
+from oasst_worker.model.attention import (
+    FP8,
+    INT8,
+    Attention,
+    attention_kernel,
+    build_attention,
+    kv_bytes,
+)
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.linear import Linear, build_linear, build_quantized_linear, build_row_exact_linear
+from oasst_worker.model.kernels import start_compiling
+from oasst_worker.model.linear import (
+    Linear,
+    build_linear,
+    build_quantized_linear,
+    build_row_exact_linear,
+    linear_kernel,
+)
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, ExchangeError, Ranks, Share, connect_ranks
+from oasst_worker.model.survey import SURVEY_KERNEL
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
 from oasst_worker.runtime.placement import (
     DeviceMemory,
@@ -196,8 +211,18 @@ def open_share(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     make_linear = _choose_linear(options, device)
+    if device.type == "cpu":
+        _start_compiling(dtype, kv_dtype, quantize=options.quantize is not None)
     weights = open_weights(folder, config, dtype=dtype, device=device, share=share, places=places, progress=progress)
     return OpenedShare(config, weights, share, device, make_linear, partial(build_attention, kv_dtype=kv_dtype))
+
+
+def _start_compiling(dtype: torch.dtype, kv_dtype: torch.dtype, *, quantize: bool) -> None:
+    """What a CPU computes by is compiled while the weights are read."""
+    attention, linear = attention_kernel(dtype, kv_dtype), linear_kernel(dtype, quantize=quantize)
+    if attention and linear:
+        for kernel in (linear, attention, SURVEY_KERNEL):
+            start_compiling(*kernel)
 
 
 def _make_runner(

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from oasst_worker.model.attention.compiled import CompiledAttention
+from oasst_worker.model.attention.compiled import CompiledAttention, attention_kernel
 from oasst_worker.model.attention.interface import FP8, INT8, Attend, Attention, kv_bytes
 from oasst_worker.model.attention.paged import PagedAttention
 from oasst_worker.model.attention.plain import PREFILL_TILE, PlainAttention
@@ -20,6 +20,7 @@ __all__ = [
     "CompiledAttention",
     "PagedAttention",
     "PlainAttention",
+    "attention_kernel",
     "build_attention",
     "kv_bytes",
     "try_attention",

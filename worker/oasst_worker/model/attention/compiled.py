@@ -1,6 +1,6 @@
 """Attention on a CPU by a compiled kernel: all sequences of a layer in one parallel region.
 
-`kernels/attention.h` gives a row the same bits however it came to be computed: as part of a prompt or by itself, in
+`kernels/attention.c` gives a row the same bits however it came to be computed: as part of a prompt or by itself, in
 any chunk, beside any others, in any blocks, by any number of threads.
 """
 
@@ -17,10 +17,21 @@ from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
 from oasst_worker.model.kernels import QUERIES, ROWS, SIZES, TILE, load_kernels
 from oasst_worker.model.pages import empty_in_large_pages
 
-__all__ = ["CompiledAttention", "PreparedAttention"]
+__all__ = ["CompiledAttention", "PreparedAttention", "attention_kernel"]
 
 # The dimensions of values are padded to vectors of 16.
 _LANES = 16
+
+
+# The definitions of caches in other numbers than the rows.
+_CACHES: dict[torch.dtype, tuple[str, ...]] = {INT8: ("KV_INT8",)}
+
+
+def attention_kernel(dtype: torch.dtype, kv_dtype: torch.dtype) -> tuple[str, ...] | None:
+    """What `load_kernels` is asked for; None where there is no such kernel."""
+    if dtype not in ROWS or (kv_dtype is not dtype and kv_dtype not in _CACHES):
+        return None
+    return ("attention", *SIZES, *ROWS[dtype], *_CACHES.get(kv_dtype, ()))
 
 
 class _Step(ctypes.Structure):
@@ -35,7 +46,7 @@ class _Step(ctypes.Structure):
 
 
 class CompiledAttention:
-    """The kernel of `kernels/attention.h`.
+    """The kernel of `kernels/attention.c`.
 
     The cache is [layers, blocks, 2, heads, BLOCK_SIZE * head_dim rounded up to 16]: keys of a block by dimension,
     values by position. In int8 the fp32 scales of a block's positions stand before its numbers.
@@ -49,12 +60,12 @@ class CompiledAttention:
     def __init__(self, config: NeoXConfig, *, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
         """`kv_dtype` is the cache's: INT8, or `dtype` itself, as without it."""
         self._kv_dtype = kv_dtype or dtype
-        # What the kernels that read the cache are compiled with.
-        self.definitions = ("KV_INT8",) if self._kv_dtype is INT8 else ()
-        is_known = dtype in ROWS and self._kv_dtype in (dtype, INT8)
-        library = load_kernels("attention", *SIZES, *ROWS[dtype], *self.definitions) if is_known else None
+        kernel = attention_kernel(dtype, self._kv_dtype)
+        library = load_kernels(*kernel) if kernel else None
         if library is None:
             raise RuntimeError(f"no attention kernel for rows of {dtype} and a cache of {self._kv_dtype} here")
+        # Of `attend_rows_of_step`, for a team that has begun already.
+        self.address = ctypes.cast(library.attend_rows_of_step, ctypes.c_void_p).value
         self._kernel = library.attend
         self._kernel.argtypes = (ctypes.c_void_p,) * 4
         self._kernel.restype = None

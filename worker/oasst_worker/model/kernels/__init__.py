@@ -10,15 +10,18 @@ import logging
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from oasst_worker.model.inputs import BLOCK_SIZE
 
-__all__ = ["QUERIES", "ROWS", "SIZES", "TILE", "load_kernels"]
+__all__ = ["QUERIES", "ROWS", "SIZES", "TILE", "load_kernels", "start_compiling"]
 
 _log = logging.getLogger(__name__)
+_pool = ThreadPoolExecutor(thread_name_prefix="compiler")
 
 # Rows of a prompt that one task of the attention takes, and rows that share loads.
 TILE = 16
@@ -32,9 +35,18 @@ _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-std=gnu17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
 
-@functools.cache
 def load_kernels(name: str, *definitions: str) -> ctypes.CDLL | None:
     """The functions of `name`.c, compiled with these preprocessor definitions; None where that cannot be done."""
+    return start_compiling(name, *definitions).result()
+
+
+@functools.cache
+def start_compiling(name: str, *definitions: str) -> "Future[ctypes.CDLL | None]":
+    """What `load_kernels` will give, without waiting for the compiler."""
+    return _pool.submit(_compile, name, definitions)
+
+
+def _compile(name: str, definitions: Sequence[str]) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         _log.warning("no C compiler found (%s): %s runs on the plain path", ", ".join(_COMPILERS), name)

@@ -1,18 +1,23 @@
 /* A linear layer, all layers of a GPT-NeoX, and the whole model, in one parallel region each: between two parts the team
  * waits for its slowest, but is not sent away and called again. */
-#include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "panels.h"
+#include "step.h"
 
 typedef struct {
     norm before_attention, before_mlp;
     const linear *qkv, *dense, *mlp_in, *mlp_out;
 } layer;
 
+/* `attend_rows_of_step` of attention.c, which knows what numbers the cache holds. */
+typedef void attend_by_team(team *all, const step *s, scalar *qkv, void *cache, scalar *out);
+
 typedef struct {
     int64_t num_layers, hidden_size, is_parallel; /* Attention and MLP both read the layer's input. */
     double epsilon;
     const layer *layers;
+    attend_by_team *attend;
 } stack;
 
 typedef struct {
@@ -43,6 +48,11 @@ int64_t prepare(void) {
     return PANEL;
 }
 
+/* See `fill_panels`. */
+void lay_out(linear *l, int64_t num_threads, const scalar *weight, word *scratch) {
+    fill_panels(l, num_threads, weight, scratch);
+}
+
 /* See `apply_linear`. The scratch is [rows, words + 1] words. */
 void apply(
     const linear *l, int64_t num_threads, int64_t rows, const scalar *x, word *scratch, const scalar *first,
@@ -54,11 +64,11 @@ void apply(
 
 /* By the whole team: b->hidden becomes b->next. */
 static void apply_layer(
-    team *all, const stack *n, const layer *l, const step *s, stored *cache, const buffers *b) {
+    team *all, const stack *n, const layer *l, const step *s, void *cache, const buffers *b) {
     int64_t rows = s->num_rows, size = n->hidden_size;
     normalize(all, &l->before_attention, rows, size, n->epsilon, b->hidden, b->normed);
     apply_linear(all, l->qkv, rows, b->normed, b->words, NULL, NULL, b->qkv);
-    attend_rows_of_step(all, s, b->qkv, cache, b->attended);
+    n->attend(all, s, b->qkv, cache, b->attended);
     const scalar *middle = n->is_parallel ? b->hidden : b->dense, *beside = n->is_parallel ? b->dense : NULL;
     apply_linear(all, l->dense, rows, b->attended, b->words, n->is_parallel ? NULL : b->hidden, NULL, b->dense);
     normalize(all, &l->before_mlp, rows, size, n->epsilon, middle, b->normed);
@@ -66,13 +76,13 @@ static void apply_layer(
     apply_linear(all, l->mlp_out, rows, b->inner, b->words, beside, middle, b->next);
 }
 
-/* By the whole team: from b->hidden into what is returned, b->hidden or, where their number is odd, b->next. `caches`
- * holds `cache_size` numbers for each layer. */
+/* By the whole team: from b->hidden into what is returned, b->hidden or, where their number is odd, b->next. Of the
+ * caches, one for each layer, each has `cache_bytes`. */
 static scalar *apply_all_layers(
-    team *all, const stack *n, const step *s, stored *caches, int64_t cache_size, const buffers *b) {
+    team *all, const stack *n, const step *s, char *caches, int64_t cache_bytes, const buffers *b) {
     buffers own = *b;
     for (int64_t i = 0; i < n->num_layers; i++) {
-        apply_layer(all, n, n->layers + i, s, caches + i * cache_size, &own);
+        apply_layer(all, n, n->layers + i, s, caches + i * cache_bytes, &own);
         scalar *given = own.hidden;
         own.hidden = own.next;
         own.next = given;
@@ -92,10 +102,10 @@ static void predict(
     apply_linear(all, h->linear, num_rows, normed, words, NULL, NULL, logits);
 }
 
-void apply_layers(const stack *n, const step *s, stored *caches, int64_t cache_size, const buffers *b) {
+void apply_layers(const stack *n, const step *s, char *caches, int64_t cache_bytes, const buffers *b) {
     team all = {0};
 #pragma omp parallel num_threads(s->num_threads)
-    apply_all_layers(&all, n, s, caches, cache_size, b);
+    apply_all_layers(&all, n, s, caches, cache_bytes, b);
 }
 
 void apply_head(
@@ -109,7 +119,7 @@ void apply_head(
 /* From the ids of all rows to the logits of those that draw. Returns how many of the rows could be taken: all, or those
  * before an id that is none, and then nothing is done. */
 int64_t apply_model(
-    const model *m, const step *s, stored *caches, int64_t cache_size, const int64_t *token_ids, int64_t num_drawing,
+    const model *m, const step *s, char *caches, int64_t cache_bytes, const int64_t *token_ids, int64_t num_drawing,
     const int64_t *drawing_rows, const buffers *b, float *logits) {
     int64_t size = m->layers->hidden_size;
     for (int64_t row = 0; row < s->num_rows; row++)
@@ -121,7 +131,7 @@ int64_t apply_model(
         for (int64_t row = 0; row < s->num_rows; row++)
             memcpy(b->hidden + row * size, m->embedding + token_ids[row] * size, size * sizeof(scalar));
         meet(&all);
-        const scalar *hidden = apply_all_layers(&all, m->layers, s, caches, cache_size, b);
+        const scalar *hidden = apply_all_layers(&all, m->layers, s, caches, cache_bytes, b);
         predict(&all, m->head, num_drawing, drawing_rows, hidden, b->normed, b->words, logits);
     }
     return s->num_rows;

@@ -4,6 +4,7 @@ Heads, the MLP's inner dimension and the vocabulary are cut into as many runs as
 A rank's products give a part of every row's sum, so a block of layers ends in one sum over all ranks.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oasst_worker.model.config import NeoXConfig
+from oasst_worker.model.shared_memory import SharedMemory
 
 __all__ = ["ALONE", "Alone", "ConnectedRanks", "ExchangeError", "Ranks", "Share", "TrafficCount", "connect_ranks"]
 
 # Longer than any step may take; a rank that died is noticed at once, by its connections.
 _TIMEOUT = timedelta(minutes=10)
 
-# Numbers that are exchanged to see that they arrive. Sums of as many ranks as may be are exact.
+# Numbers that are exchanged to see that they arrive: small ones, whose sums are exact in 16 bits too.
 _NUM_PROBED = 4096
 
 
@@ -114,7 +116,7 @@ ALONE = Alone()
 
 
 class ConnectedRanks:
-    """Ranks connected by NCCL on GPUs, by gloo on CPUs.
+    """Ranks connected by NCCL on GPUs; on CPUs by gloo, and by shared memory where they have some.
 
     A row's bits must not depend on the rows beside it. gloo's all-reduce adds in an order that depends on where in the
     tensor a number stands, so on a CPU parts are exchanged as they are and added in the order of ranks.
@@ -124,15 +126,24 @@ class ConnectedRanks:
         self.share = share
         self.traffic = TrafficCount()
         self._group = group
+        self._memory: SharedMemory | None = None
 
-    def check(self, device: torch.device) -> None:
+    def share_memory(self, file: Path, dtype: torch.dtype) -> None:
+        """Rows of `dtype` go through memory that is mapped from this file, if every rank can do that."""
+        memory: SharedMemory | None = None
+        with suppress(RuntimeError, OSError):
+            memory = SharedMemory(file, self.share.rank, self.share.num_ranks, dtype)
+        if self.sum(torch.ones(1) if memory else torch.zeros(1)) == self.share.num_ranks:
+            self._memory = memory
+
+    def check(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Every kind of exchange gives what it should.
 
         Raises:
             ExchangeError: if one does not.
         """
         rank, num_ranks = self.share.rank, self.share.num_ranks
-        known = torch.arange(_NUM_PROBED, dtype=torch.float32, device=device)
+        known = (torch.arange(_NUM_PROBED, device=device) % 16).to(dtype)
         total = self.sum(known + rank)
         gathered = self.gather_columns((known + rank)[None], num_ranks * _NUM_PROBED)
         first = self.from_first(known + rank)
@@ -150,6 +161,8 @@ class ConnectedRanks:
             self._group.allreduce([part]).wait()
             return part
         part = part.contiguous()
+        if self._memory and part.dtype is self._memory.dtype:
+            return self._memory.sum_(part)
         parts = part.new_empty(self.share.num_ranks, *part.shape)
         self._group.allgather([list(parts.unbind())], [part]).wait()
         total = parts[0]
@@ -161,6 +174,8 @@ class ConnectedRanks:
         width = -(-num_columns // self.share.num_ranks)
         part = F.pad(part, (0, width - part.shape[1])).contiguous()
         self.traffic.add(part)
+        if self._memory and part.dtype is self._memory.dtype:
+            return self._memory.gather_columns(part, num_columns)
         parts = part.new_empty(self.share.num_ranks, *part.shape) if self.share.is_first else None
         options = dist.GatherOptions()
         options.rootRank = 0
@@ -176,8 +191,8 @@ class ConnectedRanks:
         return tensor
 
 
-def connect_ranks(share: Share, device: torch.device, meeting_file: Path) -> ConnectedRanks:
-    """All ranks have met by `meeting_file`, which is on a disk they share and was not there before.
+def connect_ranks(share: Share, device: torch.device, dtype: torch.dtype, meeting_file: Path) -> ConnectedRanks:
+    """All ranks of a model in `dtype` have met by `meeting_file`, which they share and which was not there before.
 
     Raises:
         ExchangeError: if they do not understand each other.
@@ -192,5 +207,7 @@ def connect_ranks(share: Share, device: torch.device, meeting_file: Path) -> Con
         options._timeout = _TIMEOUT
         group = dist.ProcessGroupGloo(store, share.rank, share.num_ranks, options)
     ranks = ConnectedRanks(share, group)
-    ranks.check(device)
+    if device.type == "cpu":
+        ranks.share_memory(meeting_file.with_suffix(".memory"), dtype)
+    ranks.check(device, dtype)
     return ranks

@@ -159,7 +159,7 @@ def _load_split(
 ) -> SplitModel:
     opened = open_share(folder, options, share, progress)
     processes.wait_until_ready()
-    ranks = connect_ranks(share, opened.device, processes.meeting_file)
+    ranks = connect_ranks(share, opened.device, opened.weights.embed_in.dtype, processes.meeting_file)
     model = opened.load(ranks)
     processes.wait_until_ready()
     return SplitModel(model, processes, ranks)

@@ -48,7 +48,8 @@ def _load(told: dict[str, Any], answers: IO[bytes]) -> NeoX:  # Any: JSON.
     share = Share(told["rank"], told["num_ranks"])
     opened = open_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
     _answer(answers, "ready to meet")
-    model = opened.load(connect_ranks(share, opened.device, Path(told["meeting_file"])))
+    dtype, meeting_file = opened.weights.embed_in.dtype, Path(told["meeting_file"])
+    model = opened.load(connect_ranks(share, opened.device, dtype, meeting_file))
     _answer(answers, "loaded")
     return model
 

@@ -7,6 +7,7 @@ worker. A rank that ends first is noticed by a thread that waits for it.
 
 import array
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from oasst_worker.model.ranks import ConnectedRanks
 __all__ = ["Command", "LostRankError", "RankProcesses", "SplitModel", "pack_inputs", "read_command", "unpack_inputs"]
 
 _ENDING_S = 5.0
+# A folder of ours is made there, if it exists: files that ranks share are no disk's business.
+_IN_MEMORY = "/dev/shm"  # noqa: S108
 _HEADER = 2  # Words: the command, and how many words follow. A word is an int64.
 
 
@@ -55,7 +58,8 @@ class RankProcesses:
         """Each is told its rank and `orders`."""
         self.lost: Future[None] = Future()
         self._is_closing = False
-        self._meeting_folder = tempfile.TemporaryDirectory(prefix="oasst-ranks-")
+        in_memory = os.access(_IN_MEMORY, os.W_OK)
+        self._meeting_folder = tempfile.TemporaryDirectory(prefix="oasst-ranks-", dir=_IN_MEMORY if in_memory else None)
         self.meeting_file = Path(self._meeting_folder.name) / "meeting"
         shared = {**orders, "num_ranks": num_ranks, "meeting_file": str(self.meeting_file)}
         command = [sys.executable, "-m", "oasst_worker.runtime.follow"]

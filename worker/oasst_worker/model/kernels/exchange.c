@@ -1,0 +1,95 @@
+/* What the processes of one machine give each other, through memory they share.
+ *
+ * Every process has a slot in each of two sets. To exchange, all put a piece into their slots of one set and meet; then
+ * each reads what it wants. The next piece goes into the other set: whoever comes to a third has met the others at the
+ * second, which they came to when they had read the first. */
+#include "meeting.h"
+#include "scalars.h"
+#include <errno.h>
+#include <signal.h>
+#include <unistd.h>
+
+#define SLOT (256 * 1024) /* Bytes. */
+#define MOST_PROCESSES 64
+
+/* At the beginning of the memory, zero at first; the slots come behind it. */
+typedef struct {
+    meeting place;
+    _Atomic int64_t processes[MOST_PROCESSES]; /* Their ids, for whoever waits for one that has ended. */
+} header;
+
+typedef struct {
+    int64_t index, count; /* This process among so many. */
+    int64_t turn;         /* How many pieces it has exchanged. */
+    header *memory;
+} party;
+
+int64_t size_of_memory(int64_t count) { return sizeof(header) + 2 * count * SLOT; }
+
+void join(party *p) { atomic_store(&p->memory->processes[p->index], getpid()); }
+
+static char *slot_of(const party *p, int64_t index) {
+    return (char *)(p->memory + 1) + (p->turn % 2 * p->count + index) * SLOT;
+}
+
+static int are_all_there(const party *p) {
+    for (int64_t i = 0; i < p->count; i++) {
+        int64_t id = atomic_load(&p->memory->processes[i]);
+        if (id && kill(id, 0) && errno == ESRCH) return 0;
+    }
+    return 1;
+}
+
+/* Returns 0 if one of the processes has ended instead of coming. */
+static int meet_all(const party *p) {
+    int turn = arrive(&p->memory->place, p->count);
+    while (!has_turned(&p->memory->place, turn))
+        if (!are_all_there(p)) return has_turned(&p->memory->place, turn);
+    return 1;
+}
+
+/* The part becomes the sum of all parts, added in the order of the processes. Returns 0 if one of them has ended. */
+int64_t sum(party *p, scalar *part, int64_t count) {
+    const int64_t most = SLOT / sizeof(scalar);
+    for (int64_t start = 0; start < count; start += most, p->turn++) {
+        int64_t size = min(count - start, most);
+        memcpy(slot_of(p, p->index), part + start, size * sizeof(scalar));
+        if (!meet_all(p)) return 0;
+        const scalar *slots[MOST_PROCESSES];
+        for (int64_t i = 0; i < p->count; i++) slots[i] = (const scalar *)slot_of(p, i);
+        for (int64_t i = 0; i < size; i += LANES) {
+            vector total = load_some(slots[0] + i, size - i);
+            for (int64_t other = 1; other < p->count; other++) {
+                scalar rounded[LANES];
+                store(rounded, total + load_some(slots[other] + i, size - i));
+                total = load(rounded);
+            }
+            store_some(part + start + i, total, size - i);
+        }
+    }
+    return 1;
+}
+
+/* Parts [rows, width] of all processes side by side: at the first one, out [rows, columns]. Returns as `sum`. */
+int64_t gather_columns(
+    party *p, const scalar *part, int64_t rows, int64_t width, int64_t columns, scalar *out) {
+    const int64_t most = SLOT / sizeof(scalar);
+    for (int64_t from = 0; from < width; from += most) {
+        int64_t wide = min(width - from, most), rows_at_once = most / wide;
+        for (int64_t start = 0; start < rows; start += rows_at_once, p->turn++) {
+            int64_t size = min(rows - start, rows_at_once);
+            scalar *own = (scalar *)slot_of(p, p->index);
+            for (int64_t i = 0; i < size; i++)
+                memcpy(own + i * wide, part + (start + i) * width + from, wide * sizeof(scalar));
+            if (!meet_all(p)) return 0;
+            for (int64_t other = 0; out && other < p->count; other++) {
+                int64_t column = other * width + from, end = min(columns, column + wide);
+                for (int64_t i = 0; i < size && column < end; i++)
+                    memcpy(
+                        out + (start + i) * columns + column, (scalar *)slot_of(p, other) + i * wide,
+                        (end - column) * sizeof(scalar));
+            }
+        }
+    }
+    return 1;
+}

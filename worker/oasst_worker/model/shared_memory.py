@@ -1,0 +1,84 @@
+"""Exchanges between ranks on the CPUs of one machine, through memory they share.
+
+gloo takes a millisecond for a few kilobytes; `kernels/exchange.c` takes some microseconds.
+"""
+
+import ctypes
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from oasst_worker.model.kernels import ROWS, load_kernels
+
+__all__ = ["LostPartyError", "SharedMemory"]
+
+
+class LostPartyError(RuntimeError):
+    """A process that takes part in an exchange has ended."""
+
+
+class _Party(ctypes.Structure):
+    """The kernel's `party`, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("index", "count", "turn")),
+        ("memory", ctypes.c_void_p),
+    )
+
+
+class SharedMemory:
+    """One process's end of memory that it shares with others. All make the same calls in the same order.
+
+    Raises:
+        RuntimeError: at construction, where the kernel cannot be had for rows of this dtype.
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, file: Path, index: int, count: int, dtype: torch.dtype) -> None:
+        """This process is the `index`-th of `count`, which all name the same file. It may not exist yet."""
+        library = load_kernels("exchange", *ROWS[dtype]) if dtype in ROWS else None
+        if library is None:
+            raise RuntimeError(f"no kernel to exchange rows of {dtype} here")
+        library.size_of_memory.argtypes = (ctypes.c_int64,)
+        library.size_of_memory.restype = ctypes.c_int64
+        library.join.argtypes = (ctypes.c_void_p,)
+        library.join.restype = None
+        self._sum = library.sum
+        self._sum.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        self._sum.restype = ctypes.c_int64
+        self._gather_columns = library.gather_columns
+        self._gather_columns.argtypes = (*(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 3, ctypes.c_void_p)
+        self._gather_columns.restype = ctypes.c_int64
+        size = library.size_of_memory(count)
+        with file.open("a+b") as opened:
+            opened.truncate(size)  # To the same size by all, zeros at first.
+            self._memory = mmap.mmap(opened.fileno(), size)
+        self.dtype = dtype
+        self._is_first = index == 0
+        self._party = _Party(index, count, 0, ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
+        library.join(ctypes.addressof(self._party))
+
+    def sum_(self, part: Tensor) -> Tensor:
+        """`part`, contiguous, becomes the sum of all processes' parts, in their order.
+
+        Raises:
+            LostPartyError: if a process has ended.
+        """
+        if not self._sum(ctypes.addressof(self._party), part.data_ptr(), part.numel()):
+            raise LostPartyError("a process that shares this memory has ended")
+        return part
+
+    def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
+        """[rows, width], contiguous, -> [rows, num_columns] at the first process; the others get their part back.
+
+        Raises:
+            LostPartyError: if a process has ended.
+        """
+        rows, width = part.shape
+        out = part.new_empty(rows, num_columns) if self._is_first else None
+        address = None if out is None else out.data_ptr()
+        if not self._gather_columns(ctypes.addressof(self._party), part.data_ptr(), rows, width, num_columns, address):
+            raise LostPartyError("a process that shares this memory has ended")
+        return part if out is None else out

@@ -20,7 +20,7 @@ COINED = (
 )
 SEEDED = {"max_new_tokens": 40, "ignore_eos": True, "seed": 11, "temperature": 3.0}
 # Long enough that what happens to it in the middle happens in the middle.
-LONG = SEEDED | {"max_new_tokens": 200}
+LONG = SEEDED | {"max_new_tokens": 600}
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_worker_killed_in_the_middle_of_an_answer_leaves_no_gap_and_no_repeat(
     worker = up.process_of("worker")
     with client.stream("Tell me about the Moon.", **LONG) as stream:
         texts = iter(stream)
-        seen = [next(texts) for _ in range(3)]
+        seen = [next(texts)]
         assert client.load().running_requests == 1
         worker.kill()
         seen.extend(texts)

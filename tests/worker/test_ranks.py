@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,20 @@ def test_logits_agree_with_one_process_within_1e_4(runners):
 def test_greedy_tokens_are_those_of_one_process(runners):
     alone, split = runners
     assert generate(split) == generate(alone)
+
+
+def test_ranks_share_memory(runners):
+    _, split = runners
+    assert split._model._model.ranks.memory is not None
+    assert split._model._model.has_compiled_layers
+
+
+def test_ranks_of_which_one_cannot_share_memory_exchange_by_gloo(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # Our kernels are compiled already; the other finds no compiler.
+    split = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2))
+    with closing(split.ranks):
+        assert split._model._model.ranks.memory is None
+        assert generate(split) == generate(build_executor(folder, OPTIONS))
 
 
 def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(runners):

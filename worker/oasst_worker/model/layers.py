@@ -12,6 +12,7 @@ from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
 from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.linear import CompiledLinear, Linear
+from oasst_worker.model.ranks import Ranks
 
 __all__ = ["CompiledHead", "CompiledLayers", "CompiledModel", "LayerParts"]
 
@@ -43,9 +44,9 @@ class _Stack(ctypes.Structure):
     """The kernel's `stack`, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "is_parallel")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "is_parallel", "adds_residual")),
         ("epsilon", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("layers", "attend")),
+        *((name, ctypes.c_void_p) for name in ("layers", "attend", "sum", "party")),
     )
 
 
@@ -77,7 +78,7 @@ class CompiledLayers:
     """The layers by `kernels/layers.c`: one parallel region in a step, no operator between two parts.
 
     Raises:
-        RuntimeError: at construction, where a part is not compiled, or only a share of a layer is here.
+        RuntimeError: at construction, where a part is not compiled, or ranks share no memory.
     """
 
     def __init__(
@@ -85,15 +86,20 @@ class CompiledLayers:
         config: NeoXConfig,
         layers: Sequence[LayerParts],
         attention: Attention,
+        ranks: Ranks,
     ) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        shapes = ((hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden))
+        """`layers` are those of the share of `ranks`."""
+        share = ranks.share.of_config(config)
+        hidden, heads, inner = config.hidden_size, share.num_heads * share.head_dim, share.intermediate_size
+        shapes = ((hidden, 3 * heads), (heads, hidden), (hidden, inner), (inner, hidden))
+        if ranks.share.num_ranks > 1 and ranks.memory is None:
+            raise RuntimeError("ranks share no memory")
         linears = [(each.qkv, each.dense, each.mlp_in, each.mlp_out) for each in layers]
         if not isinstance(attention, CompiledAttention):
             raise RuntimeError("attention is not compiled")
         compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in linears]
         if any(tuple((part.in_features, part.out_features) for part in layer) != shapes for layer in compiled):
-            raise RuntimeError("a linear layer is not compiled, or not whole")
+            raise RuntimeError("a linear layer is not compiled")
         self.definitions = compiled[0][0].definitions
         library = load_kernels("layers", *self.definitions)
         if library is None:
@@ -106,7 +112,7 @@ class CompiledLayers:
         self._kernel.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
         self._kernel.restype = None
         self._words = 1 + max(part.words for layer in compiled for part in layer)
-        self._widths = (hidden, hidden, hidden, 3 * hidden, hidden, hidden, inner)
+        self._widths = (hidden, hidden, hidden, 3 * heads, heads, hidden, inner)
         norms = [[norm.float() for norm in each.norms] for each in layers]
         table = (_Layer * len(layers))(
             *(
@@ -118,10 +124,14 @@ class CompiledLayers:
             len(layers),
             hidden,
             config.parallel_residual,
+            ranks.share.is_first,
             config.layer_norm_eps,
             ctypes.addressof(table),
             attention.address,
+            *((ranks.memory.sum_address, ranks.memory.party_address) if ranks.memory else (None, None)),
         )
+        self._ranks = ranks
+        self._num_sums = 0 if ranks.memory is None else len(layers) * (1 if config.parallel_residual else 2)
         self._alive = (norms, compiled, table)
 
     @property
@@ -146,6 +156,9 @@ class CompiledLayers:
         step = self.attention.prepare(inputs)
         self._kernel(self.address, step.address, cache.data_ptr(), cache[0].nbytes, ctypes.addressof(buffers))
         del memory  # Until here it was needed.
+        if self._ranks.memory:
+            self._ranks.memory.check()
+            self._ranks.traffic.add(hidden, self._num_sums)
         return following if self._num_layers % 2 else hidden
 
 

@@ -73,9 +73,9 @@ class TrafficCount:
     num_exchanges: int = 0
     num_bytes: int = 0  # Of the tensors it gave.
 
-    def add(self, tensor: Tensor) -> None:
-        self.num_exchanges += 1
-        self.num_bytes += tensor.nbytes
+    def add(self, tensor: Tensor, times: int = 1) -> None:
+        self.num_exchanges += times
+        self.num_bytes += times * tensor.nbytes
 
 
 class Ranks(Protocol):
@@ -83,6 +83,14 @@ class Ranks(Protocol):
 
     @property
     def share(self) -> Share: ...
+
+    @property
+    def traffic(self) -> TrafficCount: ...
+
+    @property
+    def memory(self) -> SharedMemory | None:
+        """By which kernels can exchange rows themselves."""
+        ...
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, at every rank."""
@@ -101,6 +109,10 @@ class Alone:
     """A model in one process: nothing to exchange."""
 
     share = Share()
+    memory: SharedMemory | None = None
+
+    def __init__(self) -> None:
+        self.traffic = TrafficCount()
 
     def sum(self, part: Tensor) -> Tensor:
         return part
@@ -126,7 +138,7 @@ class ConnectedRanks:
         self.share = share
         self.traffic = TrafficCount()
         self._group = group
-        self._memory: SharedMemory | None = None
+        self.memory: SharedMemory | None = None
 
     def share_memory(self, file: Path, dtype: torch.dtype) -> None:
         """Rows of `dtype` go through memory that is mapped from this file, if every rank can do that."""
@@ -134,7 +146,7 @@ class ConnectedRanks:
         with suppress(RuntimeError, OSError):
             memory = SharedMemory(file, self.share.rank, self.share.num_ranks, dtype)
         if self.sum(torch.ones(1) if memory else torch.zeros(1)) == self.share.num_ranks:
-            self._memory = memory
+            self.memory = memory
 
     def check(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Every kind of exchange gives what it should.
@@ -161,8 +173,8 @@ class ConnectedRanks:
             self._group.allreduce([part]).wait()
             return part
         part = part.contiguous()
-        if self._memory and part.dtype is self._memory.dtype:
-            return self._memory.sum_(part)
+        if self.memory and part.dtype is self.memory.dtype:
+            return self.memory.sum_(part)
         parts = part.new_empty(self.share.num_ranks, *part.shape)
         self._group.allgather([list(parts.unbind())], [part]).wait()
         total = parts[0]
@@ -174,8 +186,8 @@ class ConnectedRanks:
         width = -(-num_columns // self.share.num_ranks)
         part = F.pad(part, (0, width - part.shape[1])).contiguous()
         self.traffic.add(part)
-        if self._memory and part.dtype is self._memory.dtype:
-            return self._memory.gather_columns(part, num_columns)
+        if self.memory and part.dtype is self.memory.dtype:
+            return self.memory.gather_columns(part, num_columns)
         parts = part.new_empty(self.share.num_ranks, *part.shape) if self.share.is_first else None
         options = dist.GatherOptions()
         options.rootRank = 0

@@ -23,7 +23,7 @@ class _Party(ctypes.Structure):
     """The kernel's `party`, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("index", "count", "turn")),
+        *((name, ctypes.c_int64) for name in ("index", "count", "turn", "is_broken")),
         ("memory", ctypes.c_void_p),
     )
 
@@ -57,8 +57,20 @@ class SharedMemory:
             self._memory = mmap.mmap(opened.fileno(), size)
         self.dtype = dtype
         self._is_first = index == 0
-        self._party = _Party(index, count, 0, ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
-        library.join(ctypes.addressof(self._party))
+        # Of the kernel's `sum` and `party`, for other kernels; this object keeps them alive.
+        self.sum_address = ctypes.cast(library.sum, ctypes.c_void_p).value
+        self._party = _Party(index, count, 0, False, ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
+        self.party_address = ctypes.addressof(self._party)
+        library.join(self.party_address)
+
+    def check(self) -> None:
+        """What was exchanged so far has arrived.
+
+        Raises:
+            LostPartyError: if a process has ended.
+        """
+        if self._party.is_broken:
+            raise LostPartyError("a process that shares this memory has ended")
 
     def sum_(self, part: Tensor) -> Tensor:
         """`part`, contiguous, becomes the sum of all processes' parts, in their order.
@@ -66,8 +78,8 @@ class SharedMemory:
         Raises:
             LostPartyError: if a process has ended.
         """
-        if not self._sum(ctypes.addressof(self._party), part.data_ptr(), part.numel()):
-            raise LostPartyError("a process that shares this memory has ended")
+        self._sum(self.party_address, part.data_ptr(), part.numel())
+        self.check()
         return part
 
     def gather_columns(self, part: Tensor, num_columns: int) -> Tensor:
@@ -79,6 +91,6 @@ class SharedMemory:
         rows, width = part.shape
         out = part.new_empty(rows, num_columns) if self._is_first else None
         address = None if out is None else out.data_ptr()
-        if not self._gather_columns(ctypes.addressof(self._party), part.data_ptr(), rows, width, num_columns, address):
-            raise LostPartyError("a process that shares this memory has ended")
+        self._gather_columns(self.party_address, part.data_ptr(), rows, width, num_columns, address)
+        self.check()
         return part if out is None else out

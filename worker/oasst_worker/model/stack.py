@@ -99,7 +99,7 @@ class _Layers:
         self.compiled: CompiledLayers | None = None
         with suppress(RuntimeError):  # Then the layers are called one by one.
             here = replace(config, num_layers=len(self.layers))
-            self.compiled = CompiledLayers(here, [layer.parts for layer in self.layers], attention)
+            self.compiled = CompiledLayers(here, [layer.parts for layer in self.layers], attention, ranks)
         self._attention = attention
 
     def __call__(self, hidden: Tensor, inputs: StepInputs, cache: Tensor) -> Tensor:

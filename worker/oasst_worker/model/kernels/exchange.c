@@ -21,6 +21,7 @@ typedef struct {
 typedef struct {
     int64_t index, count; /* This process among so many. */
     int64_t turn;         /* How many pieces it has exchanged. */
+    int64_t is_broken;    /* Another has ended: nothing is exchanged any more. */
     header *memory;
 } party;
 
@@ -41,15 +42,16 @@ static int are_all_there(const party *p) {
 }
 
 /* Returns 0 if one of the processes has ended instead of coming. */
-static int meet_all(const party *p) {
+static int meet_all(party *p) {
     int turn = arrive(&p->memory->place, p->count);
-    while (!has_turned(&p->memory->place, turn))
-        if (!are_all_there(p)) return has_turned(&p->memory->place, turn);
-    return 1;
+    while (!p->is_broken && !has_turned(&p->memory->place, turn))
+        p->is_broken = !are_all_there(p) && !has_turned(&p->memory->place, turn);
+    return !p->is_broken;
 }
 
 /* The part becomes the sum of all parts, added in the order of the processes. Returns 0 if one of them has ended. */
 int64_t sum(party *p, scalar *part, int64_t count) {
+    if (p->is_broken) return 0;
     const int64_t most = SLOT / sizeof(scalar);
     for (int64_t start = 0; start < count; start += most, p->turn++) {
         int64_t size = min(count - start, most);
@@ -73,6 +75,7 @@ int64_t sum(party *p, scalar *part, int64_t count) {
 /* Parts [rows, width] of all processes side by side: at the first one, out [rows, columns]. Returns as `sum`. */
 int64_t gather_columns(
     party *p, const scalar *part, int64_t rows, int64_t width, int64_t columns, scalar *out) {
+    if (p->is_broken) return 0;
     const int64_t most = SLOT / sizeof(scalar);
     for (int64_t from = 0; from < width; from += most) {
         int64_t wide = min(width - from, most), rows_at_once = most / wide;

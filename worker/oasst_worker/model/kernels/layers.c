@@ -12,12 +12,18 @@ typedef struct {
 
 /* `attend_rows_of_step` of attention.c, which knows what numbers the cache holds. */
 typedef void attend_by_team(team *all, const step *s, scalar *qkv, void *cache, scalar *out);
+/* `sum` of exchange.c. */
+typedef int64_t sum_over_ranks(void *party, scalar *part, int64_t count);
 
+/* Layers, or a rank's share of them: of the heads and of the MLP. */
 typedef struct {
     int64_t num_layers, hidden_size, is_parallel; /* Attention and MLP both read the layer's input. */
+    int64_t adds_residual;                        /* Of several ranks one does. */
     double epsilon;
     const layer *layers;
     attend_by_team *attend;
+    sum_over_ranks *sum; /* NULL for whole layers. */
+    void *party;
 } stack;
 
 typedef struct {
@@ -36,8 +42,8 @@ typedef struct {
 /* What the layers hand each other, [rows, ...] each. */
 typedef struct {
     scalar *hidden, *next, *normed; /* [hidden_size] */
-    scalar *qkv;                    /* [3 * hidden_size] */
-    scalar *attended, *dense;       /* [hidden_size] */
+    scalar *qkv, *attended;         /* [3 * the size of all heads], [the size of all heads] */
+    scalar *dense;                  /* [hidden_size] */
     scalar *inner;                  /* [intermediate_size] */
     word *words;                    /* The most words of a row of any linear layer, and one. */
 } buffers;
@@ -62,6 +68,13 @@ void apply(
     apply_linear(&all, l, rows, x, scratch, first, second, out);
 }
 
+/* By the whole team: a rank's part of rows becomes the sum of all ranks' parts. Where one is lost the party knows. */
+static void complete(team *all, const stack *n, scalar *part, int64_t count) {
+    if (!n->sum) return;
+    if (omp_get_thread_num() == 0) n->sum(n->party, part, count);
+    meet(all);
+}
+
 /* By the whole team: b->hidden becomes b->next. */
 static void apply_layer(
     team *all, const stack *n, const layer *l, const step *s, void *cache, const buffers *b) {
@@ -70,10 +83,13 @@ static void apply_layer(
     apply_linear(all, l->qkv, rows, b->normed, b->words, NULL, NULL, b->qkv);
     n->attend(all, s, b->qkv, cache, b->attended);
     const scalar *middle = n->is_parallel ? b->hidden : b->dense, *beside = n->is_parallel ? b->dense : NULL;
-    apply_linear(all, l->dense, rows, b->attended, b->words, n->is_parallel ? NULL : b->hidden, NULL, b->dense);
+    const scalar *first = n->is_parallel || !n->adds_residual ? NULL : b->hidden;
+    apply_linear(all, l->dense, rows, b->attended, b->words, first, NULL, b->dense);
+    if (!n->is_parallel) complete(all, n, b->dense, rows * size);
     normalize(all, &l->before_mlp, rows, size, n->epsilon, middle, b->normed);
     apply_linear(all, l->mlp_in, rows, b->normed, b->words, NULL, NULL, b->inner);
-    apply_linear(all, l->mlp_out, rows, b->inner, b->words, beside, middle, b->next);
+    apply_linear(all, l->mlp_out, rows, b->inner, b->words, beside, n->adds_residual ? middle : NULL, b->next);
+    complete(all, n, b->next, rows * size);
 }
 
 /* By the whole team: from b->hidden into what is returned, b->hidden or, where their number is odd, b->next. Of the

@@ -6,13 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
+from oasst_worker.engine import Batch, Chunk, Engine, EngineConfig, GenerationParams, Sample, Sequence
 from oasst_worker.model.attention import FP8, INT8, CompiledAttention, PlainAttention, build_attention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.linear import PackedLinear, PlainQuantizedLinear, build_linear, build_quantized_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerPlace, LayerRun, LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
+from oasst_worker.runtime.tensors import make_inputs
 
 NUM_SEQUENCES = 32
 SHAPES = {
@@ -300,6 +301,30 @@ def test_all_layers_in_one_call_give_what_they_give_one_by_one(
     assert not one_by_one.has_compiled_layers
     logits, expected = (ModelRunner(model, num_blocks=16).prompt_logits(tokens) for model in (at_once, one_by_one))
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * expected.std().item())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("make_linear", [build_linear, build_quantized_linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_have_the_same_bits_whether_the_model_is_one_call_or_layers_and_head_are_two(dtype, make_linear, shape):
+    model = make_model(dtype, make_linear=make_linear, **SHAPES[shape])
+    sequence = Sequence("a", list(range(1, 40)), GenerationParams(1))
+    sequence.blocks = [3, 0, 2]
+    inputs = make_inputs(Batch((Chunk(sequence, 0, 39),)), device=model.device, every_row=True)
+    at_once, in_two = (model.make_cache(4) for _ in range(2))
+    expected = model.logits(model.hidden(inputs, in_two))
+    assert torch.equal(model.forward(inputs, at_once), expected)
+    assert torch.equal(at_once[0], in_two[0])
+    assert torch.equal(expected.to(dtype).float(), expected)  # Rounded like the model's other numbers.
+
+
+def test_an_id_that_is_none_is_refused_before_anything_is_read():
+    model = make_model(torch.float32, **next(iter(SHAPES.values())))
+    sequence = Sequence("a", [1, model.config.vocab_size, 2], GenerationParams(1))
+    sequence.blocks = [0]
+    inputs = make_inputs(Batch((Chunk(sequence, 0, 3),)), device=model.device)
+    with pytest.raises(IndexError, match=str(model.config.vocab_size)):
+        model.forward(inputs, model.make_cache(1))
 
 
 def refuse(*_):

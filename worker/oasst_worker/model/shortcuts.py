@@ -39,7 +39,7 @@ _DISTANCE_MARGIN = 2e-5
 # Wider than the difference between two orders of a float64 sum over a vocabulary.
 _SUM_MARGIN = 1e-10
 # A weight of e^-80 is nothing beside 1; the bound keeps 0 * -inf and slow denormal numbers away.
-LOG_NOTHING = -80.0
+_LOG_NOTHING = -80.0
 
 # Colder is greedy: dividing logits by less would overflow fp32.
 _COLDEST_TEMPERATURE = 1e-30
@@ -144,7 +144,7 @@ def find_typical(logits: Tensor, columns: Columns, size: int) -> Survey:
     scaled = logits / columns.temperature
     peaks = scaled.amax(dim=1, keepdim=True)
     # Measured from the peak, where fp32 is exact enough, however large the scores are.
-    depths = scaled.sub_(peaks).clamp_(min=LOG_NOTHING)
+    depths = scaled.sub_(peaks).clamp_(min=_LOG_NOTHING)
     weights = depths.exp()
     totals = weights.sum(dim=1, keepdim=True).double()
     moments = weights.mul_(depths).sum(dim=1, keepdim=True).double()
@@ -269,7 +269,7 @@ def draw_from_likely(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
     if any(spec.typical_p < 1 for spec in columns.specs):
         kept_total = prefix.total()
         probabilities = prefix.weights / kept_total
-        entropy = -(probabilities * probabilities.log().clamp(min=LOG_NOTHING)).sum(dim=1, keepdim=True)
+        entropy = -(probabilities * probabilities.log().clamp(min=_LOG_NOTHING)).sum(dim=1, keepdim=True)
         distances = prefix.distances(kept_total, entropy)
         prefix.keep_typical(distances, columns.typical_p, kept_total, where=columns.is_typical)
     prefix.doubtful |= columns.is_cut & ~closed

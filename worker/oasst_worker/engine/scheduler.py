@@ -228,13 +228,13 @@ class Scheduler:
         return num_prompts > max(_FEW_PROMPTS, _FEW_PROMPTS_SHARE * num_decoding)
 
     def _paced(self, budget: int, decoding: Collection[Chunk], *, prefilling: Items[Sequence]) -> int:
-        """What of the budget prompts may get beside what decodes; at least a tile, or all if nothing does."""
+        """What of the budget prompts may get beside what decodes: tiles, one at least; all if nothing does."""
         if not decoding:
             return budget
         allowed = self.cost.rows_within(self._max_slowdown, beside=self._num_rows(decoding))
         farthest = max((sequence.num_computed for sequence in prefilling), default=0)
-        allowed = int(allowed / (1 + self._position_cost * farthest))
-        return min(budget, max(allowed - allowed % self._prefill_tile, self._prefill_tile))
+        tiles = round(allowed / (1 + self._position_cost * farthest) / self._prefill_tile)
+        return min(budget, max(tiles, 1) * self._prefill_tile)
 
     def _num_rows(self, chunks: Iterable[Chunk]) -> float:
         """The chunks' rows, a row being worth more the more positions it attends to."""

@@ -70,7 +70,7 @@ class ModelRunner:
         else:
             self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
-        # Where a position's bits depend on itself alone a prompt may be cut anywhere.
+        # Where a position's bits depend on itself alone a prompt may be cut anywhere; so many rows share loads.
         self.prefill_tile = _SMALL_TILE if model.is_position_exact else PREFILL_TILE
         self.device = model.device
         is_one_gpu = isinstance(model, NeoX) and model.device.type == "cuda"

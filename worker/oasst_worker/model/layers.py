@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from oasst_worker.model.linear import CompiledLinear, Linear
 from oasst_worker.model.ranks import Ranks
 
 __all__ = ["CompiledHead", "CompiledLayers", "CompiledModel", "LayerParts"]
+
+_LINE = 64  # Bytes of the processor's cache: where each buffer begins.
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +144,10 @@ class CompiledLayers:
 
     def make_buffers(self, rows: int, dtype: torch.dtype) -> tuple[_Buffers, Tensor]:
         """The kernel's `buffers` for so many rows, and the memory they lie in."""
-        row_bytes = [width * dtype.itemsize for width in self._widths]
-        memory = torch.empty(rows * (sum(row_bytes) + self._words * torch.int32.itemsize), dtype=torch.uint8)
-        addresses = [memory.data_ptr()]
-        for size in row_bytes:
-            addresses.append(addresses[-1] + rows * size)
-        return _Buffers(*addresses), memory
+        row_bytes = [*(width * dtype.itemsize for width in self._widths), self._words * torch.int32.itemsize]
+        ends = [*accumulate(-(-rows * size // _LINE) * _LINE for size in row_bytes)]
+        memory = torch.empty(ends[-1], dtype=torch.uint8)
+        return _Buffers(*(memory.data_ptr() + start for start in (0, *ends[:-1]))), memory
 
     def __call__(self, hidden: Tensor, inputs: StepInputs, cache: Tensor) -> Tensor:
         """[rows, hidden], which may be overwritten, -> [rows, hidden]; keys and values are in the cache."""

@@ -91,6 +91,7 @@ def test_ranks_share_memory(runners):
     _, split = runners
     assert split._model._model.ranks.memory is not None
     assert split._model._model.has_compiled_layers
+    assert not list(split.ranks.meeting_file.parent.glob("*.memory"))  # It would outlive a worker that is killed.
 
 
 def test_ranks_of_which_one_cannot_share_memory_exchange_by_gloo(folder, monkeypatch):

@@ -147,6 +147,8 @@ class ConnectedRanks:
             memory = SharedMemory(file, self.share.rank, self.share.num_ranks, dtype)
         if self.sum(torch.ones(1) if memory else torch.zeros(1)) == self.share.num_ranks:
             self.memory = memory
+        if self.share.is_first:  # All have it by now: nothing of it outlives them.
+            file.unlink(missing_ok=True)
 
     def check(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Every kind of exchange gives what it should.

@@ -62,6 +62,11 @@ SharedMemory(Path(sys.argv[1]), 1, 2, torch.float32)
         ours.sum_(torch.ones(3))
 
 
+def test_more_processes_than_there_is_room_for_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="65 processes"):
+        SharedMemory(tmp_path / "memory", 64, 65, FP32)
+
+
 def test_rows_that_no_kernel_knows_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="float16"):
         SharedMemory(tmp_path / "memory", 0, 2, torch.float16)

@@ -5,6 +5,8 @@ gloo takes a millisecond for a few kilobytes; `kernels/exchange.c` takes some mi
 
 import ctypes
 import mmap
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -32,8 +34,8 @@ class SharedMemory:
     """One process's end of memory that it shares with others. All make the same calls in the same order.
 
     Raises:
-        RuntimeError: at construction, where the kernel cannot be had for rows of this dtype.
-        OSError: if the file cannot be opened.
+        RuntimeError: at construction, where the kernel cannot be had for rows of this dtype, or not for so many.
+        OSError: if the file cannot be opened, or there is no room for it.
     """
 
     def __init__(self, file: Path, index: int, count: int, dtype: torch.dtype) -> None:
@@ -52,8 +54,12 @@ class SharedMemory:
         self._gather_columns.argtypes = (*(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 3, ctypes.c_void_p)
         self._gather_columns.restype = ctypes.c_int64
         size = library.size_of_memory(count)
+        if not size:
+            raise RuntimeError(f"{count} processes are too many to share memory")
         with file.open("a+b") as opened:
             opened.truncate(size)  # To the same size by all, zeros at first.
+            if sys.platform == "linux":  # Else a full file system would be noticed only by a signal, on writing.
+                os.posix_fallocate(opened.fileno(), 0, size)
             self._memory = mmap.mmap(opened.fileno(), size)
         self.dtype = dtype
         self._is_first = index == 0

@@ -25,7 +25,10 @@ typedef struct {
     header *memory;
 } party;
 
-int64_t size_of_memory(int64_t count) { return sizeof(header) + 2 * count * SLOT; }
+/* Returns 0 where that many cannot take part. */
+int64_t size_of_memory(int64_t count) {
+    return count <= MOST_PROCESSES ? (int64_t)sizeof(header) + 2 * count * SLOT : 0;
+}
 
 void join(party *p) { atomic_store(&p->memory->processes[p->index], getpid()); }
 
@@ -61,11 +64,8 @@ int64_t sum(party *p, scalar *part, int64_t count) {
         for (int64_t i = 0; i < p->count; i++) slots[i] = (const scalar *)slot_of(p, i);
         for (int64_t i = 0; i < size; i += LANES) {
             vector total = load_some(slots[0] + i, size - i);
-            for (int64_t other = 1; other < p->count; other++) {
-                scalar rounded[LANES];
-                store(rounded, total + load_some(slots[other] + i, size - i));
-                total = load(rounded);
-            }
+            for (int64_t other = 1; other < p->count; other++)
+                total = rounded(total + load_some(slots[other] + i, size - i));
             store_some(part + start + i, total, size - i);
         }
     }

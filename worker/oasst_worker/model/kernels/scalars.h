@@ -60,11 +60,16 @@ INLINED void store_some(scalar *to, vector x, int64_t size) {
     for (int64_t i = 0; i < size; i++) to[i] = padded[i];
 }
 
-/* As `store_some`, into floats that have been rounded as scalars. */
+/* The numbers as scalars hold them. */
+INLINED vector rounded(vector x) {
+    scalar held[LANES];
+    store(held, x);
+    return load(held);
+}
+
+/* As `store_some`, into floats. */
 INLINED void store_rounded(float *to, vector x, int64_t size) {
-    scalar rounded[LANES];
-    store(rounded, x);
-    x = load(rounded);
+    x = rounded(x);
     memcpy(to, &x, min(size, LANES) * sizeof(float));
 }
 

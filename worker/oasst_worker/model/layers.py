@@ -11,7 +11,6 @@ from torch import Tensor
 from oasst_worker.model.attention import Attention, CompiledAttention
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import StepInputs
-from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.linear import CompiledLinear, Linear
 from oasst_worker.model.ranks import Ranks
 
@@ -103,15 +102,10 @@ class CompiledLayers:
         compiled = [[part for part in layer if isinstance(part, CompiledLinear)] for layer in linears]
         if any(tuple((part.in_features, part.out_features) for part in layer) != shapes for layer in compiled):
             raise RuntimeError("a linear layer is not compiled")
-        self.definitions = compiled[0][0].definitions
-        library = load_kernels("layers", *self.definitions)
-        if library is None:
-            raise RuntimeError("no kernel for all layers here")
-        library.prepare()
-        self.library = library
+        self.library = compiled[0][0].library
         self.attention = attention
         self._num_layers = len(layers)
-        self._kernel = library.apply_layers
+        self._kernel = self.library.apply_layers
         self._kernel.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
         self._kernel.restype = None
         self._words = 1 + max(part.words for layer in compiled for part in layer)
@@ -174,14 +168,10 @@ class CompiledHead:
         """`final_norm` are weight and bias, [hidden] each."""
         if not isinstance(linear, CompiledLinear):
             raise RuntimeError("the head is not compiled")
-        library = load_kernels("layers", *linear.definitions)
-        if library is None:
-            raise RuntimeError("no kernel for the head here")
-        library.prepare()
-        self.definitions = linear.definitions
+        self.library = linear.library
         self.vocab_size = linear.out_features
         self._words = linear.words + 1
-        self._kernel = library.apply_head
+        self._kernel = self.library.apply_head
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None
         norm = [each.float() for each in final_norm]
@@ -215,7 +205,7 @@ class CompiledModel:
 
     def __init__(self, embedding: Tensor, layers: CompiledLayers, head: CompiledHead) -> None:
         """`embedding` is [vocab, hidden]."""
-        if head.definitions != layers.definitions:
+        if head.library is not layers.library:
             raise RuntimeError("head and layers are compiled for numbers of different kinds")
         self._embedding = embedding.contiguous()
         self._layers = layers

@@ -223,9 +223,9 @@ class CompiledLinear:
     ) -> None:
         kernel = linear_kernel(weight.dtype, quantize=quantize)
         library = load_kernels(*kernel) if kernel else None
-        if kernel is None or library is None:
+        if library is None:
             raise RuntimeError(f"no kernel for linear layers of {weight.dtype} here")
-        self.definitions = kernel[1:]
+        self.library = library  # Of all kernels for numbers of its kind.
         self._kernel = library.apply
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None

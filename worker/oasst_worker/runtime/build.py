@@ -28,7 +28,7 @@ from oasst_worker.model.linear import (
     linear_kernel,
 )
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.ranks import ALONE, ExchangeError, Ranks, Share, connect_ranks
+from oasst_worker.model.ranks import ALONE, ConnectedRanks, ExchangeError, Ranks, Share, connect_ranks
 from oasst_worker.model.survey import SURVEY_KERNEL
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
 from oasst_worker.runtime.placement import (
@@ -159,7 +159,7 @@ def _load_split(
 ) -> SplitModel:
     opened = open_share(folder, options, share, progress)
     processes.wait_until_ready()
-    ranks = connect_ranks(share, opened.device, opened.weights.embed_in.dtype, processes.meeting_file)
+    ranks = opened.connect(processes.meeting_file)
     model = opened.load(ranks)
     processes.wait_until_ready()
     return SplitModel(model, processes, ranks)
@@ -175,6 +175,10 @@ class OpenedShare:
     device: torch.device
     make_linear: Callable[..., Linear]
     make_attention: Callable[..., Attention]
+
+    def connect(self, meeting_file: Path) -> ConnectedRanks:
+        """As `connect_ranks`."""
+        return connect_ranks(self.share, self.device, self.weights.embed_in.dtype, meeting_file)
 
     def load(self, ranks: Ranks) -> NeoX:
         """The model, all of it in memory.

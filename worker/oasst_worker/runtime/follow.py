@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from oasst_worker.model.config import CheckpointError
 from oasst_worker.model.neox import KVCache, NeoX
-from oasst_worker.model.ranks import ExchangeError, Share, connect_ranks
+from oasst_worker.model.ranks import ExchangeError, Share
 from oasst_worker.runtime.build import RuntimeOptions, open_share
 from oasst_worker.runtime.ranks import Command, read_command, unpack_inputs
 
@@ -48,8 +48,7 @@ def _load(told: dict[str, Any], answers: IO[bytes]) -> NeoX:  # Any: JSON.
     share = Share(told["rank"], told["num_ranks"])
     opened = open_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
     _answer(answers, "ready to meet")
-    dtype, meeting_file = opened.weights.embed_in.dtype, Path(told["meeting_file"])
-    model = opened.load(connect_ranks(share, opened.device, dtype, meeting_file))
+    model = opened.load(opened.connect(Path(told["meeting_file"])))
     _answer(answers, "loaded")
     return model
 

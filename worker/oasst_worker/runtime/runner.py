@@ -21,6 +21,7 @@ from oasst_worker.engine import (
 from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
+from oasst_worker.model.kernels import QUERIES
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import TrafficCount
 from oasst_worker.model.sampler import Draw, Sampler, SamplingRow, uniform_for
@@ -31,8 +32,6 @@ from oasst_worker.runtime.scoring import BatchTargets, find_targets, score_batch
 from oasst_worker.runtime.tensors import make_inputs
 
 __all__ = ["ModelRunner"]
-
-_SMALL_TILE = 4
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class ModelRunner:
             self._cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
         # Where a position's bits depend on itself alone a prompt may be cut anywhere; so many rows share loads.
-        self.prefill_tile = _SMALL_TILE if model.is_position_exact else PREFILL_TILE
+        self.prefill_tile = QUERIES if model.is_position_exact else PREFILL_TILE
         self.device = model.device
         is_one_gpu = isinstance(model, NeoX) and model.device.type == "cuda"
         self.looks_ahead = is_one_gpu if looks_ahead is None else looks_ahead

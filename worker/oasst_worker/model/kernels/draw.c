@@ -163,9 +163,9 @@ static int64_t are_within(const int64_t *ids, int64_t count, int64_t vocabulary)
     return 1;
 }
 
-/* The logits [num_rows, vocabulary] have penalties and bans applied afterwards. The scratch [num_threads,
- * scratch_size] holds as many numbers as ids that a row has seen, and `size` and a number for each chunk. Returns 0, and does nothing, where an id is none of
- * the vocabulary. */
+/* The logits [num_rows, vocabulary] have penalties and bans applied afterwards. The scratch [num_threads, scratch_size]
+ * has room for a number for each id that a row has seen, and for `size` numbers and one for each chunk. Returns 0, and
+ * does nothing, where an id is none of the vocabulary. */
 int64_t survey(
     const request *q, const answer *a, float *logits, int64_t num_threads, float *scratch, int64_t scratch_size) {
     if (!are_within(q->seen, q->seen_starts[q->num_rows], q->vocabulary)) return 0;

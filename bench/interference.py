@@ -44,12 +44,7 @@ def measure_interference(name: str, folder: Path, streams: list[int], *, rounds:
     runner = build_executor(folder, RuntimeOptions(device="cpu", dtype="float32"))
     rows = []
     for num_streams in streams:
-        paced = EngineConfig(
-            model.eos_token_id,
-            model.max_positions,
-            max_sequences=num_streams + 1,
-            position_cost=model.position_cost,
-        )
+        paced = EngineConfig(model.eos_token_id, model.max_positions, max_sequences=num_streams + 1)
         configs = {True: paced, False: replace(paced, max_slowdown=_UNPACED)}
         gaps: dict[bool, list[tuple[float, float, float]]] = {is_paced: [] for is_paced in configs}
         for _ in range(rounds):

@@ -1,6 +1,7 @@
 """What steps cost is learnt from them, and a prompt that comes in holds those who decode up no more than allowed."""
 
 import random
+import statistics
 
 import pytest
 from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sample, Sequence
@@ -14,11 +15,12 @@ class TimedExecutor(TokenCacheExecutor):
     def __init__(self, row_s: float) -> None:
         super().__init__(num_blocks=2048)
         self.row_s = row_s
+        self.slowness = 1.0
         self.now_s = 0.0
         self.steps_s: list[float] = []
 
     def execute(self, batch: Batch) -> list[Sample]:
-        self.steps_s.append(1 + batch.num_tokens * self.row_s)
+        self.steps_s.append((1 + batch.num_tokens * self.row_s) * self.slowness)
         self.now_s += self.steps_s[-1]
         return super().execute(batch)
 
@@ -39,25 +41,66 @@ def test_the_cost_of_a_row_is_learnt_from_steps_of_several_sizes(row_cost):
     cost, rng = StepCost(), random.Random(0)
     for _ in range(400):
         num_rows = rng.randint(1, 40)
-        cost.record(num_rows, 0.02 * (1 + num_rows * row_cost) * rng.uniform(0.98, 1.02))
+        cost.record(0.02 * (1 + num_rows * row_cost) * rng.uniform(0.98, 1.02), decoding=num_rows, prompts=0)
     assert cost.row_cost == pytest.approx(row_cost, rel=0.3, abs=0.002)
 
 
 def test_a_step_that_was_held_up_by_something_else_changes_little():
     cost = StepCost()
     for num_rows in [*range(1, 60)] * 4:
-        cost.record(num_rows, 0.01 * (1 + num_rows * 0.1))
-    cost.record(3, 5.0)
+        cost.record(0.01 * (1 + num_rows * 0.1), decoding=num_rows, prompts=0)
+    for _ in range(40):
+        cost.record(0.01 * (1 + 8 * 0.1 + 20 * 0.1), decoding=8, prompts=20)
+    cost.record(5.0, decoding=3, prompts=0)
+    cost.record(5.0, decoding=3, prompts=10)
     assert cost.row_cost == pytest.approx(0.1, rel=0.2)
+    assert cost.prompt_rows_within(2, beside=8) == pytest.approx(18, rel=0.3)
 
 
 def test_steps_of_one_size_do_not_unlearn_what_a_row_costs():
     cost = StepCost()
     for num_rows in [*range(1, 60)] * 4:
-        cost.record(num_rows, 0.01 * (1 + num_rows * 0.05))
+        cost.record(0.01 * (1 + num_rows * 0.05), decoding=num_rows, prompts=0)
     for _ in range(5000):
-        cost.record(8, 0.014)
+        cost.record(0.014, decoding=8, prompts=0)
     assert cost.row_cost == pytest.approx(0.05, rel=0.3)
+
+
+def test_what_prompts_may_have_follows_what_their_rows_cost_farther_back():
+    cost = StepCost()
+    for _ in range(50):
+        cost.record(1.0, decoding=8, prompts=0)
+    for position in range(0, 2000, 8):
+        row_s = 0.05 * (1 + position / 1000)
+        cost.record(1.0 + 8 * row_s, decoding=8, prompts=8)
+        assert position < 100 or cost.prompt_rows_within(2, beside=8) == pytest.approx(1 / row_s, rel=0.1)
+
+
+def test_prompts_get_no_step_for_themselves_when_they_seemed_to_cost_nothing_once():
+    cost = StepCost()
+    for _ in range(50):
+        cost.record(1.0, decoding=8, prompts=0)
+    before = cost.prompt_rows_within(2, beside=8)
+    cost.record(0.9, decoding=8, prompts=16)
+    assert before < cost.prompt_rows_within(2, beside=8) < 3 * before
+
+
+def test_prompts_are_paced_by_what_a_step_takes_now_where_the_machine_has_got_slower():
+    engine, executor = make_engine(row_s=0.01)
+    for number in range(8):
+        add(engine, f"stream {number}", prompt_tokens=5, max_new_tokens=3000)
+    for _ in range(30):
+        engine.step()
+    add(engine, "a long prompt", prompt_tokens=3800, max_new_tokens=1)
+    for _ in range(10):
+        engine.step()
+    before = engine.last_batch.num_tokens
+    executor.slowness = 3.0
+    after = []
+    while not any(output.sequence_id == "a long prompt" for output in engine.step()):
+        after.append(engine.last_batch.num_tokens)
+    assert min(after) < before / 2  # At first it looks as if the prompt had got dear.
+    assert statistics.median(after[-20:]) == pytest.approx(before, rel=0.3)
 
 
 @pytest.mark.parametrize("num_decoding", [1, 8, 24])

@@ -103,7 +103,6 @@ def _build_engine(
                 max_positions=config.max_positions,
                 max_sequences=settings.max_sequences,
                 step_tokens=settings.step_tokens,
-                position_cost=config.position_cost,
                 speculate=_CPU_SPECULATION * is_on_cpu if settings.speculate is None else settings.speculate,
             ),
         )

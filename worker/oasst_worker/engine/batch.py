@@ -57,6 +57,11 @@ class Chunk:
         return self.end >= self.sequence.num_tokens and not isinstance(self.sequence, ScoringSequence)
 
     @property
+    def decodes(self) -> bool:
+        """It is one token, drafts aside, and draws the next."""
+        return self.end - self.start == 1 and self.draws
+
+    @property
     def num_results(self) -> int:
         """What an executor gives for the chunk: a sample for each draw, or scores, or nothing."""
         return self.num_draws or bool(self.targets)

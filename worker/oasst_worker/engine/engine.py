@@ -41,8 +41,7 @@ class EngineConfig:
     max_positions: int  # Prompt and generated tokens of one sequence.
     max_sequences: int = 32  # Running at once.
     step_tokens: int = 512  # Budget of one step, decoding and prefill together.
-    max_slowdown: float = 1.8  # A few prompts make a step of sequences that decode at most so many times as long.
-    position_cost: float = 0.0  # What attending to one position costs a row, in rows.
+    max_slowdown: float = 1.7  # A few prompts make a step of sequences that decode at most so many times as long.
     speculate: int = 0  # The most tokens guessed ahead for one sequence in a step; 0 guesses none.
 
 
@@ -116,7 +115,6 @@ class Engine:
             prefill_tile=executor.prefill_tile,
             is_position_exact=executor.is_position_exact,
             max_slowdown=config.max_slowdown,
-            position_cost=config.position_cost,
             speculate=config.speculate,
         )
         self._sequences: dict[str, Sequence] = {}

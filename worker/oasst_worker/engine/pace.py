@@ -10,45 +10,78 @@ _LARGEST_ROW_COST = 1.0
 # Larger steps tell little of a further row in a small one.
 _LONGEST_STEP = 128
 
-# What a step tells counts half after some seventy others. At first the prior counts like so many steps of these rows.
+# What a step without prompts tells of a row's cost counts half after some seventy others, and how long such a step
+# takes, on a machine that does other things as well, after three. At first the prior counts like so many steps of
+# these rows.
 _FORGETTING = 0.99
+_FORGETTING_FIXED = 0.8
 _PRIOR_WEIGHT = 1.0
 _PRIOR_STEPS = (1, 32)
 # Rows squared: less spread than this tells nothing of a row's cost.
 _LEAST_VARIANCE = 4.0
+# A prompt's rows cost more from chunk to chunk, for they attend to more: what they cost counts half after seven others.
+# At first they count like so many that cost what rows of sequences that decode do.
+_PROMPT_FORGETTING = 0.9
+_PRIOR_PROMPT_ROWS = 16
 # A step that takes so many times what it should was held up by something else.
-_HELD_UP = 3.0
+_HELD_UP = 2.0
 
 
 class StepCost:
-    """Seconds of a step = fixed + rows * each: the least squares over recent steps.
+    """Seconds of a step = fixed + decoding rows * each + prompts' rows * what they cost lately.
 
     What the fixed part is (reading the weights, calls) and what a row adds differ between devices and models by orders
-    of magnitude. Only their ratio is used.
+    of magnitude. The first two are the least squares over recent steps without prompts; what a step with some takes
+    beyond them is the prompts'.
     """
 
     def __init__(self) -> None:
-        self.row_cost = _PRIOR_ROW_COST  # What a row adds, in units of the fixed part.
+        self.row_cost = _PRIOR_ROW_COST  # What a row that decodes adds, in units of the fixed part.
         self._fixed_s = 0.0
-        # Sums over steps, weighted: 1, rows, seconds, rows * rows, rows * seconds.
+        # Sums over steps without prompts, weighted: 1, rows, seconds, rows * rows, rows * seconds.
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
+        # Sums over steps with prompts beside others, weighted: the prompts' rows, and the seconds they took.
+        self._prompt_rows = _PRIOR_PROMPT_ROWS
+        self._prompt_seconds = 0.0
 
-    def record(self, num_rows: float, seconds: float) -> None:
-        """A step of so many rows took so long."""
-        if num_rows > _LONGEST_STEP:
+    def record(self, seconds: float, *, decoding: int, prompts: int) -> None:
+        """A step took so long, with so many rows that decode and so many of prompts."""
+        if decoding + prompts > _LONGEST_STEP or not decoding or seconds <= 0:  # A clock may stand still.
             return
         if not self._weight:
-            fixed_s = seconds / (1 + num_rows * self.row_cost)
-            for rows in _PRIOR_STEPS:
-                self._add(rows, fixed_s * (1 + rows * self.row_cost), _PRIOR_WEIGHT)
-            self._fixed_s = fixed_s
+            if not prompts:
+                self._begin(decoding, seconds)
+            return
+        alone_s = self._seconds_of(decoding)
+        seconds = min(seconds, _HELD_UP * (alone_s + prompts * self._prompt_row_s))
+        if prompts:
+            self._prompt_rows = _PROMPT_FORGETTING * self._prompt_rows + prompts
+            self._prompt_seconds = _PROMPT_FORGETTING * self._prompt_seconds + max(seconds - alone_s, 0.0)
+            return
         self._forget()
-        self._add(num_rows, min(seconds, _HELD_UP * self._fixed_s * (1 + num_rows * self.row_cost)), 1.0)
+        self._add(decoding, seconds, 1.0)
         self._fit()
+        fixed_s = seconds / (1 + decoding * self.row_cost)
+        self._fixed_s = _FORGETTING_FIXED * self._fixed_s + (1 - _FORGETTING_FIXED) * fixed_s
 
-    def rows_within(self, slowdown: float, *, beside: float) -> float:
-        """How many rows a step of `beside` rows may get, to take `slowdown` times as long as without."""
-        return (slowdown - 1) * (1 / self.row_cost + beside)
+    def prompt_rows_within(self, slowdown: float, *, beside: int) -> float:
+        """How many rows of prompts a step of `beside` rows may get, to take `slowdown` times as long as without."""
+        if not self._weight:
+            return (slowdown - 1) * (1 / self.row_cost + beside)
+        return (slowdown - 1) * self._seconds_of(beside) / self._prompt_row_s
+
+    @property
+    def _prompt_row_s(self) -> float:
+        return max(self._prompt_seconds / self._prompt_rows, self._fixed_s * _SMALLEST_ROW_COST)
+
+    def _seconds_of(self, rows: int) -> float:
+        return self._fixed_s * (1 + rows * self.row_cost)
+
+    def _begin(self, rows: int, seconds: float) -> None:
+        self._fixed_s = seconds / (1 + rows * self.row_cost)
+        for prior in _PRIOR_STEPS:
+            self._add(prior, self._seconds_of(prior), _PRIOR_WEIGHT)
+        self._prompt_seconds = self._prompt_rows * self.row_cost * self._fixed_s
 
     def _add(self, rows: float, seconds: float, weight: float) -> None:
         self._weight += weight
@@ -71,5 +104,4 @@ class StepCost:
         each_s = (self._weight * self._rows_seconds - self._rows * self._seconds) / spread
         fixed_s = (self._seconds - each_s * self._rows) / self._weight
         if each_s > 0 and fixed_s > 0:
-            self._fixed_s = fixed_s
             self.row_cost = min(max(each_s / fixed_s, _SMALLEST_ROW_COST), _LARGEST_ROW_COST)

@@ -7,7 +7,6 @@ from zero again.
 
 from bisect import insort
 from collections import deque
-from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -27,6 +26,9 @@ __all__ = ["Scheduler"]
 # many are kept waiting.
 _FEW_PROMPTS = 2
 _FEW_PROMPTS_SHARE = 1 / 4
+
+# Of the steps beside which prompts are paced, one in so many goes without them: what it takes is what pace is set by.
+_STEPS_PER_PROBE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,7 @@ class Scheduler:
         step_tokens: int,
         prefill_tile: int,
         is_position_exact: bool,
-        max_slowdown: float = 1.8,
-        position_cost: float = 0.0,
+        max_slowdown: float = 1.7,
         speculate: int = 0,
     ) -> None:
         """
@@ -91,7 +92,7 @@ class Scheduler:
         self.cost = StepCost()
         self.speculator = Speculator(speculate, self.cost)
         self._max_slowdown = max_slowdown
-        self._position_cost = position_cost
+        self._num_paced = 0
         self._speculates = speculate > 0
         self._pool = pool
         self._limits = StepLimits(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
@@ -146,7 +147,7 @@ class Scheduler:
         decoding = [sequence for sequence in generating if sequence.num_to_compute == 1]
         budget = self._give_chunks(decoding, self._limits.step_tokens, chunks)
         prefilling = [sequence for sequence in generating if sequence.num_to_compute > 1]
-        paced = self._paced(budget, chunks.values(), prefilling=prefilling)
+        paced = self._paced(budget, num_decoding=len(chunks))
         if not self._is_burst(len(decoding)):
             budget = paced
         budget = self._give_chunks(prefilling, budget, chunks)
@@ -189,7 +190,8 @@ class Scheduler:
 
     def record_seconds(self, batch: Batch, seconds: float) -> None:
         """The batch took so long."""
-        self.cost.record(self._num_rows(batch.chunks), seconds)
+        num_decoding = sum(chunk.num_tokens for chunk in batch.chunks if chunk.decodes)
+        self.cost.record(seconds, decoding=num_decoding, prompts=batch.num_tokens - num_decoding)
 
     def record_good_step(self) -> None:
         """The device had memory for the batch."""
@@ -227,18 +229,15 @@ class Scheduler:
         num_prompts = num_prefilling + min(slots, len(self._generating.waiting))
         return num_prompts > max(_FEW_PROMPTS, _FEW_PROMPTS_SHARE * num_decoding)
 
-    def _paced(self, budget: int, decoding: Collection[Chunk], *, prefilling: Items[Sequence]) -> int:
+    def _paced(self, budget: int, *, num_decoding: int) -> int:
         """What of the budget prompts may get beside what decodes: tiles, one at least; all if nothing does."""
-        if not decoding:
+        if not num_decoding:
             return budget
-        allowed = self.cost.rows_within(self._max_slowdown, beside=self._num_rows(decoding))
-        farthest = max((sequence.num_computed for sequence in prefilling), default=0)
-        tiles = round(allowed / (1 + self._position_cost * farthest) / self._prefill_tile)
+        self._num_paced += 1
+        if self._num_paced % _STEPS_PER_PROBE == 0:
+            return 0
+        tiles = round(self.cost.prompt_rows_within(self._max_slowdown, beside=num_decoding) / self._prefill_tile)
         return min(budget, max(tiles, 1) * self._prefill_tile)
-
-    def _num_rows(self, chunks: Iterable[Chunk]) -> float:
-        """The chunks' rows, a row being worth more the more positions it attends to."""
-        return sum(chunk.num_tokens * (1 + self._position_cost * chunk.start) for chunk in chunks)
 
     def _give_chunks(self, sequences: Items[Sequence], budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Chunks for these sequences of one lane that run; returns what is left of the budget."""
@@ -333,7 +332,7 @@ class Scheduler:
         """Chunks that decode get drafts, oldest first, as far as these are worth their rows."""
         num_rows = sum(chunk.num_tokens for chunk in chunks.values())
         for sequence, chunk in chunks.items():
-            if chunk.num_tokens > 1 or not chunk.draws:
+            if not chunk.decodes:
                 continue
             drafts = self.speculator.draft(sequence, num_rows=num_rows)[: self._limits.step_tokens - num_rows]
             if drafts and self._grow_to_spare(sequence, chunk.end + len(drafts)):

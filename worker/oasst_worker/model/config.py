@@ -58,14 +58,6 @@ class NeoXConfig:
     pad_token_id: int | None
     dtype: torch.dtype  # What the checkpoint says it was saved in.
 
-    @property
-    def position_cost(self) -> float:
-        """What attending to one position costs, in rows.
-
-        Its multiplications by those of a row's linear layers, whose rate is about four times as high on a CPU.
-        """
-        return 4 / (2 * self.hidden_size + self.intermediate_size)
-
 
 def load_config(folder: Path) -> NeoXConfig:
     """Returns the configuration of the checkpoint in `folder`.

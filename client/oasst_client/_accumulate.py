@@ -41,7 +41,10 @@ class Accumulator:
         self._request_id = request_id
         self._on_finished = on_finished
         self._choices: dict[int, _ChoiceParts] = {}
+        # Of the request as the server holds it now.
         self.accepted: Accepted | None = None
+        # What the tokens are drawn with, also those of a request that is made anew; None before the first acceptance.
+        self.seed: int | None = None
         # Where a stream goes on that is to follow the present one.
         self.next_position: int = 0
         # The whole completion, once the request has finished.
@@ -78,6 +81,10 @@ class Accumulator:
         for parts in self._choices.values():
             parts.go_to_start()
 
+    def forget_acceptance(self) -> None:
+        """The server has lost the request: it is to be accepted anew, which nobody is told a second time."""
+        self.accepted = None
+
     def end(self) -> Completion:
         """The completion of a stream that gave its last event.
 
@@ -104,8 +111,8 @@ class Accumulator:
                 return None  # An event that only a newer client knows.
 
     def _accept(self, accepted: Accepted) -> Accepted | None:
-        is_first = self.accepted is None
-        self.accepted = accepted
+        is_first = self.seed is None
+        self.accepted, self.seed = accepted, accepted.seed
         return accepted if is_first else None
 
     def _add_delta(self, proto: generation_pb2.Delta) -> Delta | None:
@@ -136,7 +143,7 @@ class Accumulator:
             choices=tuple(self._parts_of(each.choice).choice(each) for each in finished.finishes),
             usage=finished.usage,
             timings=finished.timings,
-            seed=self.accepted.seed if self.accepted else 0,
+            seed=self.seed or 0,
         )
         if self._on_finished:
             self._on_finished(self.completion)

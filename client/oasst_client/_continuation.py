@@ -4,8 +4,8 @@
     watch(id, token):  WatchChat  -> [WatchChat -> ...] -> the end
 
 A lost connection is followed by WatchChat from the next token on. Before anything was accepted it is the same call
-again. If the server itself has lost the request, the same request is made with the seed that it had: that gives the
-same tokens, which are compared with those that came before.
+again. If the server itself has lost the request, the same request is made with the seed that it had, until it is
+accepted anew: that gives the same tokens, which are compared with those that came before.
 """
 
 import logging
@@ -89,9 +89,10 @@ class Continuation:
         return delay_s
 
     def _try_again(self, error: APIError) -> float:
+        """The same call again: nothing holds its request yet, or any more."""
         if not is_transient(error):
             raise error
-        return self.attempts.delay_after(error)
+        return self.attempts.delay_after(error, is_accepted=self.accumulator.seed is not None)
 
     def _resume(self, error: APIError, accepted: Accepted) -> float:
         if isinstance(error, StreamDivergedError):
@@ -99,6 +100,7 @@ class Continuation:
         if is_lost(error) or isinstance(error, NotFoundError):
             self._begin_anew(error)
             self.next_call = self._same_request(error, accepted.seed)
+            self.accumulator.forget_acceptance()
         elif is_cut_short(error):
             self._begin_anew(error)
             self.next_call = self._watch_request(accepted)

@@ -246,6 +246,31 @@ def test_an_answer_that_comes_out_differently_is_never_passed_off_as_the_same(
         stream.recover(diverged.value)
 
 
+def test_a_request_made_anew_is_asked_for_until_it_is_accepted(clock: Clock) -> None:
+    full = OverloadedError("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after_s=1.0)
+    stream = stream_of(clock)
+    feed(stream, accepted(), tokens(0, "a", "b"))
+    stream.recover(LOST)
+    again = stream.next_call
+    while clock.now_s < 100.0 + RetryPolicy().patience_s:
+        clock.now_s += stream.recover(full)
+        assert stream.next_call is again
+    assert feed(stream, accepted(), tokens(0, "a", "b")) == []
+    stream.recover(AWAY)
+    assert stream.next_call == chat_pb2.WatchChatRequest(request_id="r-1", resume_token="secret", after=2)
+    feed(stream, accepted(), tokens(2, "c"), finished())
+    assert stream.accumulator.end().seed == 7
+
+
+def test_a_request_made_anew_is_given_up_when_the_patience_ends(clock: Clock) -> None:
+    stream = stream_of(clock)
+    feed(stream, accepted(), tokens(0, "a"))
+    stream.recover(LOST)
+    clock.now_s += RetryPolicy().patience_s + 0.1
+    with pytest.raises(UnavailableError):
+        stream.recover(AWAY)
+
+
 def test_a_request_that_is_lost_again_and_again_is_given_up(clock: Clock) -> None:
     stream = stream_of(clock)
     feed(stream, accepted(), tokens(0, "a"))

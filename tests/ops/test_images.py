@@ -41,6 +41,19 @@ def requirements(extra: str) -> list[Requirement]:
     return found
 
 
+def is_left_out(path: str) -> bool:
+    """Whether .dockerignore keeps this path from the builder. The last line that names it or a folder above it wins."""
+    left_out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!")
+        if not line or line.startswith("#"):
+            continue
+        parts = [re.escape(part).replace(r"\*", "[^/]*") for part in pattern.split("**/")]
+        if re.fullmatch("(?:.*/)?".join(parts) + "(?:/.*)?", path):
+            left_out = not line.startswith("!")
+    return left_out
+
+
 def test_the_dockerfile_is_clean() -> None:
     linted = installed("hadolint", str(DOCKER / "Dockerfile"))
     assert linted.returncode == 0, linted.stdout
@@ -60,6 +73,23 @@ def test_everything_an_image_installs_is_pinned_by_hash(image: str) -> None:
     text = (DOCKER / f"{image}.txt").read_text()
     assert "".join(match[0] for match in PINNED.finditer(text)) == text
     assert "://" not in text
+
+
+def test_the_builder_is_given_everything_that_the_dockerfile_copies() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for sources in copied for source in sources.split()}
+    assert {"pyproject.toml", "docker/install.sh", "protos"} <= sources
+    assert {source for source in sources if not (ROOT / source).exists()} == set()
+    assert {source for source in sources if is_left_out(source)} == set()
+    assert is_left_out("tests/conftest.py")
+    assert is_left_out("protos/oasst/__pycache__/prompt.cpython-312.pyc")
+
+
+def test_the_image_is_built_from_every_package() -> None:
+    copied = (DOCKER / "Dockerfile").read_text()
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    folders = {package.split("/")[0] for package in wheel["packages"]}
+    assert {folder for folder in folders if f"COPY {folder} {folder}\n" not in copied} == set()
 
 
 def test_the_gateways_image_has_no_pytorch() -> None:

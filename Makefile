@@ -47,7 +47,7 @@ docs: .venv/dev           ## Write the command's reference anew
 train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, ask it
 	rm -rf build/demo
 	$(BIN)/python -m oasst_training.train_demo --work-dir build/demo
-	printf 'What is a meme?\nAnd who coined the word?\n' | $(BIN)/oasst up --chat --model training/oasst_training/demo
+	printf 'What is a meme?\nAnd who coined the word?\n' | $(BIN)/oasst up --chat
 
 bench: .venv/dev          ## Measure engine, whole path, scoring and start; prints ratios
 	$(BIN)/python -m bench

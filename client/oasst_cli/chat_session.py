@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oasst_client import Client, CompletionStream, Conversation, OasstError, Role
 from rich.console import Console
@@ -12,6 +13,20 @@ from rich.table import Table
 from oasst_cli.markdown import MarkdownStream
 
 __all__ = ["COMMANDS", "ChatSession"]
+
+# What a preset decides, unless it is told beside it.
+_PRESET_OPTIONS = frozenset(
+    [
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+    ]
+)
 
 
 class ChatSession:
@@ -34,6 +49,8 @@ class ChatSession:
             self._tell_error(str(error))
 
     def again(self, _: str) -> None:
+        if self.conversation.options.get("temperature") == 0:
+            raise ValueError("the chat takes the most likely token each time, so the answer stays; try /preset first")
         # A seed of the command line would draw the same answer again.
         self._show(self.conversation.regenerate_stream(seed=secrets.randbits(63)))
 
@@ -56,9 +73,10 @@ class ChatSession:
         elif name not in known:
             raise ValueError(f"there is no preset {name}; there is {', '.join(known)}")
         else:
-            options = self.conversation.options
-            options["preset"] = name
-            self.conversation = Conversation(self._client, messages=self.conversation.messages, **options)
+            # Any: what is kept of typed options.
+            kept: Any = {key: value for key, value in self.conversation.options.items() if key not in _PRESET_OPTIONS}
+            kept["preset"] = name
+            self.conversation = Conversation(self._client, messages=self.conversation.messages, **kept)
 
     def tokens(self, _: str) -> None:
         max_positions = self._client.model(self._model).max_positions

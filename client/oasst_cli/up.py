@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from oasst_cli.state import StateDirectory, StateInUseError
 from oasst_cli.supervisor import UNUSABLE_EXIT_CODE, Keeper, ServiceFailedError
 from oasst_cli.valkey import NoServerError
 
-__all__ = ["up"]
+__all__ = ["chat_options", "up"]
 
 _ANY_PORT = "127.0.0.1:0"
 _CONNECTION_VARIABLES = frozenset(["OASST_PROFILE", *(f"OASST_{each.name.upper()}" for each in fields(Profile))])
@@ -70,7 +71,11 @@ def up(
         bool, typer.Option("--json", help="Prints one line of JSON once all serve: addresses, ports, processes.")
     ] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Opens a chat once all serve, and stops everything after it.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Opens a chat once all serve, by preset k50 or, with the demo, greedily; stops everything after it.",
+        ),
     ] = False,
 ) -> None:
     """Run the whole service on this machine: queue, workers and gateways.
@@ -100,8 +105,14 @@ def up(
         )
     except NoDemoError as error:
         raise typer.BadParameter(str(error)) from error
+    chat_flags = chat_options(model) if chat else None
     with Progress() as progress:
-        raise typer.Exit(asyncio.run(_supervise(options, progress, as_json=as_json, chat=chat)))
+        raise typer.Exit(asyncio.run(_supervise(options, progress, as_json=as_json, chat_flags=chat_flags)))
+
+
+def chat_options(model: str | None) -> tuple[str, ...]:
+    """What the chat is opened with. The demo model is made for its most likely words; any other gets a preset."""
+    return ("--preset", "k50") if model else ("--temperature", "0")
 
 
 def _split_address(address: str, gateways: int) -> tuple[str, int]:
@@ -112,10 +123,12 @@ def _split_address(address: str, gateways: int) -> tuple[str, int]:
     return host, int(port)
 
 
-async def _supervise(options: StackOptions, progress: Progress, *, as_json: bool, chat: bool) -> int:
+async def _supervise(
+    options: StackOptions, progress: Progress, *, as_json: bool, chat_flags: Sequence[str] | None
+) -> int:
     """Runs the stack until a signal, the end of its chat, or a failure that restarting cannot mend; the exit code."""
     stack = Stack(options, observer=progress)
-    run = asyncio.create_task(_run(stack, progress, as_json=as_json, chat=chat))
+    run = asyncio.create_task(_run(stack, progress, as_json=as_json, chat_flags=chat_flags))
 
     def on_signal() -> None:
         if run.cancelling():
@@ -142,7 +155,7 @@ async def _supervise(options: StackOptions, progress: Progress, *, as_json: bool
     return exit_code
 
 
-async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat: bool) -> int:
+async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat_flags: Sequence[str] | None) -> int:
     """Runs the stack until this is cancelled, or its chat ends; the exit code."""
     progress.wait_for("starting")
     async with stack.running() as state:
@@ -154,8 +167,8 @@ async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat: bool) -
         addresses = [announcement.listen for _, announcement in announcements if announcement.listen]
         if as_json:
             print(json.dumps(_summary(stack, state, announcements)), flush=True)
-        if chat:
-            return await _chat(addresses[0])
+        if chat_flags is not None:
+            return await _chat(addresses[0], chat_flags)
         progress.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
         metrics = [announcement.metrics for _, announcement in announcements if announcement.metrics]
         watch = ["oasst top", "--address", addresses[0], *(f"--metrics {each}" for each in metrics)]
@@ -198,12 +211,12 @@ def _summary(
     }
 
 
-async def _chat(address: str) -> int:
+async def _chat(address: str, flags: Sequence[str]) -> int:
     """Runs a chat in this terminal to its end; 0 if it answered everything.
 
-    A process of its own, so that it can be stopped while it reads. Greedy: the demo model is made for it.
+    A process of its own, so that it can be stopped while it reads.
     """
-    command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, "--temperature", "0"]
+    command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, *flags]
     # Our own gateways are plain and need no key, whatever service the person's environment speaks of.
     environment = {name: value for name, value in os.environ.items() if name not in _CONNECTION_VARIABLES}
     process = await asyncio.create_subprocess_exec(*command, env=environment, preexec_fn=die_with_parent())

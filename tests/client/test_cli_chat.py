@@ -6,9 +6,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oasst.v1 import generation_pb2
 from oasst_cli.__main__ import app
 from oasst_cli.chat_session import COMMANDS, ChatSession
 from oasst_cli.markdown import MarkdownStream, split_settled
+from oasst_cli.up import chat_options
 from oasst_client import Client, Conversation, InternalError
 from oasst_client.testing import Answer, FakeServer
 from rich.console import Console
@@ -66,11 +68,30 @@ def test_what_was_said_can_be_taken_back_and_forgotten(chat):
     assert "nothing was asked yet" in chat.type("/back")
 
 
-def test_a_preset_holds_from_now_on(chat, server):
-    assert "k50-Creative" in chat.type("/preset")
-    chat.type("/preset nucleus9", "Why?")
-    assert server.requests[-1].sampling.preset == "nucleus9"
-    assert "there is no preset fast" in chat.type("/preset fast")
+def test_a_preset_holds_from_now_on_in_place_of_what_was_asked_for_before(server):
+    with Client(server.address) as client:
+        chat = Chat(client, temperature=0, top_k=7, seed=5, max_new_tokens=9)
+        assert "k50-Creative" in chat.type("/preset")
+        chat.type("/preset nucleus9", "Why?", "/preset typical2", "Who?")
+        assert "there is no preset fast" in chat.type("/preset fast")
+    nucleus, typical = server.requests
+    assert nucleus.sampling == generation_pb2.SamplingParams(preset="nucleus9", seed=5)
+    assert typical.sampling == generation_pb2.SamplingParams(preset="typical2", seed=5)
+    assert nucleus.limits.max_new_tokens == 9
+
+
+def test_a_greedy_chat_says_that_it_would_answer_the_same_again(server):
+    with Client(server.address) as client:
+        chat = Chat(client, temperature=0)
+        assert "the most likely token each time" in chat.type("Why?", "/again")
+        assert chat.turns == ["Why?", "answer *0*"]
+        chat.type("/preset k50", "/again")
+        assert chat.turns == ["Why?", "answer *1*"]
+
+
+def test_the_chat_of_a_stack_is_greedy_with_the_demo_alone():
+    assert chat_options(None) == ("--temperature", "0")
+    assert chat_options("OpenAssistant/oasst-sft-4-pythia-12b-epoch-3.5") == ("--preset", "k50")
 
 
 def test_a_conversation_is_saved_and_gone_on_with(chat, tmp_path):

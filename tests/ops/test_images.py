@@ -111,6 +111,11 @@ def test_the_workers_image_can_compile_its_kernels() -> None:
     assert re.search(r"apt-get install .* gcc libc6-dev", worker)
 
 
+def test_compose_lets_the_worker_load_what_it_compiles() -> None:
+    worker = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["worker"]
+    assert worker["tmpfs"] == ["/tmp:exec"]  # noqa: S108 - the container's
+
+
 def test_the_compose_file_is_one_and_its_options_exist() -> None:
     checked = installed("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml"))
     assert checked.returncode == 0, checked.stdout

@@ -3,6 +3,7 @@
 import random
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +175,18 @@ def test_without_a_working_compiler_the_plain_path_serves(fault, monkeypatch, ca
         kernels.start_compiling.cache_clear()
     assert isinstance(attention, PlainAttention)
     assert "attention runs on the plain path" in caplog.text
+
+
+def test_a_kernel_that_is_compiled_and_cannot_be_loaded_says_what_may_be_wrong(monkeypatch, caplog):
+    # As on a mount that is noexec: the compiler is content, and the loader will not map what it wrote.
+    def write_what_is_no_library(command, **_):
+        Path(command[command.index("-o") + 1]).write_bytes(b"")
+
+    kernels.start_compiling.cache_clear()
+    monkeypatch.setattr(kernels.subprocess, "run", write_what_is_no_library)
+    try:
+        assert kernels.load_kernels("attention") is None
+    finally:
+        kernels.start_compiling.cache_clear()
+    assert "attention is compiled but cannot be loaded" in caplog.text
+    assert "noexec" in caplog.text

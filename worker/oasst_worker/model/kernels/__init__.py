@@ -57,8 +57,13 @@ def _compile(name: str, definitions: Sequence[str]) -> ctypes.CDLL | None:
         command = [compiler, *_FLAGS, *(f"-D{each}" for each in definitions), "-o", str(library), str(source), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            return ctypes.CDLL(str(library))
         except (OSError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or error
             _log.warning("%s cannot be compiled, it runs on the plain path: %s", name, reason)
+            return None
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            hint = "is the temporary folder on a noexec mount? TMPDIR names another"
+            _log.warning("%s is compiled but cannot be loaded, it runs on the plain path: %s; %s", name, error, hint)
             return None

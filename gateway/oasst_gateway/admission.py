@@ -32,6 +32,8 @@ _SUBMISSIONS_AT_ONCE = 32
 _HALF_DONE = 0.5
 # For so long a queue that was full is taken to be so still, without asking.
 _STAYS_FULL_S = 0.1
+# What one request is taken to have asked for, and to have used, before any has finished.
+_TYPICAL_TOKENS = 256.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,10 @@ class SpeedEstimate:
         self._decay = decay
         self._smoothing = smoothing
         self._generated_per_s = 0.0
-        self._asked_per_generated = 1.0
         self._generated_token_s = 0.0
+        # Moving means over requests. One of their ratios would follow whoever generates a single token.
+        self._asked = _TYPICAL_TOKENS
+        self._generated = _TYPICAL_TOKENS
 
     @property
     def asked_token_s(self) -> float:
@@ -93,8 +97,12 @@ class SpeedEstimate:
 
     def saw_finished(self, *, asked: int, generated: int) -> None:
         """A request has finished that asked for so many tokens, and generated so many."""
-        ratio = asked / max(1, generated)
-        self._asked_per_generated += self._smoothing * (ratio - self._asked_per_generated)
+        self._asked += self._smoothing * (asked - self._asked)
+        self._generated += self._smoothing * (generated - self._generated)
+
+    @property
+    def _asked_per_generated(self) -> float:
+        return self._asked / max(1.0, self._generated)
 
 
 class Admission:

@@ -92,9 +92,10 @@ class Chats:
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watches.open(prepared.job.job_id) as watch:
-                accepted = await self._submit(prepared, tenant, span)
+                submitted = await self._submit(prepared, tenant, span)
                 watch.has_begun = True
-                with self._following(watch, prepared.job, accepted, meter) as chat:
+                accepted = self._accepted(submitted.job, self._describe_queue(submitted))
+                with self._following(watch, prepared.job, accepted, meter, is_new=submitted.is_new) as chat:
                     yield chat
 
     async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant, span: Span) -> chat_pb2.Accepted:
@@ -102,7 +103,8 @@ class Chats:
         self._admission.check_open()
         # The RPC's own deadline is for being accepted, not for the answer.
         prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
-        return await self._submit(prepared, tenant, span, is_watched=False)
+        submitted = await self._submit(prepared, tenant, span, is_watched=False)
+        return self._accepted(submitted.job, self._describe_queue(submitted))
 
     @asynccontextmanager
     async def watch(self, request: chat_pb2.WatchChatRequest, *, tenant: Tenant, span: Span) -> AsyncIterator[Chat]:
@@ -206,6 +208,7 @@ class Chats:
         meter: ChatMeter,
         *,
         after: int = 0,
+        is_new: bool = False,
     ) -> Iterator[Chat]:
         chat = Chat(
             job,
@@ -222,12 +225,13 @@ class Chats:
             self._chats.discard(chat)
             if chat.outcome is not None:
                 watch.has_ended = True
-                if chat.outcome.HasField("finished"):
+                # Of all who follow a job, here and elsewhere, one brought it: counted by that one, it counts once.
+                if is_new and chat.outcome.HasField("finished"):
                     self._monitor.saw_finished(job, chat.outcome.finished)
 
     async def _submit(
         self, prepared: PreparedJob, tenant: Tenant, span: Span, *, is_watched: bool = True
-    ) -> chat_pb2.Accepted:
+    ) -> Submitted:
         with submitting(prepared.job, span):
             submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
         job = submitted.job
@@ -250,7 +254,7 @@ class Chats:
             job.n,
             extra=trace_of(job).log_fields,
         )
-        return self._accepted(job, self._describe_queue(submitted))
+        return submitted
 
     def _accepted(self, job: job_pb2.Job, queue: chat_pb2.QueueStatus | None) -> chat_pb2.Accepted:
         return chat_pb2.Accepted(

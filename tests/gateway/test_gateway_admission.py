@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import grpc
 import pytest
-from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, start_gateway
+from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway
 from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
@@ -55,6 +55,46 @@ def test_requests_that_use_a_quarter_of_what_they_ask_for_make_the_queue_four_ti
     for _ in range(200):
         speed.saw_finished(asked=400, generated=100)
     assert speed.asked_per_s == pytest.approx(400.0, rel=0.01)
+
+
+def test_a_request_that_generates_next_to_nothing_hardly_changes_the_speed() -> None:
+    """A long prompt for one token, among others that use a quarter of what they ask for."""
+    speed = SpeedEstimate()
+    speed.saw_speed(100.0)
+    for asked, generated in [(100, 25), (1600, 400), (400, 100)] * 70:
+        speed.saw_finished(asked=asked, generated=generated)
+    assert speed.asked_per_s == pytest.approx(400.0, rel=0.01)
+    speed.saw_finished(asked=2001, generated=1)
+    assert speed.asked_per_s == pytest.approx(400.0, rel=0.25)
+
+
+def test_the_first_request_to_finish_does_not_decide_alone() -> None:
+    speed = SpeedEstimate()
+    speed.saw_speed(100.0)
+    speed.saw_finished(asked=2001, generated=1)
+    assert 100 < (speed.asked_per_s or 0) < 200
+
+
+@pytest.mark.parametrize("num_watching", [0, 3])
+async def test_a_finished_request_is_counted_once_however_many_read_it(
+    gateway: Gateway, worker: RuleWorker, monkeypatch: pytest.MonkeyPatch, num_watching: int
+) -> None:
+    counted: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        SpeedEstimate, "saw_finished", lambda _, *, asked, generated: counted.append((asked, generated))
+    )
+    worker.hold()
+    first = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
+    accepted = (await first.read()).accepted
+    watch = chat_pb2.WatchChatRequest(request_id="r-1", resume_token=accepted.resume_token)
+    others = [gateway.chat.WatchChat(watch) for _ in range(num_watching)]
+    for other in others:
+        await other.read()
+    worker.free()
+    for call in (first, *others):
+        await read_text(call)
+    await gateway.chat.Chat(ask("Hello!", request_id="r-1"))
+    assert counted == [(accepted.prompt_tokens + 4, 4)]
 
 
 async def test_a_deadline_that_passes_before_a_worker_comes_is_refused(model: ServedModel, valkey_url: str) -> None:

@@ -156,7 +156,8 @@ def _decode(data: bytes, parse: Callable[[bytes], Message], descriptor: Descript
     except DecodeError as error:
         field = find_invalid_text(data, descriptor)
         if field is None:
-            violation = Violation("request", f"must be a message of type {descriptor.full_name}", MALFORMED)
+            description = f"must be a message of type {descriptor.full_name}, its texts in UTF-8"
+            violation = Violation("request", description, MALFORMED)
         else:
             violation = Violation(field, "must be UTF-8", INVALID_UTF8)
         raise InvalidRequestError([violation]) from error

@@ -14,10 +14,12 @@ __all__ = ["find_invalid_text"]
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
+# More are not looked at: this walk holds up every stream, and nobody who means well sends so many.
+_MAX_FIELDS = 10_000
 
 
-class _MalformedError(Exception):
-    """The bytes are not a protobuf message."""
+class _UnreadableError(Exception):
+    """The bytes are not a protobuf message, or one of too many fields."""
 
 
 class _Field(NamedTuple):
@@ -28,17 +30,20 @@ class _Field(NamedTuple):
 def find_invalid_text(data: bytes, descriptor: Descriptor) -> str | None:
     """The path of the first string in `data` that is not UTF-8, for example "conversation.messages[2].content".
 
-    None if there is none, or if `data` is no message of this type at all.
+    None if there is none among the first 10,000 fields, or if `data` is no message of this type at all.
     """
     try:
-        return _walk(data, descriptor, prefix="")
-    except _MalformedError:
+        return _walk(data, descriptor, prefix="", budget=iter(range(_MAX_FIELDS)))
+    except _UnreadableError:
         return None
 
 
-def _walk(data: bytes, descriptor: Descriptor, *, prefix: str) -> str | None:
+def _walk(data: bytes, descriptor: Descriptor, *, prefix: str, budget: Iterator[int]) -> str | None:
+    """`budget` has one element for each field that may still be read, at any depth."""
     seen: Counter[int] = Counter()
     for number, payload in _read_fields(data):
+        if next(budget, None) is None:
+            raise _UnreadableError("too many fields")
         field = descriptor.fields_by_number.get(number)
         if field is None or payload is None:
             continue
@@ -47,7 +52,7 @@ def _walk(data: bytes, descriptor: Descriptor, *, prefix: str) -> str | None:
         if field.type == FieldDescriptor.TYPE_STRING and not _is_utf8(payload):
             return path
         if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
-            found = _walk(payload, field.message_type, prefix=f"{path}.")
+            found = _walk(payload, field.message_type, prefix=f"{path}.", budget=budget)
             if found is not None:
                 return found
     return None
@@ -78,9 +83,9 @@ def _read_fields(data: bytes) -> Iterator[_Field]:
             position = start + length
             payload = data[start:position]
         else:
-            raise _MalformedError(f"wire type {wire_type}")
+            raise _UnreadableError(f"wire type {wire_type}")
         if position > len(data):
-            raise _MalformedError("truncated field")
+            raise _UnreadableError("truncated field")
         yield _Field(number, payload)
 
 
@@ -91,4 +96,4 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, position + index + 1
-    raise _MalformedError("truncated number")
+    raise _UnreadableError("truncated number")

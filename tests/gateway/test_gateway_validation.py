@@ -214,7 +214,7 @@ async def test_invalid_utf8_is_refused_with_the_name_of_its_field(gateway: Gatew
 async def test_bytes_that_are_no_message_are_refused(gateway: Gateway) -> None:
     details = await refusal_of(gateway.channel.unary_unary("/oasst.v1.ChatService/Chat")(b"\xff\xff\xff"))
     assert (details.code, details.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED")
-    assert details.violations == {"request": "must be a message of type oasst.v1.ChatRequest"}
+    assert details.violations == {"request": "must be a message of type oasst.v1.ChatRequest, its texts in UTF-8"}
 
 
 async def test_refusals_are_counted_by_reason(gateway: Gateway, worker: RuleWorker) -> None:

@@ -41,6 +41,20 @@ def test_fields_of_a_newer_api_are_passed_over() -> None:
     assert find_invalid_text(unknown + request_bytes().replace(b"my-id", b"\xff" * 5), DESCRIPTOR) == "request_id"
 
 
+@pytest.mark.parametrize(("num_fields", "field"), [(9_000, "request_id"), (1_000_000, None)])
+def test_no_more_than_ten_thousand_fields_are_looked_at(num_fields: int, field: str | None) -> None:
+    """A message of a million fields would hold up every stream for seconds."""
+    unknown = b"\xb8\x06\x01" * num_fields
+    data = unknown + request_bytes().replace(b"my-id", b"\xff" * 5)
+    assert find_invalid_text(data, DESCRIPTOR) == field
+
+
+def test_fields_of_fields_count_as_well() -> None:
+    message = chat_pb2.Conversation(messages=[chat_pb2.Message()] * 20_000)
+    data = chat_pb2.ChatRequest(conversation=message).SerializeToString() + b"\x0a\x01\xff"
+    assert find_invalid_text(data, DESCRIPTOR) is None
+
+
 @given(st.binary(max_size=200))
 def test_no_bytes_at_all_make_it_fail(data: bytes) -> None:
     find_invalid_text(data, DESCRIPTOR)

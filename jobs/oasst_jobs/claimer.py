@@ -47,6 +47,14 @@ class Claimer:
         # Where the next claim begins: every shard comes first in its turn.
         self._first_shard = 0
 
+    @property
+    def num_shards(self) -> int:
+        return len(self._client.shards)
+
+    def shard_number(self, job_id: str) -> int:
+        """Which shard holds the job. What is pushed to one can be pushed while another does not answer."""
+        return self._client.shard_number(job_id)
+
     async def claim(
         self,
         *,

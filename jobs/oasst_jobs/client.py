@@ -49,7 +49,10 @@ class QueueClient:
         self.shards = tuple(Shard(redis, number, library=library) for number in range(num_shards))
 
     def shard_of(self, job_id: str) -> Shard:
-        return self.shards[self._shard_number(job_id)]
+        return self.shards[self.shard_number(job_id)]
+
+    def shard_number(self, job_id: str) -> int:
+        return zlib.crc32(job_id.encode()) % len(self.shards)
 
     async def check_server(self) -> None:
         """The server is new enough, keeps what it is given, and has the functions.
@@ -201,9 +204,6 @@ class QueueClient:
             raise errors[0]
         return answers
 
-    def _shard_number(self, job_id: str) -> int:
-        return zlib.crc32(job_id.encode()) % len(self.shards)
-
     def _part(self, limit: int | None) -> int | None:
         """One shard's part of a limit for all."""
         return None if limit is None else -(-limit // len(self.shards))
@@ -229,7 +229,7 @@ class QueueClient:
             return await call(self.shards[0], items)
         indices: dict[int, list[int]] = defaultdict(list)
         for index, item in enumerate(items):
-            indices[self._shard_number(job_id_of(item))].append(index)
+            indices[self.shard_number(job_id_of(item))].append(index)
         parts = [call(self.shards[number], [items[index] for index in part]) for number, part in indices.items()]
         answers: dict[int, R] = {}
         for part, answered in zip(indices.values(), await asyncio.gather(*parts), strict=True):

@@ -4,7 +4,6 @@ from itertools import chain
 
 import pytest
 import redis.asyncio
-import redis.exceptions
 from job_samples import MODEL, finished, make_entry, make_job
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
@@ -19,6 +18,7 @@ from oasst_jobs import (
     TenantFullError,
     TenantPolicy,
 )
+from sick_shards import OneShardAway
 
 NUM_SHARDS = 3
 
@@ -26,15 +26,6 @@ NUM_SHARDS = 3
 @pytest.fixture
 def client(redis_client: redis.asyncio.Redis) -> QueueClient:
     return QueueClient(redis_client, num_shards=NUM_SHARDS)
-
-
-class OneShardAway(redis.asyncio.Redis):
-    """Every call to the first shard fails."""
-
-    async def execute_command(self, *command: object, **options: object) -> object:
-        if any(str(word).startswith("oasst:{0}") for word in command):
-            raise redis.exceptions.ConnectionError("away")
-        return await super().execute_command(*command, **options)
 
 
 @pytest.fixture

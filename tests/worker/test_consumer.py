@@ -15,8 +15,12 @@ from oasst_jobs import (
     JobState,
     PushItem,
     PushStatus,
+    QueueClient,
+    connect,
 )
+from running_worker import RunningWorker
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
+from sick_shards import OneShardAway
 from valkey_server import ValkeyServer
 from watched_queue import Queue, text_of, until
 
@@ -335,6 +339,35 @@ async def test_nothing_is_lost_while_the_queue_is_away(queue, start_worker, valk
     valkey.start()
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 1000)
     assert worker.consumer.queue_is_reachable
+
+
+async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url):
+    connection = connect(valkey_url)
+    queue = Queue(QueueClient(connection, num_shards=2))
+    lame = OneShardAway(connection_pool=connection.connection_pool)
+    lame.is_away = False
+    worker = RunningWorker(QueueClient(lame, num_shards=2), "worker", lease_ms=LEASE_MS)
+    worker.executor.allow(3)
+    job_ids = [await queue.submit(make_job(f"job {number}", max_new_tokens=200)) for number in range(8)]
+    away = {job_id for job_id in job_ids if queue.client.shard_number(job_id) == 0}
+    await until(lambda: worker.consumer.num_sequences == 8)
+    await until(lambda: worker.executor.num_steps == 3)
+    assert 0 < len(away) < 8
+
+    lame.is_away = True
+    async with sweeping(queue):
+        await until(lambda: not worker.consumer.queue_is_reachable)
+        await asyncio.sleep(2 * LEASE_MS / 1000)
+        worker.executor.allow(math.inf)
+        for job_id in set(job_ids) - away:
+            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+        assert worker.jobs_by("finished") == 8 - len(away)
+        lame.is_away = False
+        for job_id in away:
+            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+    assert worker.jobs_by("fenced") <= len(away)
+    await worker.die()
+    await connection.aclose()
 
 
 async def test_a_drained_worker_finishes_its_jobs_and_claims_no_more(queue, start_worker):

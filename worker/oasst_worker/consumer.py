@@ -1,16 +1,18 @@
 """Between queue and engine: claims jobs while there is room, logs what the engine gives, tells how jobs end.
 
 Log before show: what the engine generates reaches the queue's log and the gateways in one call, once per step for all
-jobs. While a call is under way the engine goes on; what comes meanwhile is merged into the next one.
+jobs of a shard. While a call is under way the engine goes on; what comes meanwhile is merged into the next one.
 """
 
 import asyncio
 import logging
 import random
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TypeVar
 
 from oasst.jobs.v1.job_pb2 import Outcome
@@ -18,6 +20,7 @@ from oasst_jobs import (
     ClaimedJob,
     Claimer,
     FencedError,
+    PushItem,
     PushStatus,
     QueueUnavailableError,
     failpoints,
@@ -99,7 +102,9 @@ class Consumer:
         self._owners: dict[Part, HeldJob] = {}  # Parts that belong in the engine.
         self._drain_ends_s = float("inf")
         self._queue_is_reachable = True
-        self._pushed_s = float("-inf")  # When the last push began.
+        # By shard: when the last push to it began, and whether that is still under way.
+        self._pushed_s = [float("-inf")] * claimer.num_shards
+        self._pushing: set[int] = set()
         # Wake-ups. Each is set by whoever changes something, and cleared by the one task that waits for it.
         self._claim_now = asyncio.Event()
         self._news = asyncio.Event()
@@ -284,28 +289,40 @@ class Consumer:
     # --- Pushing
 
     async def _push_until_closing(self) -> None:
+        """One push at a time for each shard: one that does not answer holds up no job of the others."""
         delay_s = 0.0
-        while not self._closing.is_set():
-            await _wait_at_most(self._news, delay_s or self._renew_after_s / 4)
-            self._news.clear()
-            for report in self._loop.take():
-                self._take(report)
-            jobs = self._jobs_to_push()
-            delay_s = self._push_delay_s(jobs)
-            if jobs and not delay_s:
-                self._pushed_s = self._clock()
-                await self._push(jobs)
+        async with asyncio.TaskGroup() as pushes:
+            while not self._closing.is_set():
+                await _wait_at_most(self._news, delay_s)
+                self._news.clear()
+                if len(self._pushing) < self._claimer.num_shards:  # While none answers, the engine is held back.
+                    for report in self._loop.take():
+                        self._take(report)
+                delay_s = self._renew_after_s / 4
+                for shard, jobs in self._jobs_to_push().items():
+                    wait_s = self._push_delay_s(shard, jobs)
+                    if wait_s:
+                        delay_s = min(delay_s, wait_s)
+                    else:
+                        self._pushed_s[shard] = self._clock()
+                        self._pushing.add(shard)
+                        pushes.create_task(self._push(shard, jobs), name=f"push to shard {shard}")
 
-    def _jobs_to_push(self) -> list[HeldJob]:
-        """Those with news, and those whose lease is to be renewed."""
+    def _jobs_to_push(self) -> dict[int, list[HeldJob]]:
+        """Those with news, and those whose lease is to be renewed, by shard; none while a push to it is under way."""
         due_s = self._clock() - self._renew_after_s
-        return [job for job in self._jobs.values() if job.has_news or job.renewed_s < due_s]
+        jobs: dict[int, list[HeldJob]] = defaultdict(list)
+        for job in self._jobs.values():
+            shard = self._claimer.shard_number(job.job_id)
+            if shard not in self._pushing and (job.has_news or job.renewed_s < due_s):
+                jobs[shard].append(job)
+        return jobs
 
-    def _push_delay_s(self, jobs: Sequence[HeldJob]) -> float:
+    def _push_delay_s(self, shard: int, jobs: Sequence[HeldJob]) -> float:
         """How long these can wait for more to come; 0 if they must not."""
         if any(job.is_urgent for job in jobs):
             return 0.0
-        return max(0.0, self._pushed_s + _PUSH_INTERVAL_S - self._clock()) if jobs else 0.0
+        return max(0.0, self._pushed_s[shard] + _PUSH_INTERVAL_S - self._clock())
 
     def _take(self, report: StepReport) -> None:
         self._metrics.record_step(report)
@@ -322,12 +339,16 @@ class Consumer:
                 del self._owners[output.part]
                 self._note_more_room()
 
-    async def _push(self, jobs: Sequence[HeldJob]) -> None:
+    async def _push(self, shard: int, jobs: Sequence[HeldJob]) -> None:
         """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
         started_s = self._clock()
-        items = [job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs]
+        tries = _tries([job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs])
         failpoints.reach("worker.pushing")
-        statuses = await self._reach("push", lambda: self._claimer.push(items), give_up=self._closing)
+        try:
+            statuses = await self._reach("push", lambda: self._claimer.push(next(tries)), give_up=self._closing)
+        finally:
+            self._pushing.discard(shard)
+            self._news.set()
         failpoints.reach("worker.pushed")
         if statuses is None:
             return
@@ -428,6 +449,12 @@ class Consumer:
         """What did not fit before may fit now."""
         self._note_room()
         self._claim_now.set()
+
+
+def _tries(items: list[PushItem]) -> Iterator[list[PushItem]]:
+    """What is pushed at first and each time after that. By then leases that were young are not: all are renewed."""
+    yield items
+    yield from repeat([replace(item, renews=True) for item in items])
 
 
 def _backoff(longest_s: float) -> Iterator[float]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from oasst_worker.model.config import Activation
 from oasst_worker.model.kernels import ROWS, SIZES, load_kernels
-from oasst_worker.model.pages import empty_in_large_pages
+from oasst_worker.model.pages import zeros_in_large_pages
 from oasst_worker.model.scales import int8_scales
 
 __all__ = [
@@ -234,7 +234,7 @@ class CompiledLinear:
         self.words = _words_of(self.in_features, 1 if quantize else weight.itemsize)
         width = library.prepare()
         num_panels = -(-self.out_features // width)
-        panels = empty_in_large_pages(num_panels, self.words, width, dtype=torch.int32)
+        panels = zeros_in_large_pages(num_panels, self.words, width, dtype=torch.int32)
         scales = torch.zeros(num_panels * width) if quantize else None
         offsets = torch.zeros(num_panels * width, dtype=torch.int32) if quantize else None
         if bias is not None:

@@ -15,7 +15,7 @@ from oasst_worker.model.attention.interface import INT8, rotary_table
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, StepInputs
 from oasst_worker.model.kernels import QUERIES, ROWS, SIZES, TILE, load_kernels
-from oasst_worker.model.pages import empty_in_large_pages
+from oasst_worker.model.pages import zeros_in_small_pages
 
 __all__ = ["CompiledAttention", "PreparedAttention", "attention_kernel"]
 
@@ -77,7 +77,7 @@ class CompiledAttention:
         padded = -(-config.head_dim // _LANES) * _LANES
         scales = BLOCK_SIZE * torch.float32.itemsize if self._kv_dtype is INT8 else 0
         shape = (config.num_layers, num_blocks, 2, config.num_heads, scales + BLOCK_SIZE * padded)
-        return empty_in_large_pages(*shape, dtype=self._kv_dtype)
+        return zeros_in_small_pages(*shape, dtype=self._kv_dtype)
 
     def prepare(self, inputs: StepInputs) -> "PreparedAttention":
         spans: list[int] = []

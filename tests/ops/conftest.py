@@ -13,7 +13,12 @@ from helm_release import PROFILES, Release, Renderer, read_profile
 # What no profile shows, checked as they are.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ingress": {
-        "gateway": {"ingress": {"enabled": True, "className": "nginx", "host": "chat.example.com", "tlsSecret": "chat"}}
+        "gateway": {
+            "ingress": {"enabled": True, "className": "nginx", "host": "chat.example.com", "tlsSecret": "chat"}
+        },
+        "networkPolicy": {
+            "clients": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "nginx"}}}]
+        },
     },
     "sentinel": {
         "redis": {

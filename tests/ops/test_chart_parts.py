@@ -1,5 +1,6 @@
 """The parts that the chart promises are there, and say what they are for."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -95,9 +96,11 @@ def test_a_route_lets_in_the_api_and_nothing_else(render: Render) -> None:
 
 
 def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> None:
-    [scaler] = render(gateway={"autoscaling": {"enabled": True, "targetOpenRequests": 200}}).of_kind(
-        "HorizontalPodAutoscaler"
+    release = render(
+        gateway={"autoscaling": {"enabled": True, "targetOpenRequests": 200}},
+        networkPolicy={"prometheus": [{"podSelector": {}}]},
     )
+    [scaler] = release.of_kind("HorizontalPodAutoscaler")
     cpu, requests = scaler["spec"]["metrics"]
     assert cpu["resource"] == {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}
     assert requests["pods"]["metric"]["name"] == "oasst_gateway_requests_in_flight"
@@ -127,6 +130,19 @@ def test_without_keda_the_same_series_scales_workers(render: Render) -> None:
     rules = [rule for group in yaml.safe_load(read("files/rules.yaml"))["groups"] for rule in group["rules"]]
     [recorded] = [rule for rule in rules if rule.get("record") == metric["external"]["metric"]["name"]]
     assert all(name in recorded["expr"] for name in SCALED_BY)
+
+
+@pytest.mark.parametrize("profile", ["keda", "hpa"])
+@pytest.mark.parametrize("component", ["gateway", "worker"])
+def test_what_workers_scale_by_is_scraped_from_where_prometheus_runs(
+    render: Render, profile: str, component: str
+) -> None:
+    release = render(**read_profile(profile))
+    address = read_profile("keda")["worker"]["autoscaling"]["prometheus"]["address"]
+    [namespace] = re.findall(r"//prometheus\.([a-z-]+):", address)
+    rules = release.one("NetworkPolicy", component)["spec"]["ingress"]
+    [scraping] = [rule for rule in rules if {"port": "metrics", "protocol": "TCP"} in rule["ports"]]
+    assert scraping["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ CLOSED = {
 }
 FOR_TESTS = {"failpoints"}
 
+SCALED_BY_METRICS = {
+    "worker": {"autoscaling": {"type": "hpa"}},
+    "monitoring": {"podMonitors": {"enabled": True}, "rules": {"enabled": True}},
+}
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gatway": {}}, "additional properties 'gatway' not allowed"),
     ({"worker": {"gpu": 1}}, "additional properties 'gpu' not allowed"),
@@ -104,6 +109,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"worker": {"autoscaling": {"type": "hpa"}}, "monitoring": {"podMonitors": {"enabled": True}}},
         "set monitoring.rules.enabled=true",
     ),
+    (SCALED_BY_METRICS, "name in it where Prometheus runs"),
+    (
+        {"gateway": {"autoscaling": {"enabled": True, "targetOpenRequests": 200}}},
+        "name in it where Prometheus runs",
+    ),
+    ({"gateway": {"ingress": {"enabled": True, "host": "h"}}}, "an empty networkPolicy.clients lets only pods"),
+    (
+        {"gateway": {"route": {"enabled": True, "parentRefs": [{"name": "public"}]}}},
+        "an empty networkPolicy.clients lets only pods",
+    ),
+    ({"gateway": {"service": {"type": "LoadBalancer"}}}, "an empty networkPolicy.clients lets only pods"),
 ]
 
 
@@ -112,6 +128,11 @@ def test_bad_values_are_refused_with_what_to_change(render: Render, values: dict
     with pytest.raises(RenderError, match=r"(?s).*") as refusal:
         render(**values)
     assert sentence in str(refusal.value)
+
+
+def test_without_network_policies_nobody_need_be_named(render: Render) -> None:
+    values = SCALED_BY_METRICS | {"gateway": {"service": {"type": "LoadBalancer"}}, "networkPolicy": {"enabled": False}}
+    assert render(**values).of_kind("NetworkPolicy") == []
 
 
 def test_every_validation_has_a_case_in_which_it_refuses() -> None:
@@ -187,7 +208,10 @@ def test_a_long_release_name_still_gives_names_that_fit(renderer: Any) -> None:
 
 
 def test_an_ingress_lets_in_the_api_and_nothing_else(render: Render) -> None:
-    release = render(gateway={"ingress": {"enabled": True, "host": "chat.example.com", "tlsSecret": "chat-tls"}})
+    release = render(
+        gateway={"ingress": {"enabled": True, "host": "chat.example.com", "tlsSecret": "chat-tls"}},
+        networkPolicy={"clients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
+    )
     [ingress] = release.of_kind("Ingress")
     [rule] = ingress["spec"]["rules"]
     paths = [path["path"] for path in rule["http"]["paths"]]

@@ -3,6 +3,10 @@
 Without a GPU nothing is recorded: the same launches on the same memory, one by one in Triton's interpreter.
 """
 
+import gc
+import inspect
+import weakref
+
 import pytest
 import torch
 from attention_samples import require_triton
@@ -96,6 +100,39 @@ def test_all_buckets_can_be_made_at_once(model, recordings):
     assert len(recordings) == 3
     generate(runner)
     assert len(recordings) == 3
+
+
+def test_what_is_replayed_has_its_memory_as_long_as_its_bucket(model, monkeypatch):
+    buffers: list[weakref.ref[torch.Tensor]] = []
+    prepare = PagedAttention._prepare
+
+    def watched(self, positions, cells, numbers, longest):
+        attend = prepare(self, positions, cells, numbers, longest)
+        tensors = [each for each in inspect.getclosurevars(attend).nonlocals.values() if isinstance(each, torch.Tensor)]
+        buffers.extend(map(weakref.ref, tensors))
+        return attend
+
+    def record(compute):
+        outcome = compute()
+        return lambda: outcome
+
+    monkeypatch.setattr(PagedAttention, "_prepare", watched)
+    made = buckets.DecodeBuckets(model, model.make_cache(9), padding_block=8, max_sequences=1, record=record)
+    made._bucket(1)
+    gc.collect()
+    assert len(buffers) > 5
+    assert all(buffer() is not None for buffer in buffers)
+
+
+def test_a_recording_that_computes_something_else_is_not_replayed(model, monkeypatch, caplog):
+    monkeypatch.setattr(buckets, "record_nothing", lambda compute: lambda: compute().flip(1))
+    runner = RecordingRunner(model, max_decoding=2)
+    runner.make_buckets()
+    assert "kernel by kernel: steps of 1 sequences give other logits in a bucket" in caplog.text
+    expected = generate(RecordingRunner(model))
+    outcome = generate(runner)
+    for name in JOBS:
+        assert all(map(torch.equal, outcome[name], expected[name])), name
 
 
 def test_where_nothing_can_be_recorded_steps_run_without_buckets(model, monkeypatch, caplog):

@@ -13,15 +13,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from oasst_worker.engine import Batch, Chunk
+from oasst_worker.engine import Batch, Chunk, GenerationParams
+from oasst_worker.engine import Sequence as EngineSequence
 from oasst_worker.model.inputs import BLOCK_SIZE, DecodeInputs
 from oasst_worker.model.neox import KVCache, NeoX
+from oasst_worker.runtime.tensors import make_inputs
 
 __all__ = ["CudaGraphs", "DecodeBuckets", "Record", "record_nothing"]
 
 # From a function that launches work on a device to one that launches the same work on the same memory and returns the
-# same tensor.
+# same tensor. It need not keep the function, which owns that memory: its caller does, as long as it calls the other.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+# A recording is tried on a sequence as long as this, which several programs attend to.
+_TRIED_POSITIONS = 150
+# Its logits may be so far from those of the plain launches, as a part of what logits differ among each other: products
+# of more rows round otherwise, in bf16 by a hundredth.
+_TOLERANCE = 0.05
 
 
 def record_nothing(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -34,16 +42,17 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Libraries have a workspace for each stream that they are called on.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        # Before the recording kernels are compiled and libraries take their workspaces, on a stream of their own.
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        # Before the recording kernels are compiled and libraries take their workspaces, on the stream that is recorded.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             compute()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             outcome = compute()
 
         def replay() -> Tensor:
@@ -69,9 +78,16 @@ class DecodeBuckets:
         self._buckets: dict[int, _Bucket] = {}
 
     def make_all(self) -> None:
-        """No later step has to make one. The largest comes first: the memory it takes does for the others."""
+        """No later step has to make one. The largest comes first: the memory it takes does for the others.
+
+        The cache must be idle.
+
+        Raises:
+            RuntimeError: if a bucket does not compute what the model computes without it.
+        """
         for size in reversed(self._sizes):
             self._bucket(size)
+        self._try_all()
 
     def logits(self, batch: Batch, token_ids: Tensor | None = None) -> Tensor | None:
         """The logits of each chunk, [chunks, vocab] fp32, in memory that the next call writes to.
@@ -86,6 +102,21 @@ class DecodeBuckets:
             return None
         size = next(size for size in self._sizes if size >= num_rows)
         return self._bucket(size).compute(batch.chunks, token_ids)[:num_rows]
+
+    def _try_all(self) -> None:
+        """Every row of every bucket gives the logits that a sequence has without buckets."""
+        config = self._model.config
+        room = min(config.max_positions, self._padding_block * BLOCK_SIZE, _TRIED_POSITIONS)
+        prompt = [position % config.vocab_size for position in range(room - 1)]
+        sequence = EngineSequence("tried", prompt, GenerationParams(max_new_tokens=2), output_ids=[0])
+        sequence.blocks += range(-(-room // BLOCK_SIZE))
+        computed, chunk = Chunk(sequence, 0, len(prompt)), Chunk(sequence, len(prompt), room)
+        for batch in (Batch((computed,)), Batch((chunk,))):
+            expected = self._model.forward(make_inputs(batch, device=self._model.device), self._cache)
+        for size in self._sizes:
+            deviation = (self._bucket(size).compute([chunk] * size, None) - expected).square().mean().sqrt()
+            if not deviation <= _TOLERANCE * expected.std():
+                raise RuntimeError(f"steps of {size} sequences give other logits in a bucket, by {deviation:.2g}")
 
     def _bucket(self, size: int) -> "_Bucket":
         if size not in self._buckets:
@@ -104,7 +135,8 @@ class _Bucket:
         (self._token_ids, positions, cells), block_table = _views(self._on_device, size)
         self._load((), None)
         inputs = DecodeInputs(self._token_ids, positions, cells, block_table)
-        self._compute = record(model.prepare_decode(inputs, cache))
+        self._launches = model.prepare_decode(inputs, cache)  # Kept for its memory: see Record.
+        self._compute = record(self._launches)
 
     def compute(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> Tensor:
         """Logits of all rows, those of the chunks first."""

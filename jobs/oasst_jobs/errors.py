@@ -62,7 +62,7 @@ class JobNotAcceptedError(QueueError):
 
 
 class QueueFullError(JobNotAcceptedError):
-    """As many jobs or tokens wait for the model as may."""
+    """As many jobs or tokens wait for the model as may, and the tenant has its share of them."""
 
     def __init__(self, *, waiting_jobs: int, waiting_tokens: int) -> None:
         super().__init__(f"{waiting_jobs} jobs with {waiting_tokens} tokens wait already")

@@ -38,20 +38,22 @@ local SUSPECTS_TTL_MS = 120000
 local DEAD_TTL_MS = 86400000       -- how long a dead job can be looked at and revived
 local POISON_TTL_MS = 3600000      -- how long its tenant's same prompt is refused
 
+local RESERVE = 2                  -- a full queue takes up to so many times its limit, of tenants below their share
+
 -- Fields of a job by what they are read for.
 local QUEUE_FIELDS = {
-  'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place', 'lane', 'tenant', 'worker',
+  'state', 'fence', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'place', 'lane', 'tenant', 'weight', 'worker',
 }
 local CLAIM_FIELDS = {
   'state', 'deadline_ms', 'watchers', 'model', 'version', 'size', 'choices', 'place', 'lane', 'tenant', 'charge',
   'lost_leases', 'passed_over_ms', 'kept_by', 'kept_until_ms',
 }
 local LOSS_FIELDS = {
-  'state', 'watchers', 'model', 'size', 'place', 'lane', 'tenant', 'charge', 'lost_leases', 'worker', 'lease_ms',
-  'poison_key',
+  'state', 'watchers', 'model', 'size', 'place', 'lane', 'tenant', 'weight', 'charge', 'lost_leases', 'worker',
+  'lease_ms', 'poison_key',
 }
 local INDEX_FIELDS = {
-  'state', 'model', 'place', 'lane', 'tenant', 'size', 'lease_ms', 'deadline_ms', 'retention_ms',
+  'state', 'model', 'place', 'lane', 'tenant', 'weight', 'size', 'lease_ms', 'deadline_ms', 'retention_ms',
 }
 local STATUS_FIELDS = { 'state', 'end_position', 'outcome', 'prompt_tokens', 'model' }
 local END_FIELDS = {
@@ -177,6 +179,11 @@ local function count_waiting(shard, job, sign)
     if redis.call('HINCRBY', key, count[2], sign * count[3]) <= 0 then
       redis.call('HDEL', key, count[2])
     end
+  end
+  if redis.call('HEXISTS', key_of(shard, 'tenant_jobs'), job.tenant) == 0 then
+    redis.call('HDEL', key_of(shard, 'tenant_weights'), job.tenant)
+  elseif sign > 0 then
+    redis.call('HSET', key_of(shard, 'tenant_weights'), job.tenant, job.weight)
   end
 end
 
@@ -334,16 +341,37 @@ local function exceeds(limit, present, size)
   return limit and present > 0 and present + size > limit
 end
 
+-- The part by weight that is the tenant's, among all who have jobs that wait.
+local function share_of(shard, job)
+  local weights, others = redis.call('HGETALL', key_of(shard, 'tenant_weights')), 0
+  for index = 1, #weights, 2 do
+    if weights[index] ~= job.tenant then
+      others = others + weights[index + 1]
+    end
+  end
+  return job.weight / (job.weight + others)
+end
+
+-- Whether the queue has no place for a job: it is full, and the tenant has its share of it, or the reserve is used up.
+-- So whoever fills it keeps others from nothing: they are let in, and it is refused until what waits is less again.
+local function is_full_for(shard, job, limit, present, tenants, size)
+  if not exceeds(limit, present, size) then
+    return false
+  end
+  return exceeds(limit * RESERVE, present, size) or exceeds(limit * share_of(shard, job), tenants, size)
+end
+
 -- Why a new job is not let in, as the function's answer; nil if it is.
 local function refusal_of(shard, job, place, limits)
   local jobs, tokens = waiting_of(shard, job.model)
-  if exceeds(limits.jobs, jobs, 1) or exceeds(limits.tokens, tokens, job.size) then
+  local tenant_jobs = tonumber(redis.call('HGET', key_of(shard, 'tenant_jobs'), job.tenant)) or 0
+  local tenant_tokens = tonumber(redis.call('HGET', key_of(shard, 'tenant_tokens'), job.tenant)) or 0
+  if is_full_for(shard, job, limits.jobs, jobs, tenant_jobs, 1)
+      or is_full_for(shard, job, limits.tokens, tokens, tenant_tokens, job.size) then
     return { 'queue_full', jobs, tokens }
   end
-  jobs = tonumber(redis.call('HGET', key_of(shard, 'tenant_jobs'), job.tenant)) or 0
-  tokens = tonumber(redis.call('HGET', key_of(shard, 'tenant_tokens'), job.tenant)) or 0
-  if exceeds(limits.tenant_jobs, jobs, 1) or exceeds(limits.tenant_tokens, tokens, job.size) then
-    return { 'tenant_full', jobs, tokens }
+  if exceeds(limits.tenant_jobs, tenant_jobs, 1) or exceeds(limits.tenant_tokens, tenant_tokens, job.size) then
+    return { 'tenant_full', tenant_jobs, tenant_tokens }
   end
   jobs = redis.call('ZCOUNT', key_of(shard, 'waiting', job.model), '-inf', '(' .. string.format('%.17g', place))
   tokens = tokens_of_first(shard, job.model, jobs)
@@ -1003,7 +1031,7 @@ local function recount_waiting(shard, models)
   if redis.call('HDEL', key_of(shard, 'counters'), 'must_recount') == 0 then
     return
   end
-  for _, counts in ipairs({ 'waiting_tokens', 'tenant_jobs', 'tenant_tokens' }) do
+  for _, counts in ipairs({ 'waiting_tokens', 'tenant_jobs', 'tenant_tokens', 'tenant_weights' }) do
     redis.call('DEL', key_of(shard, counts))
   end
   for _, model in ipairs(models) do

@@ -17,6 +17,7 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:tenant_jobs`          hash. Tenant -> its waiting jobs. Written with `waiting`, read by enqueue. A field
                                  goes with the tenant's last waiting job.
 `oasst:{0}:tenant_tokens`        hash. Tenant -> tokens its waiting jobs ask for. As `tenant_jobs`.
+`oasst:{0}:tenant_weights`       hash. Tenant -> its weight when its last job came to wait. As `tenant_jobs`.
 `oasst:{0}:flows:<model>`        sorted set. Virtual time: `now`, and where each tenant's last job of a lane ends, as
                                  `<lane><tenant>`. Written by enqueue, claim and whatever ends a job. A tenant that is
                                  past goes with the next claim, the key after an hour without enqueue and claim.

@@ -56,7 +56,11 @@ class Durability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What a gateway lets into the queue. One job alone may always wait, whatever its size."""
+    """What a gateway lets into the queue. One job alone may always wait, whatever its size.
+
+    Once as much waits, a tenant that has less than its share of that by weight is let in all the same, up to twice the
+    limit: so a tenant that fills the queue keeps no other out.
+    """
 
     # Jobs that may wait for one model. Running ones do not count. None: any number.
     max_waiting_jobs: int | None = 1000

@@ -17,6 +17,7 @@ KINDS = {
     "waiting_tokens": ("hash", None),
     "tenant_jobs": ("hash", None),
     "tenant_tokens": ("hash", None),
+    "tenant_weights": ("hash", None),
     "flows": ("zset", 3_600_000),
     "leases": ("zset", None),
     "deadlines": ("zset", None),

@@ -84,6 +84,36 @@ async def test_a_full_queue_refuses_new_jobs_but_not_known_ones(client: QueueCli
     assert (await submitter.submit(known, digest=b"digest", timeout_ms=None)).is_new is False
 
 
+@pytest.mark.parametrize("limits", [QueueLimits(max_waiting_jobs=12), QueueLimits(max_waiting_tokens=240)])
+async def test_whoever_fills_the_queue_keeps_no_other_tenant_out(client: QueueClient, limits: QueueLimits) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=limits)
+
+    async def fill(tenant: str, weight: float = 1.0) -> int:
+        """How many of the tenant's jobs are let in."""
+        for number in range(30):
+            job = make_job(f"{tenant} {number}", tenant=tenant)
+            try:
+                await submitter.submit(job, digest=b"", timeout_ms=None, policy=TenantPolicy(weight=weight))
+            except QueueFullError:
+                return number
+        return 30
+
+    assert await fill("flood") == 12
+    assert await fill("guest") == 6
+    assert await fill("heavy", weight=2.0) == 6  # Half of it; the flood has no place above its share.
+    assert await fill("late") == 0  # What waits is twice the limit: nobody is let in.
+
+
+async def test_the_share_of_a_tenant_is_among_those_that_wait(client: QueueClient, claimer: Claimer) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_jobs=4))
+    await submit(submitter, *(make_job(f"gone {number}", tenant="gone") for number in range(4)))
+    assert len(await claimer.claim(max_jobs=4, max_tokens=1000)) == 4
+    await submit(submitter, *(make_job(f"flood {number}", tenant="flood") for number in range(4)))
+    await submit(submitter, *(make_job(f"guest {number}", tenant="guest") for number in range(2)))
+    with pytest.raises(QueueFullError):
+        await submit(submitter, make_job("guest 2", tenant="guest"))
+
+
 async def test_tokens_that_wait_have_a_limit_of_their_own(client: QueueClient) -> None:
     submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_tokens=100))
     await submit(submitter, make_job("alone", prompt_tokens=400))

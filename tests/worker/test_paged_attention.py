@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,38 @@ def test_every_number_of_fp8_is_read_as_it_is(dtype, is_prompt):
     # A position that attends to itself alone gives its own value.
     attended = attend_in_chunks(attention, qkv, [], [0], prompt_end=int(is_prompt))
     torch.testing.assert_close(attended[0], numbers, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernels_are_launched_on_the_device_that_has_the_cache(monkeypatch):
+    current: list[torch.device] = []
+    launched_on: dict[str, list[torch.device]] = {}
+
+    @contextmanager
+    def make_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernels:
+        def __getattr__(self, name):
+            return Kernel(name)
+
+    class Kernel:
+        def __init__(self, name) -> None:
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched_on.setdefault(self.name, [*current])
+
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    device = torch.device("meta")  # Like a second GPU: no CPU, and not the current device.
+    attention = PagedAttention(make_config(64, 16), dtype=torch.float32, device=device)
+    monkeypatch.setattr(attention, "_kernels", Kernels())
+    rows = torch.empty(9, 3 * 3 * 64, device=device)
+    attention.prepare(make_inputs([(0, 9, [0])], prompt_end=8))(rows, attention.make_cache(1)[0])
+    assert launched_on.keys() == {"write_rows", "attend_tile", "attend_part", "join_parts"}
+    assert all(devices == [device] for devices in launched_on.values())
+    assert not current
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp16", "u8"])

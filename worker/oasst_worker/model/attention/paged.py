@@ -6,6 +6,7 @@ gets the bits it had (see `kernels/paged.py`).
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from oasst_worker.model.attention.interface import FP8, Attend, rotary_table
 from oasst_worker.model.attention.plain import PREFILL_TILE
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.inputs import BLOCK_SIZE, DecodeInputs, StepInputs
+from oasst_worker.model.transfer import to_device
 
 __all__ = ["PagedAttention"]
 
@@ -79,10 +81,8 @@ class PagedAttention:
             blocks += span.blocks
         longest = max((span.start + span.num_rows for span in inputs.spans), default=0)
         sizes = [len(tiles), len(rows), len(rows), len(blocks)]
-        numbers = torch.tensor([*tiles, *rows, *block_starts, *blocks], dtype=torch.int32)
-        return self._prepare(
-            inputs.positions, inputs.cells, torch.split(numbers.to(self._device, non_blocking=True), sizes), longest
-        )
+        numbers = to_device([*tiles, *rows, *block_starts, *blocks], torch.int32, self._device)
+        return self._prepare(inputs.positions, inputs.cells, torch.split(numbers, sizes), longest)
 
     def prepare_decode(self, inputs: DecodeInputs) -> Attend:
         """As `prepare`, for whatever will stand in the inputs' tensors when a layer calls it."""
@@ -103,54 +103,60 @@ class PagedAttention:
         def attend(qkv: Tensor, cache: Tensor) -> Tensor:
             queries = qkv.new_empty(len(qkv), heads * head_dim)
             stored = cache.view(torch.uint8) if self._kv_dtype is FP8 else cache
-            kernels.write_rows[len(qkv), -(-heads // _HEADS_AT_ONCE)](
-                qkv,
-                self._cos,
-                self._sin,
-                positions,
-                cells,
-                queries,
-                stored,
-                **sizes,
-                rotary_dim=self._config.rotary_dim,
-                block_size=BLOCK_SIZE,
-                heads_at_once=_HEADS_AT_ONCE,
-            )
             attended = torch.empty_like(queries)
-            if len(tiles):
-                kernels.attend_tile[len(tiles) // 3, heads](
+            with self._launching():
+                kernels.write_rows[len(qkv), -(-heads // _HEADS_AT_ONCE)](
+                    qkv,
+                    self._cos,
+                    self._sin,
+                    positions,
+                    cells,
                     queries,
                     stored,
-                    positions,
-                    tiles,
-                    blocks,
-                    attended,
-                    self._scale,
                     **sizes,
+                    rotary_dim=self._config.rotary_dim,
                     block_size=BLOCK_SIZE,
-                    tile_size=PREFILL_TILE,
-                    keys=self._keys,
+                    heads_at_once=_HEADS_AT_ONCE,
                 )
-            if len(rows):
-                kernels.attend_part[len(rows), heads, num_parts](
-                    queries,
-                    stored,
-                    positions,
-                    rows,
-                    block_starts,
-                    blocks,
-                    sums,
-                    peaks,
-                    weights,
-                    self._scale,
-                    **sizes,
-                    block_size=BLOCK_SIZE,
-                    part_size=_PART_SIZE,
-                    keys=self._keys,
-                )
-                kernels.join_parts[len(rows), heads](
-                    sums, peaks, weights, positions, rows, attended, num_parts, **sizes, part_size=_PART_SIZE
-                )
+                if len(tiles):
+                    kernels.attend_tile[len(tiles) // 3, heads](
+                        queries,
+                        stored,
+                        positions,
+                        tiles,
+                        blocks,
+                        attended,
+                        self._scale,
+                        **sizes,
+                        block_size=BLOCK_SIZE,
+                        tile_size=PREFILL_TILE,
+                        keys=self._keys,
+                    )
+                if len(rows):
+                    kernels.attend_part[len(rows), heads, num_parts](
+                        queries,
+                        stored,
+                        positions,
+                        rows,
+                        block_starts,
+                        blocks,
+                        sums,
+                        peaks,
+                        weights,
+                        self._scale,
+                        **sizes,
+                        block_size=BLOCK_SIZE,
+                        part_size=_PART_SIZE,
+                        keys=self._keys,
+                    )
+                    kernels.join_parts[len(rows), heads](
+                        sums, peaks, weights, positions, rows, attended, num_parts, **sizes, part_size=_PART_SIZE
+                    )
             return attended
 
         return attend
+
+    def _launching(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, which need not be the cache's own."""
+        is_interpreted = self._device.type == "cpu"
+        return nullcontext() if is_interpreted else torch.cuda.device(self._device)

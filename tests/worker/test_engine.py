@@ -75,6 +75,16 @@ def test_a_resumed_sequence_goes_on_where_it_stopped():
     assert [output.token_id for output in run_to_end(engine)["a"]] == whole[13:]
 
 
+def test_a_sequence_knows_each_id_it_has_seen_once_if_that_is_penalized():
+    penalized = GenerationParams(max_new_tokens=8, repetition_penalty=1.2)
+    sequence = Sequence("penalized", [5, 3, 5, 3, 9], penalized, output_ids=[9, 4])
+    sequence.append(3)
+    sequence.append(1)
+    assert list(sequence.seen_ids) == [5, 3, 9, 4, 1]
+    assert list(sequence.sibling("other", penalized, [7]).seen_ids) == [5, 3, 9, 7]
+    assert not Sequence("plain", [5, 3, 5], GenerationParams(max_new_tokens=8), output_ids=[9]).seen_ids
+
+
 def test_numbers_that_are_not_finite_end_one_sequence_alone():
     engine, executor = make_engine()
     params = GenerationParams(max_new_tokens=5, ignore_eos=True)

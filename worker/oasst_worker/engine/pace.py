@@ -22,7 +22,7 @@ _LEAST_VARIANCE = 4.0
 # A prompt's rows cost more from chunk to chunk, for they attend to more: what they cost counts half after seven others.
 # At first they count like so many that cost what rows of sequences that decode do.
 _PROMPT_FORGETTING = 0.9
-_PRIOR_PROMPT_ROWS = 16
+_PRIOR_PROMPT_ROWS = 16.0
 # A step that takes so many times what it should was held up by something else.
 _HELD_UP = 2.0
 

@@ -1,5 +1,6 @@
 """One choice of one job, inside the engine."""
 
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
@@ -28,6 +29,7 @@ class Sequence:
         "_prompt_keys",
         "_prompt_length",
         "_salt",
+        "_seen",
         "_token_ids",
         "arrival",
         "blocks",
@@ -35,6 +37,7 @@ class Sequence:
         "num_computed",
         "output_counts",
         "params",
+        "seen_ids",
         "sequence_id",
     )
 
@@ -66,6 +69,9 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         # Generated token id -> how often; for the presence and frequency penalties.
         self.output_counts: dict[int, int] = {}
+        # Each token id of prompt and output once, by their first places; empty without a repetition penalty.
+        self.seen_ids = array("q")
+        self._seen: set[int] = set()
         self._salt = salt
         self._keys: list[bytes] = []
         self._prompt_keys: list[bytes] = []  # One list for all siblings, filled by the first that needs it.
@@ -73,6 +79,8 @@ class Sequence:
         self._prompt_length = len(self._token_ids)
         if not self._prompt_length:
             raise ValueError("a sequence needs at least one prompt token")
+        for token_id in self._token_ids:
+            self._see(token_id)
         for token_id in output_ids:
             self.append(token_id)
 
@@ -128,3 +136,9 @@ class Sequence:
         """The token stands at the end of the generated ones, its keys and values still to compute."""
         self._token_ids.append(token_id)
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+        self._see(token_id)
+
+    def _see(self, token_id: int) -> None:
+        if self.params.repetition_penalty != 1 and token_id not in self._seen:
+            self._seen.add(token_id)
+            self.seen_ids.append(token_id)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from oasst_worker.model.kernels import load_kernels
-from oasst_worker.model.penalties import SamplingRow
+from oasst_worker.model.penalties import SamplingRow, joined_ids
 from oasst_worker.model.shortcuts import Survey, is_greedy, is_typical, largest_logit, needs_sums
 
 __all__ = ["SURVEY_KERNEL", "CompiledSurvey"]
@@ -76,9 +76,9 @@ class CompiledSurvey:
         lists = (
             array("q", (is_typical(row.params) and not is_greedy(row.params) for row in rows)),
             _starts(seen),
-            array("q", chain.from_iterable(seen)),
+            joined_ids(seen),
             _starts(moved),
-            array("q", chain.from_iterable(moved)),
+            joined_ids(moved),
             array("f", (_temperature_of_sums(row) for row in rows)),
             array("f", (largest_logit(row.params) for row in rows)),
             array("f", (row.params.repetition_penalty for row in rows)),

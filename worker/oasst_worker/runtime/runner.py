@@ -1,6 +1,7 @@
 """Executes the engine's batches on one device."""
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
@@ -72,7 +73,7 @@ class ModelRunner:
         # Where a position's bits depend on itself alone a prompt may be cut anywhere; so many rows share loads.
         self.prefill_tile = QUERIES if model.is_position_exact else PREFILL_TILE
         self.device = model.device
-        is_one_gpu = isinstance(model, NeoX) and model.device.type == "cuda"
+        is_one_gpu = isinstance(model, NeoX) and model.is_on_one_device and model.device.type == "cuda"
         self.looks_ahead = is_one_gpu if looks_ahead is None else looks_ahead
 
     def make_buckets(self) -> None:
@@ -166,7 +167,6 @@ class ModelRunner:
     def _sampling_rows(self, chunk: Chunk) -> Iterator[SamplingRow]:
         """Of the chunk's last token, and of each draft as if those before it had been drawn."""
         sequence, params = chunk.sequence, chunk.sequence.params
-        has_repetition_penalty = params.repetition_penalty != 1
         for num_drafts in range(chunk.num_draws):
             drafts = chunk.drafts[:num_drafts]
             position = chunk.end - sequence.num_prompt_tokens + num_drafts
@@ -175,7 +175,7 @@ class ModelRunner:
             yield SamplingRow(
                 params,
                 uniform_for(params.seed, params.choice, position) if params.temperature else 0.0,
-                seen_ids=(*sequence.token_ids, *drafts) if has_repetition_penalty else (),
+                seen_ids=sequence.seen_ids + array("q", drafts) if drafts else sequence.seen_ids,
                 output_counts=Counter(counts) + Counter(drafts) if drafts and params.counts_tokens else counts,
                 banned_ids=() if may_end else (self._model.config.eos_token_id,),
             )

@@ -14,9 +14,11 @@ from oasst_jobs import (
     TenantPolicy,
     TooMuchAheadError,
     failpoints,
+    job_id_for,
     job_size,
 )
 
+from oasst_gateway.arrival import Arrival
 from oasst_gateway.errors import NoWorkerError, RefusedError
 from oasst_gateway.preparation import PreparedJob
 from oasst_gateway.tenants import Tenant
@@ -127,16 +129,24 @@ class Admission:
         self._full: QueueFullError | None = None  # What the queue said when it was full last.
         self._full_until_s = 0.0
 
-    def check_open(self) -> None:
-        """The queue may have a place. Costs nothing, so that a flood is turned away before it is read.
+    def arrival_of(self, tenant: Tenant, request_id: str) -> Arrival:
+        """A request of the tenant has come, with the id it brought, if any."""
+        return Arrival(self._submitter, job_id_for(tenant.name, request_id) if request_id else None)
+
+    async def check_open(self, arrival: Arrival) -> None:
+        """The queue may have a place. Costs next to nothing, so that a flood is turned away before it is read.
 
         Raises:
             RefusedError: it had none just now.
+            QueueUnavailableError
         """
-        if self._full is not None and self._clock() < self._full_until_s:
-            raise self._queue_full(self._full)
+        full = self._full
+        if full is not None and self._clock() < self._full_until_s and not await arrival.has_place():
+            raise self._queue_full(full)
 
-    async def submit(self, prepared: PreparedJob, tenant: Tenant, *, is_watched: bool = True) -> Submitted:
+    async def submit(
+        self, prepared: PreparedJob, tenant: Tenant, arrival: Arrival, *, is_watched: bool = True
+    ) -> Submitted:
         """The request is in the queue.
 
         Raises:
@@ -144,16 +154,17 @@ class Admission:
             RequestConflictError, QueueUnavailableError
         """
         async with self._turn:
-            self.check_open()
+            await self.check_open(arrival)
             failpoints.reach("gateway.submitting")
-            submitted = await self._submit(prepared, tenant, is_watched=is_watched)
+            submitted = await self._submit(prepared, tenant, arrival, is_watched=is_watched)
             failpoints.reach("gateway.submitted")
             return submitted
 
-    async def _submit(self, prepared: PreparedJob, tenant: Tenant, *, is_watched: bool) -> Submitted:
+    async def _submit(self, prepared: PreparedJob, tenant: Tenant, arrival: Arrival, *, is_watched: bool) -> Submitted:
         outlook = self._look_out()
         remaining_s = None if prepared.timeout_ms is None else prepared.timeout_ms / 1000
-        if not outlook.has_workers and remaining_s is not None and remaining_s < self._worker_wait_s:
+        is_too_soon = not outlook.has_workers and remaining_s is not None and remaining_s < self._worker_wait_s
+        if is_too_soon and not await arrival.has_place():
             raise NoWorkerError(retry_after_s=outlook.retry_after_s(0, spread=self._draw_spread()))
         try:
             return await self._submitter.submit(

@@ -20,6 +20,7 @@ from oasst_jobs import (
 from oasst_telemetry import Span
 
 from oasst_gateway.admission import Admission
+from oasst_gateway.arrival import Arrival
 from oasst_gateway.chat import Chat
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import GatewayLeavingError, UnknownChatError
@@ -86,13 +87,14 @@ class Chats:
         Raises:
             InvalidRequestError, NotTrustedError, NoWorkerError, RefusedError, QueueError: the request was not accepted.
         """
-        with self._open_requests.opened():
-            self._admission.check_open()
+        arrival = self._admission.arrival_of(tenant, request.request_id)
+        async with self._open_requests.opened(arrival):
+            await self._admission.check_open(arrival)
             meter = ChatMeter(self._metrics, span)
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watches.open(prepared.job.job_id) as watch:
-                submitted = await self._submit(prepared, tenant, span)
+                submitted = await self._submit(prepared, tenant, arrival, span)
                 watch.has_begun = True
                 accepted = self._accepted(submitted.job, self._describe_queue(submitted))
                 with self._following(watch, prepared.job, accepted, meter, is_new=submitted.is_new) as chat:
@@ -100,11 +102,13 @@ class Chats:
 
     async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant, span: Span) -> chat_pb2.Accepted:
         """The request is in the queue, and nobody needs to watch it. Raises what `open` raises."""
-        self._admission.check_open()
-        # The RPC's own deadline is for being accepted, not for the answer.
-        prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
-        submitted = await self._submit(prepared, tenant, span, is_watched=False)
-        return self._accepted(submitted.job, self._describe_queue(submitted))
+        arrival = self._admission.arrival_of(tenant, request.request_id)
+        async with self._open_requests.opened(arrival):
+            await self._admission.check_open(arrival)
+            # The RPC's own deadline is for being accepted, not for the answer.
+            prepared = await self._prepare(request, tenant, remaining_s=None, default_grace_s=None)
+            submitted = await self._submit(prepared, tenant, arrival, span, is_watched=False)
+            return self._accepted(submitted.job, self._describe_queue(submitted))
 
     @asynccontextmanager
     async def watch(self, request: chat_pb2.WatchChatRequest, *, tenant: Tenant, span: Span) -> AsyncIterator[Chat]:
@@ -116,7 +120,7 @@ class Chats:
         """
         check_watch(request, self._model.limits)
         job_id = self._find(request.request_id, request.resume_token, tenant)
-        with self._open_requests.opened():
+        async with self._open_requests.opened(Arrival(self._submitter, job_id, was_accepted=True)):
             meter = ChatMeter(self._metrics, span, is_first=False)
             async with self._watches.open(job_id, after=request.after) as watch:
                 snapshot = await self._submitter.attach(job_id)
@@ -230,10 +234,10 @@ class Chats:
                     self._monitor.saw_finished(job, chat.outcome.finished)
 
     async def _submit(
-        self, prepared: PreparedJob, tenant: Tenant, span: Span, *, is_watched: bool = True
+        self, prepared: PreparedJob, tenant: Tenant, arrival: Arrival, span: Span, *, is_watched: bool = True
     ) -> Submitted:
         with submitting(prepared.job, span):
-            submitted = await self._admission.submit(prepared, tenant, is_watched=is_watched)
+            submitted = await self._admission.submit(prepared, tenant, arrival, is_watched=is_watched)
         job = submitted.job
         if span.is_recorded:
             span.note(describe_chat(job))

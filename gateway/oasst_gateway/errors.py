@@ -88,10 +88,10 @@ class RefusedError(GatewayError):
 
 
 class GatewayLeavingError(GatewayError):
-    """This gateway stops; the request goes on, and another gateway tells the rest."""
+    """This gateway stops; if the request was accepted it goes on, and another gateway tells the rest."""
 
     def __init__(self) -> None:
-        super().__init__("this gateway is stopping; the request goes on, watch it through another")
+        super().__init__("this gateway is stopping; send the request, or watch it, through another")
 
 
 class UnknownChatError(GatewayError):

@@ -150,14 +150,16 @@ class _Departure:
         await self.health.leave()
         await asyncio.sleep(delay_s)
         # Health watchers never end by themselves: the server's own grace cannot tell when the last request has ended.
-        stopping = asyncio.create_task(self.server.stop(grace_s + _FLUSH_S))
+        stopping = asyncio.create_task(self.server.stop(grace_s + 3 * _FLUSH_S))
         if not await self.open_requests.wait_idle(grace_s):
             logger.warning("requests are open after the grace, their callers are sent elsewhere grace_s=%g", grace_s)
         self.open_requests.leave()
         self.watches.leave()
         for follower in self.followers:
             follower.leave()
-        await self.open_requests.wait_idle(_FLUSH_S)
+        if not await self.open_requests.wait_idle(_FLUSH_S):
+            self.open_requests.end()  # Those that follow nothing yet.
+            await self.open_requests.wait_idle(_FLUSH_S)
         await self.server.stop(_FLUSH_S)
         await stopping
 

@@ -1,45 +1,57 @@
 """How many requests are open in this gateway: no more than it can serve, and none begins once it leaves."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+from oasst_gateway.arrival import Arrival
 from oasst_gateway.errors import GatewayLeavingError, RefusedError
 
 __all__ = ["OpenRequests"]
 
 _TOO_MANY_RETRY_S = 1.0
+# For each so many, one more may be open of a request that was accepted before: refused, its job would be given up.
+_REQUESTS_PER_RETURN = 4
 
 
 class OpenRequests:
-    """Counts RPCs that follow a job, or are about to."""
+    """Counts RPCs that bring a job or follow one."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._num_open = 0
+        self._most_with_returns = most + -(-most // _REQUESTS_PER_RETURN)
+        self._scopes: set[asyncio.Timeout] = set()  # One for each that is open.
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_leaving = False
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def opened(self, arrival: Arrival) -> AsyncIterator[None]:
         """One more is open as long as the context is.
 
         Raises:
-            GatewayLeavingError, RefusedError: if none may be.
+            GatewayLeavingError: if none may begin any more, or those that are open must end.
+            RefusedError: if there are too many.
+            QueueUnavailableError
         """
-        if self._is_leaving:
-            raise GatewayLeavingError
-        if self._num_open >= self._most:
+        if len(self._scopes) >= self._most and not await self._may_return(arrival):
             message = f"this gateway already has its {self._most} open chats"
             raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=_TOO_MANY_RETRY_S)
-        self._num_open += 1
+        if self._is_leaving:
+            raise GatewayLeavingError
+        scope = asyncio.timeout(None)
+        self._scopes.add(scope)
         self._idle.clear()
         try:
-            yield
+            async with scope:
+                yield
+        except TimeoutError as error:
+            if scope.expired():
+                raise GatewayLeavingError from error
+            raise
         finally:
-            self._num_open -= 1
-            if self._num_open == 0:
+            self._scopes.discard(scope)
+            if not self._scopes:
                 self._idle.set()
 
     async def wait_idle(self, timeout_s: float) -> bool:
@@ -54,3 +66,15 @@ class OpenRequests:
     def leave(self) -> None:
         """None begins any more."""
         self._is_leaving = True
+
+    def end(self) -> None:
+        """Those that are open end now, wherever they are, and their callers are sent elsewhere."""
+        for scope in self._scopes:
+            scope.reschedule(0)
+
+    async def _may_return(self, arrival: Arrival) -> bool:
+        # Looked at again behind the question: others came meanwhile.
+        return self._has_room_for_return() and await arrival.has_place() and self._has_room_for_return()
+
+    def _has_room_for_return(self) -> bool:
+        return len(self._scopes) < self._most_with_returns

@@ -11,6 +11,7 @@ from oasst_jobs import Subscription
 from oasst_telemetry import Span
 
 from oasst_gateway.admission import Admission
+from oasst_gateway.arrival import Arrival
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import ChatFailedError, GatewayLeavingError
 from oasst_gateway.event_loop import beside_streams
@@ -59,14 +60,15 @@ class Scores:
             InvalidRequestError, NoWorkerError, RefusedError, QueueError: the request was not accepted.
             ChatFailedError: it could not be scored, or was cancelled, or its deadline has passed.
         """
-        with self._open_requests.opened():
-            self._admission.check_open()
+        arrival = self._admission.arrival_of(tenant, request.request_id)
+        async with self._open_requests.opened(arrival):
+            await self._admission.check_open(arrival)
             started_s = time.perf_counter()
             prepared = await self._prepare(request, tenant, remaining_s)
             job = prepared.job
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watches.open(job.job_id) as watch:
-                job = await self._submit(prepared, tenant, span)
+                job = await self._submit(prepared, tenant, arrival, span)
                 watch.has_begun = True
                 scores, outcome = await self._follow(watch.subscription)
                 watch.has_ended = True
@@ -95,9 +97,9 @@ class Scores:
         )
         return await beside_streams(request, prepare)
 
-    async def _submit(self, prepared: PreparedJob, tenant: Tenant, span: Span) -> job_pb2.Job:
+    async def _submit(self, prepared: PreparedJob, tenant: Tenant, arrival: Arrival, span: Span) -> job_pb2.Job:
         with submitting(prepared.job, span):
-            submitted = await self._admission.submit(prepared, tenant)
+            submitted = await self._admission.submit(prepared, tenant, arrival)
         job = submitted.job
         if span.is_recorded:
             span.note(describe_score(job))

@@ -122,7 +122,9 @@ class GatewaySettings(BaseSettings):
         10.0, ge=0, le=3600, description="How long a request whose caller is gone runs on, unless it says so itself."
     )
     retention_s: float = Field(300.0, gt=0, description="How long a request and its answer stay after its end.")
-    max_open_chats: int = Field(1024, ge=1, description="Chats that may be open on each process.")
+    max_open_chats: int = Field(
+        1024, ge=1, description="Chats that may be open on each process; a quarter more if accepted before."
+    )
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
     resume_secret: SecretStr | None = Field(
         None, min_length=16, description="Proves resume tokens; the same on all gateways. Unset: random at each start."

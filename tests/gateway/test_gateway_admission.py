@@ -168,6 +168,63 @@ async def test_whoever_comes_just_after_the_queue_was_full_is_not_even_read(
         await eventually(is_let_in)
 
 
+async def test_a_request_that_has_its_place_is_not_refused_for_a_full_queue(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, max_waiting_jobs=1) as gateway:
+        await gateway.chat.SubmitChat(ask("Hello!", request_id="r-1"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await gateway.chat.SubmitChat(ask("Me too!"))
+        stream = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
+        assert (await stream.read()).accepted.queue.position == 0
+        for stranger in (ask("Hello!", request_id="r-2"), ask("Hello!")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await gateway.chat.SubmitChat(stranger)
+            assert details_of(refused.value).reason == "QUEUE_FULL"
+        stream.cancel()
+
+
+async def test_a_request_that_has_its_place_is_not_refused_for_want_of_a_worker(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, worker_wait_s=30) as gateway:
+        await gateway.chat.SubmitChat(ask("Hello!", request_id="r-1"))
+        stream = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"), timeout=5)
+        assert (await stream.read()).accepted.request_id == "r-1"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.Chat(ask("Hello!", request_id="r-2"), timeout=5)
+        assert details_of(refused.value).reason == "NO_WORKER"
+        stream.cancel()
+
+
+async def test_a_gateway_with_enough_open_chats_has_some_room_for_those_that_were_accepted(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, max_open_chats=1) as gateway:
+        first = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
+        await first.read()
+        again = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
+        assert (await again.read()).accepted.request_id == "r-1"
+        for request in (ask("Hello!", request_id="r-1"), ask("Hello!", request_id="r-2")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await gateway.chat.Chat(request)
+            assert details_of(refused.value).reason == "TOO_MANY_CHATS"
+        for stream in (first, again):
+            stream.cancel()
+
+
+async def test_requests_that_nobody_watches_count_as_open_while_they_are_let_in(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, max_open_chats=1) as gateway:
+        stream = gateway.chat.ChatStream(ask("Hello!"))
+        await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.SubmitChat(ask("Hello!"))
+        assert details_of(refused.value).reason == "TOO_MANY_CHATS"
+        stream.cancel()
+
+
 async def test_a_worker_that_comes_is_known_long_before_the_next_look_is_due(queue: QueueClient) -> None:
     async def ignore(_: bool) -> None:
         pass

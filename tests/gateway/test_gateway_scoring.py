@@ -99,6 +99,22 @@ async def test_a_full_queue_of_scores_is_told_and_chats_still_come_in(model: Ser
         waiting.cancel()
 
 
+async def test_a_request_that_has_its_place_is_not_refused_for_a_full_queue(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, max_waiting_jobs=1) as gateway:
+        waiting = gateway.scoring.Score(THREE)
+        await eventually(lambda: gateway.sample("tenant_requests_total", tenant="default") == 1)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await gateway.scoring.Score(score(([1, 2], 1)))
+        again = gateway.scoring.Score(THREE)
+        await gateway.chat.CancelChat(chat_pb2.CancelChatRequest(request_id="three"))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await again
+        assert details_of(ended.value).reason == "CANCELLED"
+        waiting.cancel()
+
+
 async def test_a_gateway_that_leaves_sends_its_callers_elsewhere(
     model: ServedModel, valkey_url: str, worker: RuleWorker
 ) -> None:

@@ -1,6 +1,7 @@
 """What stands around the chats: models, health, reflection, metrics, and a queue that goes away."""
 
 import asyncio
+import threading
 import urllib.request
 
 import grpc
@@ -10,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.presets import PRESETS
 from oasst.v1 import model_pb2
+from oasst_gateway import chats
 from oasst_gateway.errors import StartError
 from oasst_gateway.model import ServedModel
 from oasst_jobs import QueueClient
@@ -183,3 +185,24 @@ async def test_whoever_comes_while_it_stops_is_sent_elsewhere(
         ending = asyncio.create_task(read_text(call))
     assert await looking == NOT_SERVING
     assert await ending == text_of(4)
+
+
+async def test_whoever_is_not_accepted_yet_when_it_stops_is_sent_elsewhere_as_well(
+    model: ServedModel, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_prepare = threading.Event()
+    is_preparing = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def prepare_late(*_: object, **__: object) -> None:
+        loop.call_soon_threadsafe(is_preparing.set)
+        may_prepare.wait(10)
+
+    monkeypatch.setattr(chats, "prepare_chat", prepare_late)
+    async with start_gateway(model, valkey_url, drain_grace_s=0.1) as gateway:
+        call = asyncio.ensure_future(gateway.chat.Chat(ask("long " * 2_000)))
+        await is_preparing.wait()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    may_prepare.set()
+    assert details_of(refused.value).reason == "GATEWAY_LEAVING"

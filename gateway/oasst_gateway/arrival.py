@@ -1,0 +1,26 @@
+"""A request that comes to the gateway: new, or once more."""
+
+from dataclasses import dataclass
+
+from oasst_jobs import Submitter
+
+__all__ = ["Arrival"]
+
+
+@dataclass(slots=True)
+class Arrival:
+    """A request that came. If its job is in the queue already, it has its place, and is not refused for want of one."""
+
+    submitter: Submitter
+    job_id: str | None  # None if it brought no id: then it was never here.
+    was_accepted: bool | None = None  # None until there was cause to ask.
+
+    async def has_place(self) -> bool:
+        """Whether its job is in the queue, or was and can still be read. The queue is asked once.
+
+        Raises:
+            QueueUnavailableError
+        """
+        if self.was_accepted is None:
+            self.was_accepted = self.job_id is not None and await self.submitter.status(self.job_id) is not None
+        return self.was_accepted

@@ -5,7 +5,7 @@ The file is TOML:
     [[tenants]]
     name = "search"
     keys = [{ id = "5f0c2a9d1b7e4380", sha256 = "9c56cc51b374c3ba189210d5b6d4bf57790d351c96c47c02190ecf1e430635ab" }]
-    weight = 2.0                 # Its share of the workers beside others'; 1 if left out.
+    weight = 2.0                 # Its share of the workers beside others', 0.01 to 100; 1 if left out.
     max_waiting_requests = 100   # More are refused; no limit of its own if left out.
     max_waiting_tokens = 50_000  # Prompt tokens and tokens asked for of all that wait.
     is_trusted = true            # May send prompts with control tokens, and token ids; false if left out.
@@ -26,6 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Protocol
 
+from oasst_jobs import MAX_WEIGHT, MIN_WEIGHT
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from oasst_gateway.errors import StartError, UnauthenticatedError
@@ -167,7 +168,7 @@ class _Key(_Row):
 class _Tenant(_Row):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     keys: tuple[_Key, ...] = ()
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    weight: Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)] = 1.0
     max_waiting_requests: Annotated[int, Field(ge=1)] | None = None
     max_waiting_tokens: Annotated[int, Field(ge=1)] | None = None
     is_trusted: bool = False

@@ -25,6 +25,8 @@ from oasst_jobs.functions import JOB_VERSION, job_size, num_prompt_tokens, scori
 from oasst_jobs.inbox import Inbox, Subscription
 from oasst_jobs.reconciler import Reconciler
 from oasst_jobs.records import (
+    MAX_WEIGHT,
+    MIN_WEIGHT,
     ClaimedJob,
     DeadLetter,
     Durability,
@@ -44,6 +46,8 @@ from oasst_jobs.sweeper import Sweeper
 
 __all__ = [
     "JOB_VERSION",
+    "MAX_WEIGHT",
+    "MIN_WEIGHT",
     "ClaimedJob",
     "Claimer",
     "DeadLetter",

@@ -7,6 +7,8 @@ from enum import Enum, StrEnum
 from oasst.jobs.v1 import job_pb2
 
 __all__ = [
+    "MAX_WEIGHT",
+    "MIN_WEIGHT",
     "ClaimedJob",
     "DeadLetter",
     "Durability",

@@ -11,7 +11,8 @@ from oasst_worker.engine import Sequence as EngineSequence
 from oasst_worker.model.attention import FP8, INT8, PlainAttention, kv_bytes
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.weights import LayerPlace
+from oasst_worker.model.neox import NeoX
+from oasst_worker.model.weights import LayerPlace, open_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
 from oasst_worker.runtime.build import build_layered
 from oasst_worker.runtime.placement import (
@@ -250,6 +251,23 @@ def test_a_cpu_with_too_little_memory_reads_the_rest_from_disk(make_checkpoint, 
     assert generate(runner) == generate(build_executor(folder, replace(OPTIONS, dtype="float32")))
     with pytest.raises(UnsupportedOptionError, match="another --offload"):
         build_executor(folder, replace(options, offload="none"))
+
+
+@pytest.mark.parametrize(
+    ("places", "is_on_one_device"),
+    [
+        ([LayerPlace(4, CPU)], True),
+        ([LayerPlace(2, CPU), LayerPlace(2, torch.device("meta"))], False),
+        ([LayerPlace(4, torch.device("meta"))], False),
+        ([LayerPlace(3, CPU), LayerPlace(1, CPU, is_kept=False)], False),
+    ],
+)
+def test_a_model_knows_whether_one_device_has_all_of_it(make_checkpoint, places, is_on_one_device):
+    folder = make_checkpoint(**SMALL)
+    config = load_config(folder)
+    weights = open_weights(folder, config, dtype=torch.float32, places=places)
+    model = NeoX(config, weights, make_attention=PlainAttention)
+    assert model.is_on_one_device is is_on_one_device
 
 
 def test_placement_options_are_refused_for_other_splits(make_checkpoint):

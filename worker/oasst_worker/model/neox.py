@@ -91,6 +91,11 @@ class NeoX:
         """Keys and values of a position have the same bits however it is computed."""
         return all(stack.is_position_exact for stack in self._stacks)
 
+    @property
+    def is_on_one_device(self) -> bool:
+        """All of the model is in the memory of `device`: nothing is moved, or read from disk, while it computes."""
+        return all(stack.is_kept_on(self.device) for stack in self._stacks)
+
     def make_cache(self, num_blocks: int) -> KVCache:
         """A KV cache of so many blocks, for `forward`."""
         return [stack.make_cache(num_blocks) for stack in self._stacks]
@@ -117,7 +122,8 @@ class NeoX:
     @property
     def can_decode(self) -> bool:
         """`prepare_decode` works here."""
-        return len(self._stacks) == 1 and self._stacks[0].can_decode and self.ranks is ALONE
+        is_one_stack = len(self._stacks) == 1 and self.is_on_one_device
+        return is_one_stack and self._stacks[0].can_decode and self.ranks is ALONE
 
     def prepare_decode(self, inputs: DecodeInputs, cache: KVCache) -> Callable[[], Tensor]:
         """A function that computes what stands in the inputs' tensors when it is called: every row's logits.

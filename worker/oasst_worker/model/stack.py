@@ -37,7 +37,7 @@ class LayerStack:
         *,
         dtype: torch.dtype,
     ) -> None:
-        self._device = run.place.device
+        self._device = torch.empty(0, device=run.place.device).device  # With its number, if it has one.
         share_config = replace(ranks.share.of_config(config), num_layers=run.place.num_layers)
         self._attention = make_attention(share_config, dtype=dtype, device=self._device)
         self._weights = run.weights
@@ -53,6 +53,10 @@ class LayerStack:
     def is_position_exact(self) -> bool:
         """Keys and values of a position have the same bits however it is computed."""
         return self._attention.is_position_exact
+
+    def is_kept_on(self, device: torch.device) -> bool:
+        """All of the layers are in this device's memory."""
+        return self._kept is not None and self._device == device
 
     @property
     def can_decode(self) -> bool:

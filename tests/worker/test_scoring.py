@@ -251,7 +251,7 @@ def test_beside_items_a_chat_gets_a_token_in_every_step_and_items_a_few_rows(mak
         num_scored = sum(each.num_tokens for each in engine.last_batch.chunks if each.sequence.sequence_id != "a")
         assert num_scored <= 16
         num_scored_steps += num_scored > 0
-    assert num_scored_steps == 30
+    assert num_scored_steps >= 28  # Now and then a step goes without, to see what it takes alone.
 
 
 def test_a_chats_prompt_is_computed_before_any_item(make_engine):

@@ -156,6 +156,7 @@ class Claimer:
                 waited_ms=reply.waited_ms,
                 remaining_ms=reply.remaining_ms,
                 is_solo=bool(reply.is_solo),
+                is_first_claim=bool(reply.is_first_claim),
             )
         except DecodeError:
             await self.push([PushItem(reply.job_id, reply.fence, reply.end_position, outcome=malformed())])

@@ -102,6 +102,7 @@ class ClaimReply(NamedTuple):
     waited_ms: int
     remaining_ms: int | None
     is_solo: int
+    is_first_claim: int
 
 
 def job_size(job: job_pb2.Job) -> int:

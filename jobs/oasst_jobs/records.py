@@ -172,6 +172,8 @@ class ClaimedJob:
     remaining_ms: int | None
     # Whether it lost workers in a way that makes it run alone: its worker claims nothing beside it.
     is_solo: bool = False
+    # Whether nobody has held it before, not even to give it back.
+    is_first_claim: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,6 +295,7 @@ async def test_the_first_claim_alone_ends_the_wait(submitter: Submitter, claimer
     await claimer.release([first])
     [second] = await claimer.claim(max_jobs=1, max_tokens=1000)
     assert second.waited_ms == first.waited_ms
+    assert (first.is_first_claim, second.is_first_claim) == (True, False)
 
 
 async def test_an_idle_worker_wakes_when_a_job_is_queued(submitter: Submitter, claimer: Claimer) -> None:

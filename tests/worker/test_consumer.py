@@ -395,8 +395,11 @@ async def test_jobs_that_outlast_the_drain_are_released_and_another_worker_goes_
     assert await queue.state(job_id) is JobState.WAITING
     assert first.jobs_by("released") == 1
 
-    start_worker("second")
+    second = start_worker("second")
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    # It came to the first one from the queue, and to the second from the first.
+    waits = [worker.registry.get_sample_value("oasst_worker_queue_wait_seconds_count") for worker in (first, second)]
+    assert waits == [1, 0]
 
 
 async def test_a_drain_ends_even_if_the_queue_stays_away(queue, start_worker, valkey: ValkeyServer):

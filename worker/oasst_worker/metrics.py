@@ -93,7 +93,7 @@ class WorkerMetrics:
         self.claimed_jobs.inc()
         if claimed.end_position:
             self.resumed_jobs.inc()
-        if claimed.attempt == 1:
+        if claimed.is_first_claim:
             self.queue_wait_seconds.observe(claimed.waited_ms / 1000)
 
     def record_step(self, report: StepReport) -> None:

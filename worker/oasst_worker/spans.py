@@ -34,7 +34,7 @@ class JobSpans:
         self._claimed_ns = self._wall_ns(clock())
         self._clock = clock
         self.log_fields = submitted.log_fields
-        if claimed.attempt == 1:
+        if claimed.is_first_claim:
             arrived_ns = self._claimed_ns - claimed.waited_ms * 1_000_000
             waiting = tracer.start("queue", kind=SpanKind.INTERNAL, parent=submitted, start_ns=arrived_ns)
             waiting.end(end_ns=self._claimed_ns)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -209,6 +211,28 @@ def test_a_killed_rank_is_noticed_at_once_and_fails_the_next_step(folder):
     with pytest.raises(RuntimeError):
         runner.prompt_logits(prompt_of(5))
     runner.ranks.close()
+
+
+PRINTING_FOLLOWER = """
+import os, sys
+from oasst_worker.runtime import follow
+
+def load(told, answers):
+    print("from Python")
+    os.write(1, b"from a library\\n")
+    follow._answer(answers, "loaded")
+
+follow._load = load
+sys.exit(follow.main())
+"""
+
+
+def test_what_a_rank_prints_is_no_answer():
+    follower = subprocess.run(
+        [sys.executable, "-c", PRINTING_FOLLOWER], input=b'{"rank": 1}\n', capture_output=True, check=True
+    )
+    assert follower.stdout == b"loaded\n"
+    assert sorted(follower.stderr.splitlines()) == [b"from Python", b"from a library"]
 
 
 @pytest.fixture(scope="module", params=[{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bf16", "int8"])

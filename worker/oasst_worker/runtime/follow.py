@@ -14,9 +14,16 @@ from oasst_worker.model.ranks import ExchangeError, Share
 from oasst_worker.runtime.build import RuntimeOptions, open_share
 from oasst_worker.runtime.ranks import Command, read_command, unpack_inputs
 
-__all__ = ["follow"]
+__all__ = ["follow", "main"]
 
 _PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Follows what stdin tells and answers on stdout. Whatever else is printed goes to stderr: NCCL's log, say."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        return follow(sys.stdin.buffer, answers)
 
 
 def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
@@ -70,4 +77,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(follow(sys.stdin.buffer, sys.stdout.buffer))
+    sys.exit(main())

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # What an RPC needs to end, and to get its status out.
 _FLUSH_S = 0.2
+# So many RPCs of any kind may be open for each chat that may be: chats leave room for those who only ask.
+_RPCS_PER_CHAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,9 @@ async def running_gateway(
             model_servicer=ModelServicer(model, submitter, monitor),
             scoring_servicer=ScoringServicer(scores),
             health=health,
-            interceptor=RpcInterceptor(authenticator, metrics, tracer),
+            interceptor=RpcInterceptor(
+                authenticator, metrics, tracer, max_open_rpcs=_RPCS_PER_CHAT * settings.max_open_chats
+            ),
             max_message_bytes=settings.max_message_bytes,
             reuse_port=settings.reuse_port,
             with_reflection=settings.tenants is None if settings.reflection is None else settings.reflection,

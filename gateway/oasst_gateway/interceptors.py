@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from oasst_telemetry import NO_TRACE, Span, SpanKind, TraceContext, Tracer
 
 from oasst_gateway.call import Call, Context
-from oasst_gateway.errors import INVALID_UTF8, MALFORMED, ChatFailedError, InvalidRequestError, Violation
+from oasst_gateway.errors import INVALID_UTF8, MALFORMED, ChatFailedError, InvalidRequestError, RefusedError, Violation
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.status import UNFORESEEN, RpcStatus, status_of
 from oasst_gateway.tenants import Authenticator
@@ -26,6 +26,7 @@ __all__ = ["RpcInterceptor"]
 logger = logging.getLogger(__name__)
 
 _OURS = "/oasst.v1."
+_TOO_MANY_RETRY_S = 1.0
 
 # What OpenTelemetry's conventions call a server's own failures; other codes are its callers'.
 _SERVER_ERRORS = frozenset(
@@ -47,10 +48,15 @@ _RawBehavior = Callable[[bytes, Context], Awaitable[Any]]
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every `oasst.v1` RPC. Its handlers take one request and its Call, and are coroutines."""
 
-    def __init__(self, authenticator: Authenticator, metrics: GatewayMetrics, tracer: Tracer) -> None:
+    def __init__(
+        self, authenticator: Authenticator, metrics: GatewayMetrics, tracer: Tracer, *, max_open_rpcs: int
+    ) -> None:
+        """More RPCs than `max_open_rpcs` are refused. gRPC's own limit would refuse health checks as well."""
         self._authenticator = authenticator
         self._metrics = metrics
         self._tracer = tracer
+        self._max_open_rpcs = max_open_rpcs
+        self._num_open_rpcs = 0
         self._handlers: dict[str, Any] = {}  # Wrapped, by RPC: once for all its calls.
 
     async def intercept_service(
@@ -85,6 +91,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
         async def wrapped(data: bytes, context: Context) -> Any:
             async with self._observed(rpc, context) as span, self._translated(rpc, context, span):
+                if self._num_open_rpcs > self._max_open_rpcs:
+                    message = f"this gateway already has its {self._max_open_rpcs} open RPCs"
+                    raise RefusedError("TOO_MANY_RPCS", message, retry_after_s=_TOO_MANY_RETRY_S)
                 call = Call(self._authenticator.tenant_of(_header(context, "authorization")), context, span)
                 return await behavior(_decode(data, parse, descriptor), call)
 
@@ -96,6 +105,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         started_s = time.perf_counter()
         code = grpc.StatusCode.OK
         span = self._tracer.start(rpc[1:], kind=SpanKind.SERVER, parent=_caller_of(context))
+        self._num_open_rpcs += 1
         self._metrics.requests_in_flight.labels(name).inc()
         try:
             yield span
@@ -107,6 +117,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             code = context.code()
             raise
         finally:
+            self._num_open_rpcs -= 1
             self._metrics.requests_in_flight.labels(name).dec()
             self._metrics.requests.labels(name, code.name).inc()
             self._metrics.request_seconds.labels(name).observe(time.perf_counter() - started_s)

@@ -1,6 +1,5 @@
 """The RPCs of `oasst.v1`: each translates its messages and delegates. Errors are translated around them."""
 
-import asyncio
 import importlib.metadata
 
 from google.protobuf.duration_pb2 import Duration
@@ -9,6 +8,7 @@ from oasst_jobs import Submitter
 
 from oasst_gateway.call import Call
 from oasst_gateway.chats import Chats
+from oasst_gateway.event_loop import beside_streams
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.scores import Scores
@@ -87,22 +87,26 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     async def Tokenize(  # noqa: N802
         self, request: model_pb2.TokenizeRequest, call: Call
     ) -> model_pb2.TokenizeResponse:
-        check_tokenize(request, model_name=self._model.name)
-        tokenizer = self._model.tokenizer
-        encode = tokenizer.encode_prompt if request.parse_control_tokens else tokenizer.encode_text
-        sequences = await asyncio.to_thread(lambda: [encode(text) for text in request.texts])
-        return model_pb2.TokenizeResponse(sequences=[model_pb2.TokenSequence(ids=ids) for ids in sequences])
+        def encode() -> model_pb2.TokenizeResponse:
+            check_tokenize(request, model_name=self._model.name)
+            tokenizer = self._model.tokenizer
+            to_ids = tokenizer.encode_prompt if request.parse_control_tokens else tokenizer.encode_text
+            return model_pb2.TokenizeResponse(
+                sequences=[model_pb2.TokenSequence(ids=to_ids(text)) for text in request.texts]
+            )
+
+        return await beside_streams(request, encode)
 
     async def Detokenize(  # noqa: N802
         self, request: model_pb2.DetokenizeRequest, call: Call
     ) -> model_pb2.DetokenizeResponse:
-        check_detokenize(request, model_name=self._model.name, limits=self._model.limits)
-
-        def decode() -> list[str]:
+        def decode() -> model_pb2.DetokenizeResponse:
+            check_detokenize(request, model_name=self._model.name, limits=self._model.limits)
             skip = request.skip_control_tokens
-            return [self._model.tokenizer.decode(ids.ids, skip_control_tokens=skip) for ids in request.sequences]
+            texts = [self._model.tokenizer.decode(ids.ids, skip_control_tokens=skip) for ids in request.sequences]
+            return model_pb2.DetokenizeResponse(texts=texts)
 
-        return model_pb2.DetokenizeResponse(texts=await asyncio.to_thread(decode))
+        return await beside_streams(request, decode)
 
     async def GetLoad(  # noqa: N802
         self, request: model_pb2.GetLoadRequest, call: Call

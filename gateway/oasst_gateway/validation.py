@@ -38,6 +38,7 @@ MAX_DETACH_GRACE_S: Final = 3600
 MAX_TIMEOUT_S: Final = 7 * 24 * 3600
 MAX_BATCH: Final = 256  # Texts or sequences of one Tokenize or Detokenize.
 MAX_BATCH_CHARS: Final = 1_000_000
+MAX_BATCH_IDS: Final = 1_000_000
 MAX_SCORE_ITEMS: Final = 256
 MAX_SCORE_TOKENS: Final = 131_072  # Of all items of one request.
 
@@ -138,6 +139,7 @@ def check_detokenize(request: model_pb2.DetokenizeRequest, *, model_name: str, l
     _raise_if_any(
         _check_model_name(request.model, "model", model_name),
         _check_batch("sequences", len(request.sequences)),
+        _check_batch_ids(request.sequences),
         _check_sequences(request.sequences, limits),
     )
 
@@ -334,6 +336,12 @@ def _check_batch_chars(texts: Iterable[str]) -> Iterator[Violation]:
     num_chars = sum(map(len, texts))
     if num_chars > MAX_BATCH_CHARS:
         yield Violation("texts", f"must have at most {MAX_BATCH_CHARS} characters in all, have {num_chars}")
+
+
+def _check_batch_ids(sequences: Iterable[model_pb2.TokenSequence]) -> Iterator[Violation]:
+    num_ids = sum(len(sequence.ids) for sequence in sequences)
+    if num_ids > MAX_BATCH_IDS:
+        yield Violation("sequences", f"must have at most {MAX_BATCH_IDS} ids in all, have {num_ids}")
 
 
 def _check_sequences(sequences: Sequence[model_pb2.TokenSequence], limits: ModelLimits) -> Iterator[Violation]:

@@ -236,6 +236,12 @@ async def test_other_rpcs_check_their_fields_as_well(gateway: Gateway, model: Se
             ),
             "sequences[0].ids[1]",
         ),
+        (
+            gateway.model.Detokenize(
+                model_pb2.DetokenizeRequest(sequences=[model_pb2.TokenSequence(ids=[1] * 500_001)] * 2)
+            ),
+            "sequences",
+        ),
         (gateway.chat.CancelChat(chat_pb2.CancelChatRequest()), "request_id"),
     ]
     for call, field in refusals:

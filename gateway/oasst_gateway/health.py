@@ -6,14 +6,15 @@ from collections.abc import Callable
 from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]  # without stubs
 from oasst_telemetry import Check
 
+from oasst_gateway.services import PLAIN_SERVICES, QUEUE_SERVICES
+
 __all__ = ["Health"]
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
-# The empty name is the server as a whole. Reading text needs no queue, so ModelService serves without one.
-_QUEUE_SERVICES = ("", "oasst.v1.ChatService")
-_PLAIN_SERVICES = ("oasst.v1.ModelService",)
+# The empty name is the server as a whole.
+_WAITING_FOR_QUEUE = ("", *QUEUE_SERVICES)
 
 # An event loop that has not turned for this long will not come back.
 _SILENCE_LIMIT_S = 20.0
@@ -49,14 +50,14 @@ class Health:
 
     async def start(self) -> None:
         """Services that need no queue serve; the others wait for `set_queue_available`."""
-        await self._set(_QUEUE_SERVICES, is_serving=False)
-        await self._set(_PLAIN_SERVICES, is_serving=True)
+        await self._set(_WAITING_FOR_QUEUE, is_serving=False)
+        await self._set(PLAIN_SERVICES, is_serving=True)
 
     async def set_queue_available(self, is_available: bool) -> None:
         """Services that need the queue serve while it is available."""
         if not self._has_left:
             self._unready = None if is_available else "the queue is away"
-        await self._set(_QUEUE_SERVICES, is_serving=is_available)
+        await self._set(_WAITING_FOR_QUEUE, is_serving=is_available)
 
     async def leave(self) -> None:
         """No service serves any more, for good."""

@@ -7,27 +7,17 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # without stubs
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # without stubs
-from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
+from oasst.v1 import chat_pb2_grpc, model_pb2_grpc, scoring_pb2_grpc
 
 from oasst_gateway.errors import StartError
 from oasst_gateway.health import Health
 from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
+from oasst_gateway.services import SERVICES
 
 __all__ = ["TlsFiles", "create_server"]
 
-_SERVICES = [
-    *(
-        file.services_by_name[name].full_name
-        for file, name in (
-            (chat_pb2.DESCRIPTOR, "ChatService"),
-            (model_pb2.DESCRIPTOR, "ModelService"),
-            (scoring_pb2.DESCRIPTOR, "ScoringService"),
-        )
-    ),
-    "grpc.health.v1.Health",
-    reflection.SERVICE_NAME,
-]
+_DESCRIBED = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +57,7 @@ def create_server(
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring_servicer, server)  # type: ignore[no-untyped-call]  # generated
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     if with_reflection:
-        reflection.enable_server_reflection(_SERVICES, server)
+        reflection.enable_server_reflection(_DESCRIBED, server)
     try:
         port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
     except RuntimeError as error:

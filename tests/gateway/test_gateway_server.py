@@ -1,19 +1,23 @@
 """What stands around the chats: models, health, reflection, metrics, and a queue that goes away."""
 
 import asyncio
+import importlib
+import pkgutil
 import threading
 import urllib.request
 
 import grpc
+import oasst.v1
 import pytest
 from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway, text_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.presets import PRESETS
 from oasst.v1 import model_pb2
-from oasst_gateway import chats
+from oasst_gateway import chats, service
 from oasst_gateway.errors import StartError
 from oasst_gateway.model import ServedModel
+from oasst_gateway.services import SERVICES
 from oasst_jobs import QueueClient
 from valkey_server import ValkeyServer
 
@@ -21,8 +25,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def health_of(gateway: Gateway, service: str = "") -> int:
-    response = await health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest(service=service))
+async def health_of(gateway: Gateway, name: str = "") -> int:
+    response = await health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest(service=name))
     return int(response.status)
 
 
@@ -31,7 +35,7 @@ async def services_of(gateway: Gateway) -> set[str]:
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     response = await call.read()
     call.cancel()
-    return {service.name for service in response.list_services_response.service}
+    return {each.name for each in response.list_services_response.service}
 
 
 async def test_the_model_is_told_with_its_limits_and_presets(gateway: Gateway, model: ServedModel) -> None:
@@ -59,6 +63,36 @@ async def test_text_becomes_ids_and_ids_text(gateway: Gateway) -> None:
     assert bare.texts[0] == "Hello, !"
 
 
+async def test_large_texts_are_looked_at_beside_the_event_loop(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    for check in ("check_tokenize", "check_detokenize"):
+        monkeypatch.setattr(service, check, lambda *_, **__: threads.append(threading.current_thread()))
+    await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=["a" * 10_000]))
+    ids = model_pb2.TokenSequence(ids=[1] * 10_000)
+    await gateway.model.Detokenize(model_pb2.DetokenizeRequest(sequences=[ids]))
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
+async def test_rpcs_of_all_kinds_together_are_bounded_and_health_is_told_all_the_same(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, max_open_chats=1) as gateway:
+        streams = [gateway.chat.ChatStream(ask("Hello!", request_id="r-1")) for _ in range(2)]
+        for stream in streams:
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=["Hello!"]))
+        details = details_of(refused.value)
+        assert (details.code, details.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_RPCS")
+        assert details.retry_after_s is not None
+        assert await health_of(gateway) == SERVING
+        for stream in streams:
+            stream.cancel()
+
+
 async def test_half_a_character_becomes_the_replacement_character(gateway: Gateway) -> None:
     ids = (await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=["\U00010348"]))).sequences[0].ids
     half = model_pb2.TokenSequence(ids=ids[:1])
@@ -66,9 +100,18 @@ async def test_half_a_character_becomes_the_replacement_character(gateway: Gatew
     assert text == "\ufffd"
 
 
+def test_no_service_of_the_api_is_forgotten() -> None:
+    modules = [importlib.import_module(f"oasst.v1.{info.name}") for info in pkgutil.iter_modules(oasst.v1.__path__)]
+    files = [module.DESCRIPTOR for module in modules if hasattr(module, "DESCRIPTOR")]
+    named = {service.full_name for file in files for service in file.services_by_name.values()}
+    assert named == set(SERVICES)
+
+
 async def test_health_is_told_for_each_service(gateway: Gateway) -> None:
-    for service in ("", "oasst.v1.ChatService", "oasst.v1.ModelService"):
-        assert await health_of(gateway, service) == SERVING
+    ours = {name for name in await services_of(gateway) if name.startswith("oasst.")}
+    assert {"oasst.v1.ChatService", "oasst.v1.ModelService", "oasst.v1.ScoringService"} <= ours
+    for name in ("", *ours):
+        assert await health_of(gateway, name) == SERVING
     with pytest.raises(grpc.aio.AioRpcError) as unknown:
         await health_of(gateway, "nobody")
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
@@ -97,6 +140,7 @@ async def test_while_the_queue_is_away_the_gateway_says_so_and_serves_again_by_i
     assert details.pushback_ms == 1000
     assert (await watch.read()).status == NOT_SERVING
     assert await health_of(gateway, "oasst.v1.ModelService") == SERVING
+    assert await health_of(gateway, "oasst.v1.ScoringService") == NOT_SERVING
     assert gateway.sample("redis_up") == 0
     await gateway.model.Tokenize(model_pb2.TokenizeRequest(texts=["still here"]))
     valkey.start()

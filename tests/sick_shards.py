@@ -1,9 +1,11 @@
-"""Queues some of whose shards do not answer."""
+"""Queues that do not answer, or not all of them."""
+
+import asyncio
 
 import redis.asyncio
 import redis.exceptions
 
-__all__ = ["OneShardAway"]
+__all__ = ["OneShardAway", "SlowlyLosingClaims"]
 
 
 class OneShardAway(redis.asyncio.Redis):
@@ -15,3 +17,18 @@ class OneShardAway(redis.asyncio.Redis):
         if self.is_away and any(str(word).startswith("oasst:{0}") for word in command):
             raise redis.exceptions.ConnectionError("away")
         return await super().execute_command(*command, **options)
+
+
+class SlowlyLosingClaims(redis.asyncio.Redis):
+    """The answer to the first claim that brings a job does not come, which takes `silence_s` to notice."""
+
+    silence_s = 0.0
+    num_lost = 0
+
+    async def execute_command(self, *command: object, **options: object) -> object:
+        reply = await super().execute_command(*command, **options)
+        if not self.num_lost and str(command[1]).startswith("oasst_claim") and reply[1]:
+            self.num_lost += 1
+            await asyncio.sleep(self.silence_s)
+            raise redis.exceptions.TimeoutError("no answer")
+        return reply

@@ -20,7 +20,7 @@ from oasst_jobs import (
 )
 from running_worker import RunningWorker
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
-from sick_shards import OneShardAway
+from sick_shards import OneShardAway, SlowlyLosingClaims
 from valkey_server import ValkeyServer
 from watched_queue import Queue, text_of, until
 
@@ -172,6 +172,21 @@ async def test_a_job_without_news_keeps_its_lease(queue, start_worker):
     worker.executor.allow(math.inf)
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert worker.jobs_by("finished") == 1
+
+
+async def test_a_lease_counts_from_the_first_try_of_a_claim_whose_answer_was_lost(queue):
+    losing = SlowlyLosingClaims(connection_pool=queue.client.redis.connection_pool)
+    losing.silence_s = 0.85
+    worker = RunningWorker(QueueClient(losing), "worker", lease_ms=1200)
+    worker.executor.allow(0)
+    job_id = await queue.submit(make_job("kept"))
+    async with sweeping(queue):
+        await until(lambda: len(worker.claimer.push_sizes) >= 3)
+        assert await queue.state(job_id) is JobState.RUNNING
+    worker.executor.allow(math.inf)
+    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert (losing.num_lost, worker.claimed, worker.jobs_by("fenced")) == (1, 1, 0)
+    await worker.die()
 
 
 async def test_a_cancelled_job_leaves_the_engine(queue, start_worker):

@@ -211,7 +211,7 @@ class Consumer:
         failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
         for claimed in claimed_jobs:
-            await self._take_in(claimed)
+            await self._take_in(claimed, leased_s=started_s)
         return True
 
     def _room_for_chats(self) -> _Room | None:
@@ -242,11 +242,12 @@ class Consumer:
     def _has_solo(self) -> bool:
         return any(job.claimed.is_solo for job in self._jobs.values())
 
-    async def _take_in(self, claimed: ClaimedJob) -> None:
+    async def _take_in(self, claimed: ClaimedJob, *, leased_s: float) -> None:
+        """The job runs. Its lease began no earlier than `leased_s`: a claim whose answer was lost began it before."""
         self._metrics.record_claim(claimed)
         spans = JobSpans(self._tracer, claimed, clock=self._clock)
         try:
-            job = self._make_job(claimed, spans)
+            job = self._make_job(claimed, spans, leased_s)
         except JobRefusedError as error:
             await self._refuse(claimed, error, spans)
             return
@@ -257,8 +258,7 @@ class Consumer:
         for part in job.parts:
             self._owners[part] = job
             self._loop.add(part)
-        if job.has_ended:
-            self._news.set()
+        self._news.set()  # It may have ended already, or its lease be old.
         self._note_room()
         logger.info(
             "job claimed job_id=%s attempt=%d prompt_tokens=%d logged_tokens=%d choices=%d waited_ms=%d",
@@ -271,11 +271,13 @@ class Consumer:
             extra=spans.log_fields,
         )
 
-    def _make_job(self, claimed: ClaimedJob, spans: JobSpans) -> HeldJob:
+    def _make_job(self, claimed: ClaimedJob, spans: JobSpans, leased_s: float) -> HeldJob:
         now_s = self._clock()
         if claimed.job.score_items:
-            return ScoringJob(claimed, self._intake.accept_scoring(claimed), spans, now_s=now_s)
-        return GeneratingJob(claimed, self._intake.accept(claimed), spans, now_s=now_s)
+            runs = self._intake.accept_scoring(claimed)
+            return ScoringJob(claimed, runs, spans, claimed_s=now_s, leased_s=leased_s)
+        choices = self._intake.accept(claimed)
+        return GeneratingJob(claimed, choices, spans, claimed_s=now_s, leased_s=leased_s)
 
     async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError, spans: JobSpans) -> None:
         outcome = Outcome(failed=error.failed)

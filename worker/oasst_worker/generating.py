@@ -20,13 +20,21 @@ __all__ = ["GeneratingJob"]
 class GeneratingJob(HeldJob):
     """Its positions are the tokens of all its choices."""
 
-    def __init__(self, claimed: ClaimedJob, choices: Sequence[ResumedChoice], spans: JobSpans, *, now_s: float) -> None:
+    def __init__(
+        self,
+        claimed: ClaimedJob,
+        choices: Sequence[ResumedChoice],
+        spans: JobSpans,
+        *,
+        claimed_s: float,
+        leased_s: float,
+    ) -> None:
         running = [resumed for resumed in choices if resumed.finish is None]
-        super().__init__(claimed, [resumed.choice for resumed in running], spans, now_s=now_s)
+        parts = [resumed.choice for resumed in running]
+        super().__init__(claimed, parts, spans, claimed_s=claimed_s, leased_s=leased_s)
         self._num_cached_tokens: int | None = None  # Of the choice that found the fewest.
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None
-        self._claimed_s = now_s
         # Generated so far, for each choice that still runs.
         self._num_tokens = {resumed.choice: resumed.num_logged_tokens for resumed in running}
         self._deltas: dict[int, Delta] = {}  # Choice index -> what no item has carried yet.

@@ -11,6 +11,7 @@ from oasst_worker.engine import (
     Engine,
     EngineConfig,
     GenerationParams,
+    OutOfDeviceMemoryError,
     ScoringSequence,
     Sequence,
     TokenOutput,
@@ -180,6 +181,22 @@ def test_a_step_that_scores_is_followed_by_nothing(model):
     while engine.has_work():
         engine.step()
     assert runner.events == ["launch"]
+
+
+def test_where_two_steps_find_no_memory_the_next_ones_go_alone(model):
+    class SmallRunner(WatchedRunner):
+        def launch_behind(self, batch, before):
+            self.events.append("failed")
+            raise OutOfDeviceMemoryError("no room for two")
+
+    runner = SmallRunner(model)
+    engine = make_engine(runner)
+    engine.add(Sequence("a", [5, 6], GenerationParams(60, temperature=0.0, ignore_eos=True)))
+    tokens = [output.token_id for _ in range(60) for output in engine.step()]
+    assert runner.events.count("failed") == engine.num_out_of_memory == 1
+    plain = make_engine(WatchedRunner(model, looks_ahead=False))
+    plain.add(Sequence("a", [5, 6], GenerationParams(60, temperature=0.0, ignore_eos=True)))
+    assert tokens == [output.token_id for _ in range(60) for output in plain.step()]
 
 
 def test_a_batch_follows_none_that_draws_nothing(model):

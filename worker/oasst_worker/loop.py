@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from oasst_jobs import failpoints
 
-from oasst_worker.engine import Batch, Engine, ScoreOutput, TokenOutput
+from oasst_worker.engine import Engine, ScoreOutput, TokenOutput
 from oasst_worker.parts import Part, PartError, PartOutput
 
 __all__ = ["EngineLoad", "EngineLoop", "EngineStalledError", "StepReport", "StepWatchdog"]
@@ -187,7 +187,7 @@ class EngineLoop:
         ended_s = self._clock()
         self._step_in_progress = None
         batch = self._engine.last_batch
-        num_decode_tokens = _num_decode_tokens(batch)
+        num_decode_tokens = sum(chunk.decodes for chunk in batch.chunks)
         num_drafted_tokens = sum(len(chunk.drafts) for chunk in batch.chunks)
         return StepReport(
             outputs=tuple(self._read(outputs)),
@@ -230,11 +230,6 @@ class EngineLoop:
             engine.num_drafted_tokens,
             engine.num_accepted_tokens,
         )
-
-
-def _num_decode_tokens(batch: Batch) -> int:
-    """Tokens computed for sequences that had everything else computed: chunks of one token."""
-    return sum(chunk.end - chunk.start == 1 for chunk in batch.chunks)
 
 
 class EngineStalledError(RuntimeError):

@@ -58,8 +58,8 @@ class Chunk:
 
     @property
     def decodes(self) -> bool:
-        """It is one token, drafts aside, and draws the next."""
-        return self.end - self.start == 1 and self.draws
+        """It is one generated token, drafts aside."""
+        return self.end - self.start == 1 and self.start >= self.sequence.num_prompt_tokens
 
     @property
     def num_results(self) -> int:

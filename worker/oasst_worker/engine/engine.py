@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -77,6 +76,9 @@ class ScoreOutput:
 
 _NOT_FINITE = "the logits are not finite numbers"
 
+# So many steps are waited for before the next is launched, after the device had no memory for one behind another.
+_STEPS_ALONE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -120,6 +122,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self.last_batch = Batch(())
         self._ahead: _Step | None = None  # Launched behind the last one that was waited for.
+        self._num_alone = 0  # Steps until one is launched ahead again.
         self._ended_s = float("-inf")  # When that was.
         # Batches that the device had no memory for.
         self.num_out_of_memory = 0
@@ -234,16 +237,23 @@ class Engine:
         return None
 
     def _launch_behind(self, step: _Step) -> _Step | None:
-        """What follows the step has begun, if that is known already."""
+        """What follows the step has begun, if that is known already and there is memory for both."""
         if self._lookahead is None:
+            return None
+        if self._num_alone:
+            self._num_alone -= 1
             return None
         batch = self._scheduler.schedule_behind(step.batch)
         if not batch.chunks:
             return None
         started_s = self._clock()
-        with suppress(OutOfDeviceMemoryError):  # It comes once this one's memory is free.
+        try:
             return _Step(batch, self._lookahead.launch_behind(batch, step.launched), started_s)
-        return None
+        except OutOfDeviceMemoryError as error:
+            self.num_out_of_memory += 1
+            self._num_alone = _STEPS_ALONE
+            logger.warning("no memory for a step behind another sequences=%d: %s", len(batch.chunks), error)
+            return None
 
     def _shrink(self, failed: Batch, error: OutOfDeviceMemoryError) -> None:
         self.num_out_of_memory += 1

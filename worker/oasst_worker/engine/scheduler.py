@@ -332,7 +332,7 @@ class Scheduler:
         """Chunks that decode get drafts, oldest first, as far as these are worth their rows."""
         num_rows = sum(chunk.num_tokens for chunk in chunks.values())
         for sequence, chunk in chunks.items():
-            if not chunk.decodes:
+            if not (chunk.decodes and chunk.draws):
                 continue
             drafts = self.speculator.draft(sequence, num_rows=num_rows)[: self._limits.step_tokens - num_rows]
             if drafts and self._grow_to_spare(sequence, chunk.end + len(drafts)):

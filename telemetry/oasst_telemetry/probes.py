@@ -13,6 +13,7 @@ import threading
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,8 @@ __all__ = ["Check", "Condition", "ProbeServer", "parse_address"]
 _UNIX = "unix:"
 # How soon the server notices that it shall stop.
 _POLL_S = 0.05
+# How long a socket that may be another's is given to answer.
+_ANSWER_S = 1.0
 # More than any page: an answer is one write.
 _WRITE_BYTES = 1 << 18
 
@@ -85,6 +88,7 @@ class ProbeServer:
         self._thread.start()
 
     def close(self) -> None:
+        """Nobody is answered any more; the file of a Unix socket is gone."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -96,13 +100,36 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 64
 
     def __init__(self, listen: str, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._socket_file: Path | None = None
         if listen.startswith(_UNIX):
+            path = Path(listen.removeprefix(_UNIX))
+            _remove_if_dead(path)
             self.address_family = socket.AF_UNIX
-            super().__init__(listen.removeprefix(_UNIX), handler)  # type: ignore[arg-type]  # its family's address
+            super().__init__(str(path), handler)  # type: ignore[arg-type]  # its family's address
+            self._socket_file = path
             return
         host, port = parse_address(listen)
         [(self.address_family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         super().__init__(address, handler)  # type: ignore[arg-type]  # its family's address
+
+    def server_close(self) -> None:
+        super().server_close()
+        if self._socket_file is not None:
+            self._socket_file.unlink(missing_ok=True)
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Removes a socket that a process left behind that did not come to close it. What answers is left alone."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(_ANSWER_S)
+        try:
+            caller.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass  # Somebody is there who is slow, or it is not ours: listening will tell.
 
 
 def _make_handler(condition: Condition, registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:

@@ -90,6 +90,51 @@ def test_a_socket_file_is_an_address_too(serve: Callable[[str], ProbeServer], tm
         assert client.makefile().readline().split()[1] == "200"
 
 
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        return client.makefile().readline().split()[1] == "200"
+
+
+def test_a_unix_socket_goes_with_its_server(condition: Condition, registry: CollectorRegistry, tmp_path: Path) -> None:
+    path = tmp_path / "probes.sock"
+    for _ in range(2):
+        with closing(ProbeServer(f"unix:{path}", condition, registry)):
+            assert answers(path)
+        assert not path.exists()
+
+
+def test_a_unix_socket_that_a_killed_process_left_behind_is_taken(
+    serve: Callable[[str], ProbeServer], tmp_path: Path
+) -> None:
+    path = tmp_path / "probes.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    serve(f"unix:{path}")
+    assert answers(path)
+
+
+def test_a_unix_socket_where_somebody_answers_is_left_alone(
+    serve: Callable[[str], ProbeServer], condition: Condition, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    path = tmp_path / "probes.sock"
+    serve(f"unix:{path}")
+    with pytest.raises(OSError, match="in use"):
+        ProbeServer(f"unix:{path}", condition, registry)
+    assert answers(path)
+
+
+def test_a_file_that_is_no_socket_is_left_alone(
+    condition: Condition, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    path = tmp_path / "probes.sock"
+    path.write_text("mine")
+    with pytest.raises(OSError, match="in use"):
+        ProbeServer(f"unix:{path}", condition, registry)
+    assert path.read_text() == "mine"
+
+
 def test_probes_say_why(serve: Callable[[str], ProbeServer], condition: Condition) -> None:
     with connect(serve("127.0.0.1:0")) as connection:
         status, body = get(connection, "/readyz")

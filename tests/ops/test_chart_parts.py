@@ -184,6 +184,35 @@ def test_an_external_queue_over_tls_knows_gateway_worker_and_admin_apart(render:
         assert mounts_of(container)["redis-ca"]["mountPath"] == "/etc/oasst/redis"
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image": {"tag": "7"}},
+        {"image": {"pullPolicy": "Always"}},
+        {"image": {"pullSecrets": [{"name": "registry"}]}},
+        {"redis": {"builtIn": {"existingSecret": "oasst-users"}}},
+        {
+            "redis": {
+                "builtIn": {"enabled": False},
+                "external": {"existingSecret": "oasst-redis", "loadFunctions": True},
+            }
+        },
+        {"nameOverride": "chat"},
+    ],
+    ids=str,
+)
+def test_an_upgrade_changes_no_job_but_makes_another(render: Render, changed: dict[str, Any]) -> None:
+    """The API server refuses a Job of the same name with another pod, and the whole upgrade with it."""
+    [before] = render().of_kind("Job")
+    [after] = render(**changed).of_kind("Job")
+    assert before["spec"]["template"] != after["spec"]["template"]
+    assert before["metadata"]["name"] != after["metadata"]["name"]
+
+
+def test_an_upgrade_that_concerns_others_leaves_the_job_as_it_is(render: Render) -> None:
+    assert render(worker={"replicas": 7}).of_kind("Job") == render().of_kind("Job")
+
+
 def test_the_built_in_queue_takes_its_users_from_a_secret_of_yours(render: Render) -> None:
     release = render(redis={"builtIn": {"existingSecret": "oasst-users"}})
     assert not [each for each in release.of_kind("Secret") if each["metadata"]["name"].endswith("valkey")]

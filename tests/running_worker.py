@@ -59,6 +59,10 @@ class RunningWorker:
     def jobs_by(self, outcome: str) -> float:
         return self.registry.get_sample_value("oasst_worker_jobs_total", {"outcome": outcome}) or 0
 
+    def num_errors(self, operation: str) -> float:
+        """Calls that the queue did not answer."""
+        return self.registry.get_sample_value("oasst_worker_queue_errors_total", {"operation": operation}) or 0
+
     async def die(self) -> None:
         """The worker is gone without a word to the queue."""
         self.task.cancel()

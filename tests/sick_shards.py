@@ -5,16 +5,19 @@ import asyncio
 import redis.asyncio
 import redis.exceptions
 
-__all__ = ["OneShardAway", "SlowlyLosingClaims"]
+__all__ = ["FIRST_SHARD", "PartlyAway", "SlowlyLosingClaims"]
 
 
-class OneShardAway(redis.asyncio.Redis):
-    """While `is_away`, every call to the first shard fails."""
+FIRST_SHARD = "oasst:{0}"
 
-    is_away = True
+
+class PartlyAway(redis.asyncio.Redis):
+    """Calls with a word that begins with `away` fail: the name of a function, or of a shard's keys."""
+
+    away: str | None = None
 
     async def execute_command(self, *command: object, **options: object) -> object:
-        if self.is_away and any(str(word).startswith("oasst:{0}") for word in command):
+        if self.away is not None and any(str(word).startswith(self.away) for word in command):
             raise redis.exceptions.ConnectionError("away")
         return await super().execute_command(*command, **options)
 

@@ -18,7 +18,7 @@ from oasst_jobs import (
     TenantFullError,
     TenantPolicy,
 )
-from sick_shards import OneShardAway
+from sick_shards import FIRST_SHARD, PartlyAway
 
 NUM_SHARDS = 3
 
@@ -30,7 +30,10 @@ def client(redis_client: redis.asyncio.Redis) -> QueueClient:
 
 @pytest.fixture
 def lame_client(redis_client: redis.asyncio.Redis) -> QueueClient:
-    return QueueClient(OneShardAway(connection_pool=redis_client.connection_pool), num_shards=NUM_SHARDS)
+    """The first shard is away."""
+    lame = PartlyAway(connection_pool=redis_client.connection_pool)
+    lame.away = FIRST_SHARD
+    return QueueClient(lame, num_shards=NUM_SHARDS)
 
 
 async def submit(submitter: Submitter, number: int) -> list[job_pb2.Job]:

@@ -20,7 +20,7 @@ from oasst_jobs import (
 )
 from running_worker import RunningWorker
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
-from sick_shards import OneShardAway, SlowlyLosingClaims
+from sick_shards import FIRST_SHARD, PartlyAway, SlowlyLosingClaims
 from valkey_server import ValkeyServer
 from watched_queue import Queue, text_of, until
 
@@ -353,14 +353,13 @@ async def test_nothing_is_lost_while_the_queue_is_away(queue, start_worker, valk
     assert worker.executor.num_steps < 1000  # The bound of 8, and what was taken along until a push was due.
     valkey.start()
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 1000)
-    assert worker.consumer.queue_is_reachable
+    await until(lambda: worker.consumer.queue_is_reachable)
 
 
-async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url):
+async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url, caplog):
     connection = connect(valkey_url)
     queue = Queue(QueueClient(connection, num_shards=2))
-    lame = OneShardAway(connection_pool=connection.connection_pool)
-    lame.is_away = False
+    lame = PartlyAway(connection_pool=connection.connection_pool)
     worker = RunningWorker(QueueClient(lame, num_shards=2), "worker", lease_ms=LEASE_MS)
     worker.executor.allow(3)
     job_ids = [await queue.submit(make_job(f"job {number}", max_new_tokens=200)) for number in range(8)]
@@ -369,20 +368,42 @@ async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url):
     await until(lambda: worker.executor.num_steps == 3)
     assert 0 < len(away) < 8
 
-    lame.is_away = True
+    lame.away = FIRST_SHARD
     async with sweeping(queue):
-        await until(lambda: not worker.consumer.queue_is_reachable)
+        await until(lambda: worker.num_errors("push") > 0)
+        caplog.set_level("INFO")
+        caplog.clear()
         await asyncio.sleep(2 * LEASE_MS / 1000)
         worker.executor.allow(math.inf)
         for job_id in set(job_ids) - away:
             assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
         assert worker.jobs_by("finished") == 8 - len(away)
-        lame.is_away = False
+        # Claims are answered meanwhile, and make it no better.
+        assert not worker.consumer.queue_is_reachable
+        assert not [record for record in caplog.records if record.message.startswith("queue")]
+        lame.away = None
         for job_id in away:
             assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
     assert worker.jobs_by("fenced") <= len(away)
     await worker.die()
     await connection.aclose()
+
+
+async def test_while_no_push_is_answered_nothing_is_claimed(queue):
+    lame = PartlyAway(connection_pool=queue.client.redis.connection_pool)
+    worker = RunningWorker(QueueClient(lame), "worker", lease_ms=LEASE_MS)
+    lame.away = "oasst_push"
+    first = await queue.submit(make_job("first"))
+    await until(lambda: not worker.consumer.queue_is_reachable)
+    second = await queue.submit(make_job("second"))
+    await asyncio.sleep(0.5)
+    assert not worker.consumer.queue_is_reachable
+    assert worker.claimed == 1
+    lame.away = None
+    for job_id in (first, second):
+        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert worker.consumer.queue_is_reachable
+    await worker.die()
 
 
 async def test_a_drained_worker_finishes_its_jobs_and_claims_no_more(queue, start_worker):

@@ -101,7 +101,7 @@ class Consumer:
         self._jobs: dict[str, HeldJob] = {}
         self._owners: dict[Part, HeldJob] = {}  # Parts that belong in the engine.
         self._drain_ends_s = float("inf")
-        self._queue_is_reachable = True
+        self._unanswered: list[str] = []  # Operations that failed last and are tried again.
         # By shard: when the last push to it began, and whether that is still under way.
         self._pushed_s = [float("-inf")] * claimer.num_shards
         self._pushing: set[int] = set()
@@ -122,8 +122,8 @@ class Consumer:
 
     @property
     def queue_is_reachable(self) -> bool:
-        """Whether the last call to the queue was answered."""
-        return self._queue_is_reachable
+        """Whether the queue answers all that it is asked."""
+        return not self._unanswered
 
     @property
     def is_draining(self) -> bool:
@@ -222,7 +222,7 @@ class Consumer:
         """
         if not self._jobs:
             return _ROOM_OF_IDLE
-        if self._has_solo():
+        if self._has_solo() or self._is_unheard():
             return None
         expected_tokens = sum(job.kv_tokens_expected(_LOOKAHEAD_TOKENS) for job in self._jobs.values())
         slots = self._loop.max_sequences - self.num_sequences
@@ -235,9 +235,14 @@ class Consumer:
         A few small requests at a time, and the next ones only once they have ended: whatever is to run alone then finds
         an idle worker, and what is lost with a worker is little.
         """
-        if self._has_solo() or any(isinstance(job, ScoringJob) for job in self._jobs.values()):
+        is_scoring = any(isinstance(job, ScoringJob) for job in self._jobs.values())
+        if self._has_solo() or is_scoring or self._is_unheard():
             return None
         return _Room(jobs=_SCORING_JOBS, tokens=_ANY_SIZE, choices=_ANY_SIZE, is_idle=not self._jobs)
+
+    def _is_unheard(self) -> bool:
+        """No shard answers a push: what was claimed now could not keep its lease either."""
+        return self._unanswered.count("push") == self._claimer.num_shards
 
     def _has_solo(self) -> bool:
         return any(job.claimed.is_solo for job in self._jobs.values())
@@ -422,18 +427,24 @@ class Consumer:
         self, operation: str, call: Callable[[], Awaitable[_Answer]], *, give_up: asyncio.Event
     ) -> _Answer | None:
         """The call's answer, asked for until there is one; None if `give_up` is set before."""
+        has_failed = False
         for delay_s in _backoff(self._renew_after_s):
             try:
                 answer = await call()
             except QueueUnavailableError as error:
                 self._metrics.queue_errors.labels(operation).inc()
-                if self._queue_is_reachable:
+                if not self._unanswered:
                     logger.warning("queue away, waiting for it operation=%s error=%s", operation, error)
-                self._queue_is_reachable = False
+                if not has_failed:
+                    self._unanswered.append(operation)
+                    self._note_room()
+                has_failed = True
             else:
-                if not self._queue_is_reachable:
-                    logger.info("queue back operation=%s", operation)
-                self._queue_is_reachable = True
+                if has_failed:
+                    self._unanswered.remove(operation)
+                    self._note_more_room()
+                    if not self._unanswered:
+                        logger.info("queue back operation=%s", operation)
                 return answer
             if await _wait_at_most(give_up, delay_s):
                 break

@@ -116,14 +116,52 @@ def test_compose_lets_the_worker_load_what_it_compiles() -> None:
     assert worker["tmpfs"] == ["/tmp:exec"]  # noqa: S108 - the container's
 
 
-def test_the_compose_file_is_one_and_its_options_exist() -> None:
-    checked = installed("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml"))
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml"])
+def test_a_compose_file_is_one(file: str) -> None:
+    checked = installed("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DOCKER / file))
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_options_in_the_compose_file_exist() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     for name, settings in (("gateway", GatewaySettings), ("worker", WorkerSettings)):
         prefix = f"OASST_{name.upper()}_"
         options = {key.removeprefix(prefix).lower() for key in services[name]["environment"] if key.startswith(prefix)}
         assert options <= set(settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("told", "model", "name"),
+    [
+        ({}, "/opt/oasst/demo", ""),  # Without a name, a model has its folder's.
+        ({"OASST_MODEL": "/models/pythia-12b"}, "/models/pythia-12b", ""),
+        ({"OASST_MODEL": "/models/pythia-12b", "OASST_MODEL_NAME": "pythia"}, "/models/pythia-12b", "pythia"),
+    ],
+    ids=["demo", "folder", "folder and name"],
+)
+def test_compose_serves_a_model_by_its_folders_name(told: dict[str, str], model: str, name: str) -> None:
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda v: told.get(v[1], v[2]), (DOCKER / "compose.yaml").read_text())
+    services = yaml.safe_load(text)["services"]
+    for component in ("gateway", "worker"):
+        environment = services[component]["environment"]
+        assert environment[f"OASST_{component.upper()}_MODEL"] == model
+        assert (environment[f"OASST_{component.upper()}_MODEL_NAME"] or "") == name
+
+
+def test_compose_needs_a_gpu_only_where_it_is_told_of_one() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert {name for name, service in services.items() if "deploy" in service} == set()
+    [(name, added)] = yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text())["services"].items()
+    [device] = added["deploy"]["resources"]["reservations"]["devices"]
+    assert (name, device["driver"], device["capabilities"]) == ("worker", "nvidia", ["gpu"])
+
+
+def test_the_folder_of_models_is_in_the_checkout() -> None:
+    """Docker makes a missing one, for root: nobody else could put a model there."""
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    for name in ("gateway", "worker"):
+        assert services[name]["volumes"] == ["../models:/models:ro"]
+    assert (ROOT / "models" / ".gitignore").exists()
 
 
 def test_compose_names_exact_images_the_charts_own_among_them_and_takes_digests_instead() -> None:

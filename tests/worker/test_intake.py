@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oasst.jobs.v1.job_pb2 import Job, LogEntry
 from oasst.v1.generation_pb2 import Delta
+from oasst.v1.scoring_pb2 import ItemScore
 from oasst_jobs import JOB_VERSION, ClaimedJob
 from oasst_worker.engine import FinishReason, TokenOutput
 from oasst_worker.intake import JobRefusedError
@@ -92,13 +93,23 @@ def test_a_job_that_can_never_fit_the_kv_cache_is_told_both_numbers():
         [entry(9, Delta(token_ids=[1, 2]))],
         [entry(1, Delta(token_ids=[VOCAB_SIZE]))],
         [entry(17, Delta(token_ids=[1] * 17))],
+        [entry(2, Delta(token_ids=[EOS, 1]))],
+        [entry(1, Delta(token_ids=[EOS])), entry(2, Delta(position=1, token_ids=[1]))],
     ],
-    ids=["gap", "repeat", "unknown choice", "wrong end", "unknown id", "too long"],
+    ids=["gap", "repeat", "unknown choice", "wrong end", "unknown id", "too long", "behind its end", "after its end"],
 )
 def test_a_log_that_is_not_contiguous_is_refused(log):
     with pytest.raises(JobRefusedError) as refused:
         make_intake().accept(claim(make_job("damaged"), *log))
     assert refused.value.failed.reason == "INVALID_JOB"
+
+
+def test_a_log_with_more_scores_than_the_job_has_items_is_refused():
+    job = make_job("scored", prompt_tokens=0)
+    job.score_items.add(token_ids=[1, 2], context_length=1)
+    log = LogEntry(end_position=2, scores=[ItemScore(), ItemScore()])
+    with pytest.raises(JobRefusedError, match="scores of 2 items, the job has 1"):
+        make_intake().accept_scoring(claim(job, log))
 
 
 def test_every_value_of_the_job_reaches_the_engine():

@@ -105,6 +105,8 @@ class Intake:
         _check_room(max(len(item.token_ids) for item in job.score_items) - 1, self._model)
         if sum(len(entry.scores) for entry in claimed.log) != claimed.end_position:
             raise _invalid(f"the log does not hold the scores of {claimed.end_position} items")
+        if claimed.end_position > len(job.score_items):
+            raise _invalid(f"the log has scores of {claimed.end_position} items, the job has {len(job.score_items)}")
         return list(scored_runs(claimed))
 
     def _resume(self, job: Job, index: int, sequence: engine.Sequence, logged_ids: Sequence[int]) -> ResumedChoice:
@@ -113,6 +115,8 @@ class Intake:
         choice = Choice(index, sequence, text)
         finish = None
         for num_tokens, token_id in enumerate(logged_ids, start=1):
+            if finish is not None:
+                raise _invalid(f"the log goes on behind the end of choice {index}")
             reason = finish_reason(
                 params, token_id, num_output_tokens=num_tokens, eos_token_id=self._model.eos_token_id
             )

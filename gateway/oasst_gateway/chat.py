@@ -8,7 +8,7 @@ from typing import Protocol
 from google.rpc import code_pb2  # type: ignore[import-untyped]  # without stubs
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
-from oasst_jobs import failpoints
+from oasst_jobs import STREAM_DIVERGED, failpoints
 
 from oasst_gateway.errors import ChatFailedError
 from oasst_gateway.events import IndivisibleDeltaError, StreamMessage, build_response, delta_events, entries_after
@@ -138,7 +138,7 @@ class Chat:
         except IndivisibleDeltaError:
             # Only if Redis lost what this caller saw, and the log was written anew in other pieces.
             message = f"what is stored cannot be divided at position {self._position}"
-            failed = chat_pb2.Failed(code=code_pb2.ABORTED, reason="STREAM_DIVERGED", message=message)
+            failed = chat_pb2.Failed(code=code_pb2.ABORTED, reason=STREAM_DIVERGED, message=message)
             entries, outcome = [], job_pb2.Outcome(failed=failed)
         return _News(self._position, entries, outcome)
 

@@ -95,7 +95,7 @@ class Chats:
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watches.open(prepared.job.job_id) as watch:
                 submitted = await self._submit(prepared, tenant, arrival, span)
-                watch.has_begun = True
+                watch.job.begin()
                 accepted = self._accepted(submitted.job, self._describe_queue(submitted))
                 with self._following(watch, prepared.job, accepted, meter, is_new=submitted.is_new) as chat:
                     yield chat
@@ -126,7 +126,7 @@ class Chats:
                 snapshot = await self._submitter.attach(job_id)
                 if snapshot is None:
                     raise UnknownChatError
-                watch.has_begun = True
+                watch.job.begin()
                 accepted = self._accepted(snapshot.job, self._describe_queue(snapshot))
                 if span.is_recorded:
                     span.note(describe_chat(snapshot.job))
@@ -228,7 +228,7 @@ class Chats:
         finally:
             self._chats.discard(chat)
             if chat.outcome is not None:
-                watch.has_ended = True
+                watch.job.see_outcome(chat.outcome)
                 # Of all who follow a job, here and elsewhere, one brought it: counted by that one, it counts once.
                 if is_new and chat.outcome.HasField("finished"):
                     self._monitor.saw_finished(job, chat.outcome.finished)

@@ -69,9 +69,9 @@ class Scores:
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watches.open(job.job_id) as watch:
                 job = await self._submit(prepared, tenant, arrival, span)
-                watch.has_begun = True
+                watch.job.begin()
                 scores, outcome = await self._follow(watch.subscription)
-                watch.has_ended = True
+                watch.job.see_outcome(outcome)
             self._tell_end(job, len(scores), outcome, elapsed_s=time.perf_counter() - started_s)
             if outcome.HasField("failed"):
                 raise ChatFailedError(outcome.failed)

@@ -3,14 +3,14 @@
 import asyncio
 import functools
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from oasst_jobs import Inbox, QueueUnavailableError, Submitter, Subscription
+from oasst.jobs.v1 import job_pb2
+from oasst_jobs import Inbox, QueueUnavailableError, Submitter, Subscription, is_end_of_job
 
-__all__ = ["Watch", "Watches"]
+__all__ = ["Watch", "WatchedJob", "Watches"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +19,29 @@ _CLOSE_GRACE_S = 1.0
 
 
 @dataclass(slots=True)
+class WatchedJob:
+    """What RPCs of this gateway that watch a job know of it together."""
+
+    num_rpcs: int = 0
+    is_watched: bool = False  # The queue counts this gateway among the job's watchers, or may.
+    has_ended: bool = False  # The job has; nothing is left to take back.
+
+    def begin(self) -> None:
+        """The queue has a job that may still run, and counts this gateway among its watchers."""
+        self.is_watched = True
+        self.has_ended = False  # One of the same name may have ended before.
+
+    def see_outcome(self, outcome: job_pb2.Outcome) -> None:
+        """A reader has been told how it ended, or why it cannot read on."""
+        self.has_ended = self.has_ended or is_end_of_job(outcome)
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
-    """One RPC's subscription, and what must be known of it when the RPC is over."""
+    """One RPC's subscription, and the job that it shares with others."""
 
     subscription: Subscription
-    has_begun: bool = False  # The queue counts this gateway among the job's watchers, or may.
-    has_ended: bool = False  # The job has; nothing is left to take back.
+    job: WatchedJob
 
 
 class Watches:
@@ -33,7 +50,7 @@ class Watches:
     def __init__(self, submitter: Submitter, inbox: Inbox) -> None:
         self._submitter = submitter
         self._inbox = inbox
-        self._num_watching: Counter[str] = Counter()  # RPCs of this gateway that watch a job, by its id.
+        self._jobs: dict[str, WatchedJob] = {}  # By id.
         self._departures: dict[str, asyncio.Task[None]] = {}  # By job id.
         self._is_leaving = False
 
@@ -41,27 +58,27 @@ class Watches:
     async def open(self, job_id: str, *, after: int = 0) -> AsyncIterator[Watch]:
         """This gateway watches the job as long as the context is open, and says so once nobody here does any more."""
         async with self._inbox.subscribe(job_id, after=after) as subscription:
-            watch = Watch(subscription)
-            self._num_watching[job_id] += 1
+            job = self._jobs.setdefault(job_id, WatchedJob())
+            job.num_rpcs += 1
             try:
                 if job_id in self._departures:
                     # Were it still to come, it would take back what begins now.
                     await asyncio.wait([self._departures[job_id]])
-                yield watch
+                yield Watch(subscription, job)
             except (QueueUnavailableError, asyncio.CancelledError):
-                watch.has_begun = True  # It may have: nobody knows what became of the call.
+                job.is_watched = True  # It may be: nobody knows what became of the call.
                 raise
             finally:
-                self._num_watching[job_id] -= 1
-                if not self._num_watching[job_id]:
-                    del self._num_watching[job_id]
-                    if watch.has_begun and not watch.has_ended and not self._is_leaving:
+                job.num_rpcs -= 1
+                if not job.num_rpcs:
+                    del self._jobs[job_id]
+                    if job.is_watched and not job.has_ended and not self._is_leaving:
                         self._depart(job_id)
 
     async def keep_alive(self) -> None:
         """The queue knows what is watched here, for a while longer."""
         try:
-            await self._submitter.keep_watching(list(self._num_watching))
+            await self._submitter.keep_watching(list(self._jobs))
         except QueueUnavailableError as error:
             logger.warning("watched jobs were not kept alive, trying again soon error=%s", error)
 
@@ -89,7 +106,7 @@ class Watches:
 
     async def _unwatch_until_heard(self, job_id: str) -> None:
         """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""
-        while job_id not in self._num_watching:
+        while job_id not in self._jobs:
             try:
                 state = await self._submitter.unwatch(job_id)
             except QueueUnavailableError:

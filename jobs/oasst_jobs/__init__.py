@@ -23,6 +23,7 @@ from oasst_jobs.errors import (
 )
 from oasst_jobs.functions import JOB_VERSION, job_size, num_prompt_tokens, scoring_queue
 from oasst_jobs.inbox import Inbox, Subscription
+from oasst_jobs.outcomes import STREAM_DIVERGED, is_end_of_job
 from oasst_jobs.reconciler import Reconciler
 from oasst_jobs.records import (
     MAX_WEIGHT,
@@ -48,6 +49,7 @@ __all__ = [
     "JOB_VERSION",
     "MAX_WEIGHT",
     "MIN_WEIGHT",
+    "STREAM_DIVERGED",
     "ClaimedJob",
     "Claimer",
     "DeadLetter",
@@ -81,6 +83,7 @@ __all__ = [
     "UnavailableReason",
     "UnsupportedServerError",
     "connect",
+    "is_end_of_job",
     "job_id_for",
     "job_size",
     "num_prompt_tokens",

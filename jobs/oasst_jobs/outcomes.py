@@ -6,7 +6,10 @@ from oasst.v1 import chat_pb2
 
 from oasst_jobs.records import JobState
 
-__all__ = ["diverged", "lost", "malformed", "outcome_of", "state_of"]
+__all__ = ["STREAM_DIVERGED", "diverged", "is_end_of_job", "lost", "malformed", "outcome_of", "state_of"]
+
+# Of readers who cannot go on. Their job may.
+STREAM_DIVERGED = "STREAM_DIVERGED"
 
 _ENDS_WITHOUT_WORKER = {
     JobState.CANCELLED: (code_pb2.CANCELLED, "CANCELLED", "the request was cancelled"),
@@ -45,7 +48,12 @@ def lost() -> job_pb2.Outcome:
 def diverged(seen_position: int, end_position: int) -> job_pb2.Outcome:
     """Of a stream whose log is shorter than what was seen of it: Redis lost part of it."""
     message = f"{seen_position} tokens were seen, but only {end_position} are stored"
-    return _failed(code_pb2.ABORTED, "STREAM_DIVERGED", message)
+    return _failed(code_pb2.ABORTED, STREAM_DIVERGED, message)
+
+
+def is_end_of_job(outcome: job_pb2.Outcome) -> bool:
+    """Whether the job has ended, and not only what one reader can be told of it."""
+    return outcome.failed.reason != STREAM_DIVERGED
 
 
 def _failed(code: int, reason: str, message: str, usage: chat_pb2.Usage | None = None) -> job_pb2.Outcome:

@@ -1,6 +1,7 @@
 """Requests that are submitted, watched from anywhere, looked at, and left."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
@@ -16,9 +17,11 @@ from gateway_harness import (
     text_of,
 )
 from google.protobuf.duration_pb2 import Duration
+from job_samples import make_job
 from oasst.v1 import chat_pb2
 from oasst_gateway.model import ServedModel
-from oasst_jobs import JobState, QueueClient, QueueLimits, Submitter, job_id_for
+from oasst_gateway.watches import Watches
+from oasst_jobs import Inbox, JobState, QueueClient, QueueLimits, Submitter, job_id_for
 
 SECRET = "a secret that all gateways share"
 
@@ -205,3 +208,43 @@ async def test_coming_back_at_once_is_not_overtaken_by_having_left(
     worker.free()
     async with asyncio.timeout(4):  # News comes by itself, not by the silent reader's look after five seconds.
         assert await read_text(stream) == text_of(4)
+
+
+async def test_a_reader_who_cannot_go_on_no_longer_keeps_the_request_running(
+    model: ServedModel, valkey_url: str, worker: RuleWorker, queue: QueueClient
+) -> None:
+    """What was told to one reader is not how the request ended."""
+    worker.hold()
+    async with (
+        start_gateway(model, valkey_url, resume_secret=SECRET) as first,
+        start_gateway(model, valkey_url, resume_secret=SECRET) as second,
+    ):
+        stream = first.chat.ChatStream(ask("Hello!", request_id="r-1"))
+        accepted = (await stream.read()).accepted
+        events: list[chat_pb2.ChatEvent] = []
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read_into(events, second.chat.WatchChat(watch_request(accepted, after=20)))
+        assert events[-1].failed.reason == "STREAM_DIVERGED"
+        stream.cancel()
+
+        async def is_cancelled() -> bool:
+            return await state_of(queue, "r-1") is JobState.CANCELLED
+
+        await eventually(is_cancelled)
+
+
+async def test_the_last_to_leave_takes_back_what_another_began(queue: QueueClient) -> None:
+    submitter = Submitter(queue, gateway_id="g", limits=QueueLimits())
+    job = make_job("r-1")
+    watches = Watches(submitter, Inbox(queue, gateway_id="g"))
+    async with AsyncExitStack() as last, AsyncExitStack() as first:
+        watch = await first.enter_async_context(watches.open(job.job_id))
+        await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
+        watch.job.begin()
+        await last.enter_async_context(watches.open(job.job_id))
+
+    async def is_cancelled() -> bool:
+        snapshot = await submitter.status(job.job_id)
+        return snapshot is not None and snapshot.state is JobState.CANCELLED
+
+    await eventually(is_cancelled)

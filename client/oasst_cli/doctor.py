@@ -161,9 +161,17 @@ def _network(host: str, port: int) -> Finding:
 
 def _certificate(profile: Profile, host: str, port: int) -> Finding:
     """Whether the server proves who it is, and for how long it still can."""
-    context = ssl.create_default_context(cafile=profile.tls_ca_file)
-    if profile.tls_cert_file:
-        context.load_cert_chain(profile.tls_cert_file, profile.tls_key_file)
+    try:
+        context = ssl.create_default_context(cafile=profile.tls_ca_file)
+    except OSError as error:
+        advice = "give the PEM file of whoever signed the server's certificate"
+        return Finding("tls", Verdict.BROKEN, f"tls_ca_file {profile.tls_ca_file} is no certificate: {error}", advice)
+    try:
+        if profile.tls_cert_file:
+            context.load_cert_chain(profile.tls_cert_file, profile.tls_key_file)
+    except OSError as error:
+        pair = f"tls_cert_file {profile.tls_cert_file} and tls_key_file {profile.tls_key_file}"
+        return Finding("tls", Verdict.BROKEN, f"{pair} do not belong together: {error}", "give both as PEM files")
     context.set_alpn_protocols(["h2"])
     try:
         with (

@@ -41,6 +41,8 @@ class ScriptedServer(
     cancelled: list[str] = field(default_factory=list)
     # What scoring does before it answers.
     on_score: Callable[[scoring_pb2.ScoreRequest, grpc.ServicerContext], object] = lambda request, context: None
+    # What asking for the load does before it answers.
+    on_load: Callable[[grpc.ServicerContext], object] = lambda context: None
     metadata: list[dict[str, str]] = field(default_factory=list)
     # Set when a caller has left a chat, or its chat has ended.
     ended: threading.Event = field(default_factory=threading.Event)
@@ -196,6 +198,7 @@ class ScriptedServer(
         return model_pb2.DetokenizeResponse(texts=[bytes(each.ids).decode() for each in request.sequences])
 
     def GetLoad(self, request, context):
+        self.on_load(context)
         worker = model_pb2.WorkerLoad(worker_id="w", max_sequences=4, age=duration_pb2.Duration(seconds=1))
         return model_pb2.GetLoadResponse(waiting_requests=3, workers=[worker])
 

@@ -144,6 +144,23 @@ def test_a_server_that_asks_for_a_certificate_gets_one_or_is_found_out(serve, au
     assert found(address, "with")["access"][0] is Verdict.OK
 
 
+def test_tls_files_that_cannot_be_used_are_named(serve, authority, tmp_path, monkeypatch):
+    address, mine, other = serve(authority.issue("server")), authority.issue("me"), authority.issue("other")
+    monkeypatch.setenv("OASST_CONFIG", str(tmp_path / "profiles.toml"))
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "profiles.toml").write_text(
+        "[empty]\ntls_ca_file = 'empty.pem'\n"
+        f"[mixed]\ntls_ca_file = '{authority.ca}'\ntls_cert_file = '{mine.cert}'\ntls_key_file = '{other.key}'\n"
+    )
+    (tmp_path / "profiles.toml").chmod(0o600)
+    verdict, message = found(address, "empty")["tls"]
+    assert verdict is Verdict.BROKEN
+    assert "empty.pem is no certificate" in message
+    verdict, message = found(address, "mixed")["tls"]
+    assert verdict is Verdict.BROKEN
+    assert "other.key do not belong together" in message
+
+
 @pytest.mark.parametrize(
     ("address", "complaint"),
     [

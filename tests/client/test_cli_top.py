@@ -3,12 +3,15 @@
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import grpc
 import pytest
 from oasst_cli.__main__ import app
-from oasst_cli.top.scrape import quantile_since, rate_since, scrape
+from oasst_cli.top.scrape import Samples, added_up, gained, quantile_of, scrape
 from oasst_cli.top.screen import Look, draw
 from oasst_client import Load, WorkerLoad
 from oasst_client.testing import FakeServer
@@ -45,6 +48,10 @@ def processes() -> Iterator[tuple[Process, Process]]:
         process.close()
 
 
+TOKENS = "oasst_gateway_generated_tokens_total"
+WAITS = "oasst_gateway_queue_wait_seconds"
+
+
 def test_metrics_of_all_processes_are_added_up_and_what_happened_in_between_is_told(processes):
     addresses = [process.address for process in processes]
     processes[0].tokens.inc(100)
@@ -56,17 +63,40 @@ def test_metrics_of_all_processes_are_added_up_and_what_happened_in_between_is_t
         processes[1].waits.observe(wait_s)
     processes[1].tenants.labels("acme").inc(3)
     now = scrape(addresses)
-    assert rate_since(before, now, "oasst_gateway_generated_tokens_total", 2.0) == 15
-    assert quantile_since(before, now, "oasst_gateway_queue_wait_seconds", 0.5) == 1
-    assert quantile_since(before, now, "oasst_gateway_queue_wait_seconds", 0.75) == 2
+    new = gained(before, now)
+    assert (new.values[TOKENS], added_up(now.values()).values[TOKENS]) == (30, 130)
+    assert quantile_of(new.buckets[WAITS], 0.5) == 1
+    assert quantile_of(new.buckets[WAITS], 0.75) == 2
     # Beyond the last bound nothing is known but the bound.
-    assert quantile_since(before, now, "oasst_gateway_queue_wait_seconds", 1.0) == 4
-    assert quantile_since(now, now, "oasst_gateway_queue_wait_seconds", 0.5) is None
-    assert now.by_tenant["oasst_gateway_tenant_requests_total"] == {"acme": 3}
+    assert quantile_of(new.buckets[WAITS], 1.0) == 4
+    assert quantile_of(gained(now, now).buckets[WAITS], 0.5) is None
+    assert new.by_tenant["oasst_gateway_tenant_requests_total"] == {"acme": 3}
 
 
-def test_a_process_that_does_not_answer_is_named():
-    assert scrape(["127.0.0.1:1"]).missing == ["127.0.0.1:1"]
+def test_what_was_counted_while_nobody_could_look_is_no_gain_of_the_next_look():
+    missed, seen = {"a": Samples({TOKENS: 5.0})}, {"a": Samples({TOKENS: 6.0}), "b": Samples({TOKENS: 1000.0})}
+    assert gained(missed, seen).values == {TOKENS: 1.0}
+    assert gained({}, seen).values == {}
+
+
+def test_a_process_that_started_again_takes_nothing_from_what_others_counted():
+    before = {"a": Samples({TOKENS: 900.0}), "b": Samples({TOKENS: 5.0})}
+    now = {"a": Samples({TOKENS: 10.0}), "b": Samples({TOKENS: 9.0})}
+    assert gained(before, now).values == {TOKENS: 4.0}
+
+
+def test_what_tells_no_metrics_is_left_out(server):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>{\xff</html>")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
+        # Nobody, a gRPC port, a page, and an address that is none.
+        assert scrape(["127.0.0.1:1", server.address, f"127.0.0.1:{page.server_port}", "here:now"]) == {}
+        page.shutdown()
 
 
 def shown(look: Look) -> str:
@@ -107,3 +137,32 @@ def test_one_look_is_taken_with_metrics_and_printed(processes):
     look = json.loads(result.stdout)
     assert look["load"]["workers"][0]["worker_id"] == "fake-worker"
     assert "queue wait" in look["latencies_s"]
+
+
+def test_a_gateway_is_named_that_tells_no_metrics_where_they_were_looked_for(server):
+    arguments = ["top", "--once", "--json", "--address", server.address, "--metrics", server.address]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["missing"] == [server.address]
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+def test_the_screen_outlives_a_service_that_does_not_answer(server, monkeypatch, code):
+    looks: list[object] = []
+
+    def fail_once(context: grpc.ServicerContext) -> None:
+        looks.append(context)
+        if len(looks) == 1:
+            context.abort(code, "not now")
+
+    def wait(_: float) -> None:
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+
+    server.on_load = fail_once
+    monkeypatch.setattr("oasst_cli.top.command.time", SimpleNamespace(**{**vars(time), "sleep": wait}))
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    result = CliRunner().invoke(app, ["top", "--address", server.address])
+    assert result.exit_code == 0, result.output
+    assert "not now" in result.output
+    assert "0/4" in result.output

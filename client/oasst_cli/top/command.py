@@ -6,13 +6,22 @@ from collections import deque
 from typing import Annotated
 
 import typer
-from oasst_client import Client, Load, RetryPolicy, UnavailableError, connect
+from oasst_client import (
+    Client,
+    DeadlineExceededError,
+    Load,
+    OverloadedError,
+    RequestCancelledError,
+    RetryPolicy,
+    UnavailableError,
+    connect,
+)
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from oasst_cli.options import Address, AsJson, ModelName, ProfileName, chosen_profile, json_line
-from oasst_cli.top.scrape import Samples, quantile_since, rate_since, scrape
+from oasst_cli.top.scrape import Samples, added_up, gained, quantile_of, scrape
 from oasst_cli.top.screen import Look, draw
 
 __all__ = ["top"]
@@ -29,6 +38,8 @@ _LOOKED_UP = "oasst_worker_prefix_lookup_tokens_total"
 _HIT = "oasst_worker_prefix_hit_tokens_total"
 _REQUESTS_BY_TENANT = "oasst_gateway_tenant_requests_total"
 _PROMPT_BY_TENANT = "oasst_gateway_tenant_prompt_tokens_total"
+# What a service says that is away, slow, stopping or full.
+_MAY_PASS = (UnavailableError, DeadlineExceededError, RequestCancelledError, OverloadedError)
 
 
 def top(
@@ -73,51 +84,52 @@ class _Watch:
         self._model = model
         self._metrics = metrics
         self._tokens_per_s: deque[float] = deque(maxlen=_NUM_SPARKS)
-        self._samples = scrape(metrics) if metrics else Samples()
+        self._samples = scrape(metrics)
         self._looked_s = time.monotonic()
 
     def look(self) -> Look:
         """What is known now; rates and latencies are of the time since the last look."""
         load = self._client.load(self._model)
-        now = scrape(self._metrics) if self._metrics else Samples()
+        now = scrape(self._metrics)
         looked_s = time.monotonic()
-        before, elapsed_s = self._samples, max(looked_s - self._looked_s, 1e-6)
+        new, elapsed_s = gained(self._samples, now), max(looked_s - self._looked_s, 1e-6)
         self._samples, self._looked_s = now, looked_s
-        self._tokens_per_s.append(_tokens_per_s(load, before, now, elapsed_s))
+        self._tokens_per_s.append(_tokens_per_s(load, new, elapsed_s))
+        told = added_up(now.values())
         return Look(
             title=f"{self._address}   {time.strftime('%H:%M:%S')}",
             load=load,
             tokens_per_s=tuple(self._tokens_per_s),
             latencies_s={
-                title: (quantile_since(before, now, name, 0.5), quantile_since(before, now, name, 0.95))
+                title: (quantile_of(new.buckets.get(name, {}), 0.5), quantile_of(new.buckets.get(name, {}), 0.95))
                 for name, title in _LATENCIES.items()
-                if name in now.buckets
+                if name in told.buckets
             },
-            prefix_hits=_prefix_hits(now),
-            tenants=_tenants(before, now, elapsed_s),
-            missing=now.missing,
+            prefix_hits=_prefix_hits(told),
+            tenants=_tenants(new, elapsed_s),
+            missing=[address for address in self._metrics if address not in now],
         )
 
 
-def _tokens_per_s(load: Load, before: Samples, now: Samples, elapsed_s: float) -> float:
+def _tokens_per_s(load: Load, new: Samples, elapsed_s: float) -> float:
     """As the gateways counted them; without their metrics, as the workers tell of the last seconds."""
-    counted = rate_since(before, now, _GENERATED, elapsed_s)
-    return sum(worker.tokens_per_second for worker in load.workers) if counted is None else counted
+    if _GENERATED in new.values:
+        return new.values[_GENERATED] / elapsed_s
+    return sum(worker.tokens_per_second for worker in load.workers)
 
 
-def _prefix_hits(now: Samples) -> float | None:
+def _prefix_hits(told: Samples) -> float | None:
     """Of all prompt tokens since the workers started; None where no worker tells, or none had a prompt."""
-    looked_up = now.values.get(_LOOKED_UP)
-    return now.values.get(_HIT, 0.0) / looked_up if looked_up else None
+    looked_up = told.values.get(_LOOKED_UP)
+    return told.values.get(_HIT, 0.0) / looked_up if looked_up else None
 
 
-def _tenants(before: Samples, now: Samples, elapsed_s: float) -> dict[str, tuple[float, float]]:
-    def rate(name: str, tenant: str) -> float:
-        earlier = before.by_tenant.get(name, {}).get(tenant, 0.0)
-        return max(0.0, now.by_tenant.get(name, {}).get(tenant, 0.0) - earlier) / elapsed_s
-
-    names = now.by_tenant.get(_REQUESTS_BY_TENANT, {})
-    return {each: (rate(_REQUESTS_BY_TENANT, each), rate(_PROMPT_BY_TENANT, each)) for each in names}
+def _tenants(new: Samples, elapsed_s: float) -> dict[str, tuple[float, float]]:
+    prompt_tokens = new.by_tenant.get(_PROMPT_BY_TENANT, {})
+    return {
+        tenant: (requests / elapsed_s, prompt_tokens.get(tenant, 0.0) / elapsed_s)
+        for tenant, requests in new.by_tenant.get(_REQUESTS_BY_TENANT, {}).items()
+    }
 
 
 def _print_looks(console: Console, watch: _Watch, interval_s: float, *, is_once: bool, as_json: bool) -> None:
@@ -133,11 +145,11 @@ def _print_looks(console: Console, watch: _Watch, interval_s: float, *, is_once:
 
 
 def _show_looks(console: Console, watch: _Watch, interval_s: float) -> None:
-    """On the whole terminal, until interrupted. A service that is away is told, and looked for again."""
+    """On the whole terminal, until interrupted. A service that does not answer is told, and asked again."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             try:
                 live.update(draw(watch.look()), refresh=True)
-            except UnavailableError as error:
+            except _MAY_PASS as error:
                 live.update(Text(f"{error}\nlooking again each {interval_s:g} s", style="red"), refresh=True)
             time.sleep(interval_s)

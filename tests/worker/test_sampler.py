@@ -16,6 +16,7 @@ from oasst_worker.model.sampler import Sampler, SamplingRow, processed_probabili
 from oasst_worker.model.shortcuts import Columns, draw_from_bucket, find_likely, find_typical
 from oasst_worker.model.survey import CompiledSurvey
 from oasst_worker.model.warpers import draw, warp
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList
 
 VOCABULARY = 2000
@@ -407,6 +408,28 @@ def test_logprobs_are_the_raw_logits_whatever_the_processors_do():
             zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
     assert sampled.logprobs[2] is None
+
+
+class Operators(TorchDispatchMode):
+    """Those that are called meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **kwargs or {})
+
+
+def test_logprobs_of_a_decided_draw_are_launched_with_it():
+    numbers = (2, None, 0, 2)
+    rows = [SamplingRow(params_of(temperature=0.0, logprobs=number), 0.0) for number in numbers]
+    drawing = Sampler(VOCABULARY, []).launch(peaked(4), rows)
+    with Operators() as operators:  # On a GPU each would wait for what was launched since.
+        sampled = drawing.wait()
+    assert [logprob and len(logprob.alternatives) for logprob in sampled.logprobs] == [2, None, 0, 2]
+    assert not {"aten.topk.default", "aten.select.int", "aten._local_scalar_dense.default"} & set(operators.names)
 
 
 def test_zero_alternatives_leave_the_tokens_own_logprob():

@@ -6,7 +6,7 @@ Order of processing, as in transformers: repetition penalty, presence and freque
 temperature, top_k, top_p, min_p, typical_p. Temperature 0 takes the most likely token, the lowest id of equals.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -97,9 +97,13 @@ class Sampler:
             raise ValueError(f"logits of shape {list(logits.shape)} for {len(rows)} rows of {self._vocab_size}")
         logits = logits.contiguous()  # Columns of several ranks are not.
         asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
-        of_asking = _take(logits, asking).log_softmax(dim=1) if asking else ()
-        log_probabilities = dict(zip(asking, of_asking, strict=True))
-        return Draw(logits, rows, self._draw_at_once(logits, rows, last_ids), log_probabilities)
+        log_probabilities = _take(logits, asking).log_softmax(dim=1) if asking else None  # Before logits change.
+        told = self._draw_at_once(logits, rows, last_ids)
+        logprobs = None
+        if log_probabilities is not None:
+            numbers = [rows[row].params.logprobs or 0 for row in asking]
+            logprobs = _Logprobs(log_probabilities, _take(told[0], asking), asking, numbers)
+        return Draw(logits, rows, told, logprobs)
 
     def _draw_at_once(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> Tensor:
         """Returns what a `Draw` is told of each row, without waiting for the device."""
@@ -123,18 +127,15 @@ class Draw:
         logits: Tensor,
         rows: Sequence[SamplingRow],
         told: Tensor,
-        log_probabilities: Mapping[int, Tensor],
+        logprobs: "_Logprobs | None",
     ) -> None:
-        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all.
-
-        `log_probabilities` [vocab] are those of each row that asks for some, by the raw logits.
-        """
+        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all."""
         # [rows] int64 on the device; those of undecided rows mean nothing.
         self.token_ids = told[0]
         self._logits = logits
         self._rows = rows
         self._fetch = Fetch(told)
-        self._log_probabilities = log_probabilities
+        self._logprobs = logprobs
 
     @torch.inference_mode()
     def wait(self) -> Sampled:
@@ -147,9 +148,45 @@ class Draw:
         for row, token_id in zip(undecided, _draw_closely(self._logits, rows, undecided), strict=True):
             token_ids[row] = token_id
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
-        for row, of_row in self._log_probabilities.items():
-            logprobs[row] = _describe(of_row, token_ids[row], rows[row].params.logprobs or 0)
+        for row, logprob in self._logprobs.wait(token_ids, at_once) if self._logprobs else ():
+            logprobs[row] = logprob
         return Sampled(token_ids, logprobs, at_once)
+
+
+class _Logprobs:
+    """What some rows of a draw ask for, on its way to the host beside their tokens."""
+
+    def __init__(self, log_probabilities: Tensor, drawn: Tensor, rows: list[int], numbers: list[int]) -> None:
+        """`log_probabilities` [asking, vocab] are those of these rows of the draw, by the raw logits.
+
+        `drawn` [asking] are the tokens that the device knows of; `numbers` are how many alternatives each row asks for.
+        """
+        self._log_probabilities = log_probabilities
+        self._rows = rows
+        vocab_size = log_probabilities.shape[1]
+        ids = drawn.clamp(0, vocab_size - 1)  # Anything may stand where nothing can be drawn.
+        self._of_drawn = Fetch(log_probabilities.gather(1, ids[:, None]))
+        # By number: which of equals come first may depend on it, and must not on what others ask for.
+        self._best: list[tuple[list[int], Fetch, Fetch]] = []
+        for number in set(numbers):
+            places = [place for place, of_place in enumerate(numbers) if of_place == number]
+            best = _take(log_probabilities, places).topk(min(number, vocab_size))
+            self._best.append((places, Fetch(best.indices), Fetch(best.values)))
+
+    def wait(self, token_ids: list[int | None], at_once: list[int]) -> Iterator[tuple[int, TokenLogprob]]:
+        """By row, of those that drew a token: `token_ids`, of which the device knew `at_once`."""
+        of_drawn = self._of_drawn.wait().flatten().tolist()
+        alternatives: dict[int, tuple[tuple[int, float], ...]] = {}
+        for places, ids, values in self._best:
+            for place, *best in zip(places, ids.wait().tolist(), values.wait().tolist(), strict=True):
+                alternatives[place] = tuple(zip(*best, strict=True))
+        for place, row in enumerate(self._rows):
+            token_id, logprob = token_ids[row], of_drawn[place]
+            if token_id is None:
+                continue
+            if token_id != at_once[row]:  # It took a closer look.
+                logprob = float(self._log_probabilities[place, token_id])
+            yield row, TokenLogprob(logprob, alternatives[place])
 
 
 def processed_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -250,13 +287,3 @@ def _draw_row(scores: Tensor, row: SamplingRow) -> int:
 def _take(logits: Tensor, rows: list[int]) -> Tensor:
     """Returns these rows, without a copy if they are all."""
     return logits if len(rows) == len(logits) else logits[to_device(rows, torch.int64, logits.device)]
-
-
-def _describe(log_probabilities: Tensor, token_id: int | None, num_alternatives: int) -> TokenLogprob | None:
-    if token_id is None:
-        return None
-    best = log_probabilities.topk(min(num_alternatives, len(log_probabilities)))
-    return TokenLogprob(
-        logprob=float(log_probabilities[token_id]),
-        alternatives=tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-    )

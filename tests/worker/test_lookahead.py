@@ -7,6 +7,7 @@ import torch
 from oasst.presets import PRESETS
 from oasst_worker.engine import (
     Batch,
+    Chunk,
     Computed,
     Engine,
     EngineConfig,
@@ -18,6 +19,7 @@ from oasst_worker.engine import (
 )
 from oasst_worker.model.config import load_config
 from oasst_worker.model.neox import NeoX
+from oasst_worker.model.transfer import Fetch
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import ModelRunner
 from oasst_worker.runtime.launched import DrawnBatch
@@ -197,6 +199,17 @@ def test_where_two_steps_find_no_memory_the_next_ones_go_alone(model):
     plain = make_engine(WatchedRunner(model, looks_ahead=False))
     plain.add(Sequence("a", [5, 6], GenerationParams(60, temperature=0.0, ignore_eos=True)))
     assert tokens == [output.token_id for _ in range(60) for output in plain.step()]
+
+
+def test_a_batch_that_draws_nothing_is_waited_for(model, monkeypatch):
+    waited: list[Fetch] = []
+    monkeypatch.setattr(Fetch, "wait", lambda fetch: waited.append(fetch))
+    chunk = Chunk(Sequence("a", [1, 2, 3], GenerationParams(4)), 0, 2)
+    chunk.sequence.blocks.append(0)
+    launched = ModelRunner(model, num_blocks=8).launch(Batch((chunk,)))
+    assert not waited
+    assert launched.wait() == ()
+    assert len(waited) == 1
 
 
 def test_a_batch_follows_none_that_draws_nothing(model):

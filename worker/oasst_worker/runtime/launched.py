@@ -10,9 +10,9 @@ from torch import Tensor
 
 from oasst_worker.engine import Batch, OutOfDeviceMemoryError, Sample, TokenLogprob
 from oasst_worker.model.sampler import Draw, Sampled
-from oasst_worker.model.transfer import to_device
+from oasst_worker.model.transfer import Fetch, to_device
 
-__all__ = ["DrawnBatch", "GivenTokens", "as_samples", "within_memory"]
+__all__ = ["DrawnBatch", "GivenTokens", "UndrawnBatch", "as_samples", "within_memory"]
 
 _T = TypeVar("_T")
 
@@ -51,6 +51,19 @@ class DrawnBatch:
         """The device had drawn the row's token before anybody looked at it. This batch was waited for."""
         sampled = self._sampled
         return sampled is not None and sampled.token_ids[row] == sampled.at_once[row]
+
+
+class UndrawnBatch:
+    """A batch of chunks of which none draws, an `oasst_worker.engine.Launched`."""
+
+    def __init__(self, logits: Tensor) -> None:
+        """`logits` [0, vocab] are the batch's: no numbers, which come to the host when it is computed all the same."""
+        self._fetch = Fetch(logits)
+
+    def wait(self) -> Items[Sample]:
+        """Nothing, once keys and values of every chunk are in the cache."""
+        self._fetch.wait()
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

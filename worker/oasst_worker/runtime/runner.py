@@ -27,7 +27,7 @@ from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import TrafficCount
 from oasst_worker.model.sampler import Draw, Sampler, SamplingRow, uniform_for
 from oasst_worker.runtime.buckets import DecodeBuckets
-from oasst_worker.runtime.launched import DrawnBatch, GivenTokens, as_samples, within_memory
+from oasst_worker.runtime.launched import DrawnBatch, GivenTokens, UndrawnBatch, as_samples, within_memory
 from oasst_worker.runtime.ranks import RankProcesses, SplitModel
 from oasst_worker.runtime.scoring import BatchTargets, find_targets, score_batch
 from oasst_worker.runtime.tensors import make_inputs
@@ -131,7 +131,7 @@ class ModelRunner:
         elif self.looks_ahead:  # The next batch writes there, and a row may have to be looked at again.
             logits = logits.clone()
         draw = self._draw(batch, logits, drawn_ids)
-        return DrawnBatch(batch, draw, given) if draw else Computed(())
+        return DrawnBatch(batch, draw, given) if draw else UndrawnBatch(logits)
 
     def _compute_scoring(self, batch: Batch, targets: BatchTargets) -> Items[Sample | Scores]:
         """As `execute`; logits of all targets at once would take too much memory, so those that draw come first."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack
 
@@ -17,7 +17,7 @@ from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of, traced
 from oasst_client._continuation import Continuation, EventRequest
-from oasst_client._errors import APIError, error_from_call, stream_closed
+from oasst_client._errors import APIError, client_closed, error_from_call, stream_closed
 from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
 from oasst_client._types import (
     Accepted,
@@ -63,10 +63,12 @@ class AsyncCompletionStream:
         continuation: Continuation,
         start_call: Callable[[EventRequest, float | None], _EventCall],
         cancel_request: Callable[[str], Awaitable[None]],
+        client_is_closed: asyncio.Event,
     ) -> None:
         self._continuation = continuation
         self._start_call = start_call
         self._cancel_request = cancel_request
+        self._client_is_closed = client_is_closed
         self._closed = asyncio.Event()
         self._call = start_call(continuation.next_call, continuation.attempts.remaining_s)
 
@@ -102,7 +104,7 @@ class AsyncCompletionStream:
                 await self._recover(error, error)
             except asyncio.CancelledError:
                 # gRPC says this both when our task is cancelled and when the call was closed under its reader.
-                if not self._closed.is_set():
+                if not self._is_closed:
                     raise
                 raise stream_closed(self.request_id) from None
 
@@ -147,10 +149,14 @@ class AsyncCompletionStream:
     def _accumulator(self) -> Accumulator:
         return self._continuation.accumulator
 
+    @property
+    def _is_closed(self) -> bool:
+        return self._closed.is_set() or self._client_is_closed.is_set()
+
     async def _recover(self, error: APIError, cause: Exception) -> None:
         """The next call has begun; raises the error if there is none."""
         self._call.cancel()
-        if not self._closed.is_set():
+        if not self._is_closed:
             try:
                 delay_s = self._continuation.recover(error)
             except APIError as final:
@@ -160,7 +166,7 @@ class AsyncCompletionStream:
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._closed.wait()
-        if self._closed.is_set():
+        if self._is_closed:
             raise stream_closed(self.request_id) from cause
         self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
 
@@ -194,6 +200,7 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(target, all_options)
         else:
             self._channel = grpc.aio.secure_channel(target, credentials, all_options)
+        self._closed = asyncio.Event()
         self._retry = retry
         self._query_timeout_s = query_timeout_s
         # Any: generated code has no types.
@@ -210,7 +217,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls in progress are cancelled."""
+        """Closes the connection; calls in progress end with RequestCancelledError."""
+        self._closed.set()
         await self._channel.close()
 
     async def chat(
@@ -379,10 +387,25 @@ class AsyncClient:
         attempts = Attempts(self._retry, timeout_s=timeout_s)
         while True:
             try:
-                return await method(request, timeout=attempts.remaining_s, metadata=traced(self._metadata))
+                with self._told_if_closed(request_id):
+                    return await method(request, timeout=attempts.remaining_s, metadata=traced(self._metadata))
             except grpc.aio.AioRpcError as error:
                 delay_s = delay_before_retry(attempts, error_from_call(error, request_id=request_id), cause=error)
-            await asyncio.sleep(delay_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._closed.wait()
+
+    @contextmanager
+    def _told_if_closed(self, request_id: str) -> Generator[None]:
+        """What goes wrong inside because the client was closed is told as that."""
+        try:
+            yield
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            # gRPC cancels whoever awaits a call of a channel that is closed, as if the task itself were cancelled.
+            if self._closed.is_set() and not (task and task.cancelling()):
+                raise client_closed(request_id) from error
+            raise
 
     def _stream(
         self, request: EventRequest, accumulator: Accumulator, timeout_s: float | None
@@ -390,11 +413,13 @@ class AsyncClient:
         def start_call(request: EventRequest, timeout_s: float | None) -> _EventCall:
             is_new = isinstance(request, chat_pb2.ChatRequest)
             method = self._chat.ChatStream if is_new else self._chat.WatchChat
-            call: _EventCall = method(request, timeout=timeout_s, metadata=traced(self._metadata))
+            with self._told_if_closed(request.request_id):
+                call: _EventCall = method(request, timeout=timeout_s, metadata=traced(self._metadata))
             return call
 
         attempts = Attempts(self._retry, timeout_s=timeout_s)
-        return AsyncCompletionStream(Continuation(request, accumulator, attempts), start_call, self._cancel_quietly)
+        continuation = Continuation(request, accumulator, attempts)
+        return AsyncCompletionStream(continuation, start_call, self._cancel_quietly, self._closed)
 
     async def _cancel_quietly(self, request_id: str) -> None:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""

@@ -47,6 +47,7 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "client_closed",
     "error_from_call",
     "error_from_failed",
     "stream_closed",
@@ -221,6 +222,11 @@ def error_from_failed(failed: chat_pb2.Failed, *, request_id: str) -> APIError:
 def stream_closed(request_id: str) -> RequestCancelledError:
     """What a reader is told whose stream was closed under it."""
     return RequestCancelledError("the stream was closed", code=grpc.StatusCode.CANCELLED.name, request_id=request_id)
+
+
+def client_closed(request_id: str) -> RequestCancelledError:
+    """What a caller is told whose client was closed under it."""
+    return RequestCancelledError("the client was closed", code=grpc.StatusCode.CANCELLED.name, request_id=request_id)
 
 
 def _error_class(code: grpc.StatusCode, reason: str) -> type[APIError]:

@@ -44,6 +44,8 @@ class ScriptedServer(
     # What asking for the load does before it answers.
     on_load: Callable[[grpc.ServicerContext], object] = lambda context: None
     metadata: list[dict[str, str]] = field(default_factory=list)
+    # Set when a chat was asked for.
+    started: threading.Event = field(default_factory=threading.Event)
     # Set when a caller has left a chat, or its chat has ended.
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -113,6 +115,7 @@ class ScriptedServer(
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         context.add_callback(self.ended.set)
+        self.started.set()
         yield from (self.script or self.answer)(request, context)
 
     def Chat(self, request, context):

@@ -188,3 +188,29 @@ async def test_a_stream_may_be_closed_after_its_client(server):
     await client.close()
     await stream.close()
     assert await server_saw_the_end(server)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda client: client.chat("Hi"), lambda client: client.stream("Hi").completion()], ids=["chat", "stream"]
+)
+async def test_closing_a_client_under_a_call_is_told_as_a_cancellation(server, call):
+    server.script = waits_for_its_caller(server)
+    client = AsyncClient(server.address)
+    answer = asyncio.create_task(call(client))
+    assert await asyncio.to_thread(server.started.wait, 5)
+    await client.close()
+    with pytest.raises(RequestCancelledError, match="was closed"):
+        await answer
+    with pytest.raises(RequestCancelledError, match="the client was closed"):
+        await call(client)
+
+
+async def test_a_task_that_is_cancelled_while_its_client_closes_is_cancelled(server):
+    server.script = waits_for_its_caller(server)
+    client = AsyncClient(server.address)
+    answer = asyncio.create_task(client.chat("Hi"))
+    assert await asyncio.to_thread(server.started.wait, 5)
+    answer.cancel()
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await answer

@@ -1,6 +1,7 @@
 """The synchronous client against a real server."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -311,3 +312,36 @@ def test_a_stream_may_be_closed_after_its_client(server):
     next(iter(stream.events()))
     client.close()
     stream.close()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda client: client.chat("Hi"), lambda client: client.stream("Hi").completion()], ids=["chat", "stream"]
+)
+def test_closing_a_client_under_a_call_is_told_as_a_cancellation(server, call):
+    server.script = waits_for_its_caller(server)
+    client = Client(server.address)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(call, client)
+        assert server.started.wait(timeout=5)
+        client.close()
+        with pytest.raises(RequestCancelledError, match="was closed"):
+            answer.result(timeout=5)
+    with pytest.raises(RequestCancelledError, match="the client was closed"):
+        call(client)
+    assert server.ended.wait(timeout=5)
+
+
+def test_closing_a_client_ends_the_wait_for_the_next_attempt(server):
+    def away(request, context):
+        retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=20))
+        server.refuse(context, code_pb2.UNAVAILABLE, "away", retry)
+        yield
+
+    server.script = away
+    client = Client(server.address)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(client.chat, "Hi")
+        assert server.ended.wait(timeout=5)
+        client.close()
+        with pytest.raises(RequestCancelledError):
+            answer.result(timeout=5)

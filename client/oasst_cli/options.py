@@ -33,7 +33,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help=f"The gateway, or several parted by commas. [env: OASST_ADDRESS; default: {DEFAULT_ADDRESS}]",
+        help=f"The gateway, or several IP addresses parted by commas. [env: OASST_ADDRESS; default: {DEFAULT_ADDRESS}]",
     ),
 ]
 ProfileName = Annotated[

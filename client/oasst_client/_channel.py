@@ -43,7 +43,7 @@ def target_of(address: str) -> str:
     """The gRPC target of an address.
 
     One `host:port` is resolved by DNS, all of its addresses are used in turn. Several, parted by commas, are the IP
-    addresses of gateways beside each other. A target with a scheme is left as it is.
+    addresses of gateways beside each other; gRPC looks up no list of names. A target with a scheme is left as it is.
 
     >>> target_of("chat.example:50051")
     'dns:///chat.example:50051'
@@ -53,7 +53,7 @@ def target_of(address: str) -> str:
     'unix:/run/oasst.sock'
 
     Raises:
-        ValueError: the address is empty, or a URL.
+        ValueError: the address is empty, a URL, or one of several that is no IP address with a port.
     """
     if not address:
         raise ValueError("the address is empty; give HOST:PORT")
@@ -61,9 +61,31 @@ def target_of(address: str) -> str:
         raise ValueError(f"{address} is a URL; give HOST:PORT, and tls=True where it would be https")
     if address.startswith(("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")):
         return address
-    if "," in address:
-        return ("ipv6:" if address.startswith("[") else "ipv4:") + address
-    return f"dns:///{address}"
+    if "," not in address:
+        return f"dns:///{address}"
+    parts = address.split(",")
+    version = 6 if address.startswith("[") else 4
+    if strange := next((part for part in parts if _ip_version(part) != version), None):
+        raise ValueError(
+            f"{strange!r} is not IP:PORT: several addresses must be IP addresses, all IPv4 or all [IPv6];"
+            " by name give one, which DNS may resolve to several"
+        )
+    return f"ipv{version}:{address}"
+
+
+def _ip_version(address: str) -> int | None:
+    """4 or 6; None for what is no IP address with a port.
+
+    >>> [_ip_version(address) for address in ("127.0.0.1:50051", "[::1]:50051", "::1", "localhost:50051")]
+    [4, 6, None, None]
+    """
+    host, _, port = address.rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        version = ipaddress.ip_address(host[1:-1] if is_bracketed else host).version
+    except ValueError:
+        return None
+    return version if port.isdecimal() and is_bracketed == (version == 6) else None
 
 
 @dataclass(frozen=True, slots=True)

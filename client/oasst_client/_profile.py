@@ -54,7 +54,7 @@ class ProfileError(OasstError):
 class Profile:
     """How a service is reached. Each field is a key of the file, and `OASST_` and its name a variable."""
 
-    # `host:port`, several of them parted by commas, or any gRPC target.
+    # `host:port`, several `ip:port` parted by commas, or any gRPC target.
     address: str = _DEFAULT_ADDRESS
     # Sent with every call. Secret.
     api_key: str | None = field(default=None, repr=False)
@@ -127,7 +127,7 @@ def open_channel(profile: Profile) -> grpc.Channel:
     with _told_as_profile_errors():
         tls = profile.tls_options
         credentials, options = channel_credentials(tls), channel_options(tls)
-    target = target_of(profile.address)
+        target = target_of(profile.address)
     if credentials is None:
         return grpc.insecure_channel(target, options)
     return grpc.secure_channel(target, credentials, options)

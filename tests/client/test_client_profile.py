@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from oasst_client import Profile, ProfileError, connect, connect_async, load_profile
+from oasst_client import Profile, ProfileError, connect, connect_async, load_profile, open_channel
 from oasst_client.testing import FakeServer
 
 FILE = """
@@ -79,11 +79,19 @@ def test_what_cannot_be_meant_is_refused(path, name, environment, complaint):
         (Profile(tls=True, tls_cert_file=Path("c.pem")), "needs cert and key"),
         (Profile(tls=True, tls_ca_file=Path("missing.pem")), r"missing\.pem cannot be read"),
         (Profile(address="chat.example:1", api_key="secret"), "would travel unencrypted"),
+        (Profile(address="localhost:1,localhost:2"), "'localhost:1' is not IP:PORT: several .* by name give one"),
+        (Profile(address="127.0.0.1:1,[::1]:2"), r"'\[::1\]:2' is not IP:PORT: .* all IPv4 or all \[IPv6\]"),
+        (Profile(address="127.0.0.1:1,127.0.0.1"), "'127.0.0.1' is not IP:PORT"),
     ],
 )
 def test_what_no_connection_can_be_made_of_is_refused(profile, complaint):
     with pytest.raises(ProfileError, match=complaint):
         connect(profile)
+
+
+def test_a_channel_of_an_address_that_is_none_is_refused_as_well():
+    with pytest.raises(ProfileError, match="is not IP:PORT"):
+        open_channel(Profile(address="localhost:1,localhost:2"))
 
 
 async def test_both_clients_bring_the_key():

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, ScoringSequence, Sequence
+from oasst_worker.model import inputs
 from oasst_worker.model.config import load_config
-from oasst_worker.model.inputs import AttentionSpan, StepInputs
+from oasst_worker.model.inputs import AttentionSpan, StepInputs, StepRows
 from oasst_worker.model.ranks import ConnectedRanks, ExchangeError, Share
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
-from oasst_worker.runtime.ranks import LostRankError, pack_inputs, unpack_inputs
+from oasst_worker.runtime.ranks import Command, LostRankError, SplitModel, pack_rows, unpack_rows
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -55,7 +57,8 @@ def runners(request, tmp_path_factory) -> Iterator[tuple[ModelRunner, ModelRunne
     """The same model in one process and in several."""
     num_ranks, parallel = request.param
     folder = make_folder(tmp_path_factory.mktemp("model"), use_parallel_residual=parallel)
-    split = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=num_ranks))
+    threads = 3 if num_ranks == 2 else 1
+    split = build_executor(folder, replace(OPTIONS, threads=threads, split="tensor", num_ranks=num_ranks))
     yield build_executor(folder, OPTIONS), split
     split.ranks.close()
 
@@ -134,18 +137,33 @@ def test_the_ranks_weights_together_are_the_checkpoint(folder):
     assert [layer.mlp_out_bias is None for layer in layers] == [False, True, True, True]
 
 
-def test_inputs_arrive_as_they_were_packed():
-    inputs = StepInputs(
-        token_ids=torch.tensor([5, 6, 7]),
-        positions=torch.tensor([0, 1, 9]),
-        cells=torch.tensor([16, 17, 41]),
-        spans=[AttentionSpan(0, 2, 0, 2, [1]), AttentionSpan(2, 1, 9, 0, [2, 4])],
-        drawing_rows=torch.tensor([2]),
-    )
-    arrived = unpack_inputs(pack_inputs(inputs), torch.device("cpu"))
-    assert arrived.spans == inputs.spans
+def test_rows_arrive_as_they_were_packed():
+    spans = [AttentionSpan(0, 2, 0, 2, [1]), AttentionSpan(2, 1, 9, 0, [2, 4])]
+    rows = StepRows([5, 6, 7], [0, 1, 9], [16, 17, 41], spans, [2])
+    assert unpack_rows(pack_rows(rows)) == rows
+
+
+def test_a_steps_numbers_go_to_a_device_in_one_copy(monkeypatch):
+    copies = []
+    monkeypatch.setattr(inputs, "to_device", lambda numbers, *_: copies.append(numbers) or torch.tensor(numbers))
+    rows = StepRows([5, 6, 7], [0, 1, 9], [16, 17, 41], [], [2])
+    on_device = rows.to(torch.device("cpu"))
+    assert len(copies) == 1
     for name in ("token_ids", "positions", "cells", "drawing_rows"):
-        assert torch.equal(getattr(arrived, name), getattr(inputs, name))
+        assert getattr(on_device, name).tolist() == getattr(rows, name)
+
+
+def test_other_ranks_are_told_what_the_host_knows_without_reading_it_from_the_device():
+    unread = object()  # For a tensor: reading one takes until all that was launched before is done.
+    rows = StepRows([5], [0], [16], [AttentionSpan(0, 1, 0, 1, [1])], [0])
+    told: list[tuple[Command, list[int]]] = []
+    processes = SimpleNamespace(tell=lambda *message: told.append(message))
+    model = SimpleNamespace(forward=lambda inputs, cache: "logits", ranks=None)
+    split = SplitModel(model, processes, SimpleNamespace(traffic=None))
+    assert split.forward(StepInputs(unread, unread, unread, rows.spans, unread, rows), []) == "logits"
+    assert told == [(Command.FORWARD, pack_rows(rows))]
+    with pytest.raises(ValueError, match="tokens that the host does not know"):
+        split.forward(StepInputs(unread, unread, unread, rows.spans, unread), [])
 
 
 @pytest.mark.parametrize(

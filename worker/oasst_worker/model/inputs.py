@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "AttentionSpan", "DecodeInputs", "StepInputs"]
+from oasst_worker.model.transfer import to_device
+
+__all__ = ["BLOCK_SIZE", "AttentionSpan", "DecodeInputs", "StepInputs", "StepRows"]
 
 # Positions in a block of the KV cache.
 BLOCK_SIZE = 16
@@ -25,6 +28,24 @@ class AttentionSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRows:
+    """One step's rows as the host knows them, in the words of StepInputs."""
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    cells: Sequence[int]
+    spans: Sequence[AttentionSpan]
+    drawing_rows: Sequence[int]
+
+    def to(self, device: torch.device) -> "StepInputs":
+        """The same on a device, in one copy."""
+        parts = (self.token_ids, self.positions, self.cells, self.drawing_rows)
+        numbers = to_device([*chain.from_iterable(parts)], torch.int64, device)
+        token_ids, positions, cells, drawing_rows = torch.split(numbers, [len(part) for part in parts])
+        return StepInputs(token_ids, positions, cells, self.spans, drawing_rows, rows=self)
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """One step's rows, sequence under sequence. All tensors on the model's device."""
 
@@ -33,6 +54,7 @@ class StepInputs:
     cells: Tensor  # [rows] int64, block * BLOCK_SIZE + offset: where each row's key and value go
     spans: Sequence[AttentionSpan]
     drawing_rows: Tensor  # [drawing] int64, the rows whose logits are wanted
+    rows: StepRows | None = None  # The same on the host, if it knows the token ids.
 
     def to(self, device: torch.device) -> "StepInputs":
         """The same, where a part of the model is."""

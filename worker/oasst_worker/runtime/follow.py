@@ -12,7 +12,7 @@ from oasst_worker.model.config import CheckpointError
 from oasst_worker.model.neox import KVCache, NeoX
 from oasst_worker.model.ranks import ExchangeError, Share
 from oasst_worker.runtime.build import RuntimeOptions, open_share
-from oasst_worker.runtime.ranks import Command, read_command, unpack_inputs
+from oasst_worker.runtime.ranks import Command, read_command, unpack_rows
 
 __all__ = ["follow", "main"]
 
@@ -45,7 +45,7 @@ def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
                 model.logits(rows)
             case kind, words if cache is not None:
                 compute = model.forward if kind is Command.FORWARD else model.hidden
-                compute(unpack_inputs(words, model.device), cache)
+                compute(unpack_rows(words).to(model.device), cache)
             case kind, _:
                 raise RuntimeError(f"told to {kind.name} before there was a cache")
     return 0

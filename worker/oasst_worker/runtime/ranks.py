@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from oasst_worker.model.config import NeoXConfig
-from oasst_worker.model.inputs import AttentionSpan, StepInputs
+from oasst_worker.model.inputs import AttentionSpan, StepInputs, StepRows
 from oasst_worker.model.neox import KVCache, NeoX
 from oasst_worker.model.ranks import ConnectedRanks
 
-__all__ = ["Command", "LostRankError", "RankProcesses", "SplitModel", "pack_inputs", "read_command", "unpack_inputs"]
+__all__ = ["Command", "LostRankError", "RankProcesses", "SplitModel", "pack_rows", "read_command", "unpack_rows"]
 
 _ENDING_S = 5.0
 # A folder of ours is made there, if it exists: files that ranks share are no disk's business.
@@ -39,8 +39,8 @@ class Command(IntEnum):
     """What the first rank tells the others to call, as it calls it itself."""
 
     MAKE_CACHE = 1  # number of blocks
-    FORWARD = 2  # packed inputs
-    HIDDEN = 3  # packed inputs
+    FORWARD = 2  # packed rows
+    HIDDEN = 3  # packed rows
     LOGITS = 4  # number of rows, which then come from the first rank
 
 
@@ -153,12 +153,12 @@ class SplitModel:
         return self._model.make_cache(num_blocks)
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        self.processes.tell(Command.FORWARD, pack_inputs(inputs))
+        self.processes.tell(Command.FORWARD, pack_rows(_known_rows(inputs)))
         with _without_retry():
             return self._model.forward(inputs, cache)
 
     def hidden(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        self.processes.tell(Command.HIDDEN, pack_inputs(inputs))
+        self.processes.tell(Command.HIDDEN, pack_rows(_known_rows(inputs)))
         with _without_retry():
             return self._model.hidden(inputs, cache)
 
@@ -188,18 +188,18 @@ def read_command(pipe: IO[bytes]) -> tuple[Command, list[int]] | None:
     return Command(header[0]), words.tolist()
 
 
-def pack_inputs(inputs: StepInputs) -> list[int]:
+def pack_rows(rows: StepRows) -> list[int]:
     """rows, spans, drawing rows | ids | positions | cells | drawing rows | each span's five numbers and blocks."""
-    words = [len(inputs.token_ids), len(inputs.spans), len(inputs.drawing_rows)]
-    for tensor in (inputs.token_ids, inputs.positions, inputs.cells, inputs.drawing_rows):
-        words += tensor.tolist()
-    for span in inputs.spans:
+    words = [len(rows.token_ids), len(rows.spans), len(rows.drawing_rows)]
+    for numbers in (rows.token_ids, rows.positions, rows.cells, rows.drawing_rows):
+        words += numbers
+    for span in rows.spans:
         words += [span.first_row, span.num_rows, span.start, span.num_prompt_rows, len(span.blocks), *span.blocks]
     return words
 
 
-def unpack_inputs(words: Sequence[int], device: torch.device) -> StepInputs:
-    """What was packed, on `device`."""
+def unpack_rows(words: Sequence[int]) -> StepRows:
+    """What was packed."""
     num_rows, num_spans, num_drawing = words[:3]
     at = 3
 
@@ -208,13 +208,18 @@ def unpack_inputs(words: Sequence[int], device: torch.device) -> StepInputs:
         at += count
         return words[at - count : at]
 
-    rows = [torch.tensor(take(count), dtype=torch.int64, device=device) for count in (*[num_rows] * 3, num_drawing)]
+    token_ids, positions, cells, drawing_rows = map(take, (num_rows, num_rows, num_rows, num_drawing))
     spans = []
     for _ in range(num_spans):
         first_row, count, start, num_prompt_rows, num_blocks = take(5)
-        spans.append(AttentionSpan(first_row, count, start, num_prompt_rows, list(take(num_blocks))))
-    token_ids, positions, cells, drawing_rows = rows
-    return StepInputs(token_ids=token_ids, positions=positions, cells=cells, spans=spans, drawing_rows=drawing_rows)
+        spans.append(AttentionSpan(first_row, count, start, num_prompt_rows, take(num_blocks)))
+    return StepRows(token_ids, positions, cells, spans, drawing_rows)
+
+
+def _known_rows(inputs: StepInputs) -> StepRows:
+    if inputs.rows is None:
+        raise ValueError("the other ranks of a model cannot be told tokens that the host does not know")
+    return inputs.rows
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

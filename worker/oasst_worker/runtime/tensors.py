@@ -1,11 +1,12 @@
 """From a batch to tensors: the rows of one step."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from oasst_worker.engine import Batch
-from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs
-from oasst_worker.model.transfer import to_device
+from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs, StepRows
 
 __all__ = ["make_inputs"]
 
@@ -35,11 +36,5 @@ def make_inputs(
             drawing_rows += range(first_row, len(token_ids))
         elif chunk.draws:
             drawing_rows += range(len(token_ids) - chunk.num_draws, len(token_ids))
-    rows = to_device([token_ids, positions, cells], torch.int64, device)
-    return StepInputs(
-        token_ids=rows[0] if drawn_ids is None else drawn_ids,
-        positions=rows[1],
-        cells=rows[2],
-        spans=spans,
-        drawing_rows=to_device(drawing_rows, torch.int64, device),
-    )
+    inputs = StepRows(token_ids, positions, cells, spans, drawing_rows).to(device)
+    return inputs if drawn_ids is None else replace(inputs, token_ids=drawn_ids, rows=None)

@@ -28,7 +28,9 @@ def by_all(tmp_path):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_sum_is_added_in_order_whatever_its_size(by_all, count, dtype):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_sum_is_added_in_order_whatever_its_size(by_all, monkeypatch, count, dtype, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     sizes = [1, 7, 64, SLOT // dtype.itemsize, SLOT // dtype.itemsize + 1, 200_001] * 3
     parts = [[torch.randn(size).to(dtype) for size in sizes] for _ in range(count)]
     expected = [list(accumulate(of_all, torch.add))[-1] for of_all in zip(*parts, strict=True)]

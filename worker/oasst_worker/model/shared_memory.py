@@ -48,11 +48,11 @@ class SharedMemory:
         library.join.argtypes = (ctypes.c_void_p,)
         library.join.restype = None
         self._sum = library.sum
-        self._sum.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-        self._sum.restype = ctypes.c_int64
+        self._sum.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        self._sum.restype = None
         self._gather_columns = library.gather_columns
         self._gather_columns.argtypes = (*(ctypes.c_void_p,) * 2, *(ctypes.c_int64,) * 3, ctypes.c_void_p)
-        self._gather_columns.restype = ctypes.c_int64
+        self._gather_columns.restype = None
         size = library.size_of_memory(count)
         if not size:
             raise RuntimeError(f"{count} processes are too many to share memory")
@@ -63,8 +63,8 @@ class SharedMemory:
             self._memory = mmap.mmap(opened.fileno(), size)
         self.dtype = dtype
         self._is_first = index == 0
-        # Of the kernel's `sum` and `party`, for other kernels; this object keeps them alive.
-        self.sum_address = ctypes.cast(library.sum, ctypes.c_void_p).value
+        # Of the kernel's `sum_by_team` and `party`, for other kernels; this object keeps them alive.
+        self.sum_address = ctypes.cast(library.sum_by_team, ctypes.c_void_p).value
         self._party = _Party(index, count, 0, False, ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
         self.party_address = ctypes.addressof(self._party)
         library.join(self.party_address)
@@ -84,7 +84,7 @@ class SharedMemory:
         Raises:
             LostPartyError: if a process has ended.
         """
-        self._sum(self.party_address, part.data_ptr(), part.numel())
+        self._sum(self.party_address, torch.get_num_threads(), part.data_ptr(), part.numel())
         self.check()
         return part
 

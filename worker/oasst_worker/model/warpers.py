@@ -1,8 +1,8 @@
 """Which tokens may be drawn, and the draw: the plain path, one row at a time.
 
 The warpers are transformers' (`transformers.generation.logits_process`, min_tokens_to_keep 1), in its order and in its
-arithmetic: fp32, the same sums in the same order, the same comparisons at the edges. `prefix` is the fast path beside
-this one; whatever it cannot decide beyond rounding is decided here.
+arithmetic: fp32, the same sums in the same order, the same comparisons at the edges. `shortcuts` is the fast path
+beside this one; whatever it cannot decide beyond rounding is decided here.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,6 @@ from oasst_worker.model.inputs import BLOCK_SIZE
 __all__ = ["QUERIES", "ROWS", "SIZES", "TILE", "load_kernels", "start_compiling"]
 
 _log = logging.getLogger(__name__)
-_pool = ThreadPoolExecutor(thread_name_prefix="compiler")
 
 # Rows of a prompt that one task of the attention takes, and rows that share loads.
 TILE = 16
@@ -43,7 +42,12 @@ def load_kernels(name: str, *definitions: str) -> ctypes.CDLL | None:
 @functools.cache
 def start_compiling(name: str, *definitions: str) -> "Future[ctypes.CDLL | None]":
     """What `load_kernels` will give, without waiting for the compiler."""
-    return _pool.submit(_compile, name, definitions)
+    return _compilers().submit(_compile, name, definitions)
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="compiler")
 
 
 def _compile(name: str, definitions: Sequence[str]) -> ctypes.CDLL | None:

@@ -23,6 +23,7 @@
 /* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
  * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
 #define WIDE (BLOCK / LANES) /* Vectors that hold 16 numbers. */
+_Static_assert(BLOCK == 16 && QUERIES == 4, "blend and attend are written out for these");
 #if defined(__AVX512F__) && (defined(ROWS_BF16) || defined(KV_INT8))
 #define MOST_QUERIES (2 * QUERIES) /* Numbers are widened as they are loaded, and there are registers for more rows. */
 #else

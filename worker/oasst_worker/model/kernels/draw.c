@@ -110,8 +110,8 @@ INLINED int64_t insert(float own, int64_t id, int64_t found, int64_t wanted, flo
     return found;
 }
 
-/* The `wanted` tokens of the highest rank, or as many as there are; returns their number. So many chunks have a peak of at
- * least the lowest of the `wanted` highest peaks, so a token below that is none of them: few chunks are looked into. */
+/* The `wanted` tokens of the highest rank, or as many as there are; returns their number. So many chunks have a peak of
+ * at least the lowest of the `wanted` highest peaks, so a token below that is none of them: few chunks are looked into. */
 INLINED int64_t select(
     const ranking *r, const float *x, int64_t size, const float *peaks, int64_t wanted, float *ranks, int64_t *ids) {
     int64_t chunks = (size + CHUNK - 1) / CHUNK, found = 0;

@@ -3,8 +3,8 @@
  * Every process has a slot in each of two sets. To exchange, all put a piece into their slots of one set and meet; then
  * each reads what it wants. The next piece goes into the other set: whoever comes to a third has met the others at the
  * second, which they came to when they had read the first. */
-#include "meeting.h"
 #include "scalars.h"
+#include "team.h"
 #include <errno.h>
 #include <signal.h>
 #include <unistd.h>
@@ -12,7 +12,7 @@
 #define SLOT (256 * 1024) /* Bytes. */
 #define MOST_PROCESSES 64
 
-/* At the beginning of the memory, zero at first; the slots come behind it. */
+/* At the beginning of the memory, zero at first; the slots come behind it, each on lines of its own. */
 typedef struct {
     meeting place;
     _Atomic int64_t processes[MOST_PROCESSES]; /* Their ids, for whoever waits for one that has ended. */
@@ -32,8 +32,8 @@ int64_t size_of_memory(int64_t count) {
 
 void join(party *p) { atomic_store(&p->memory->processes[p->index], getpid()); }
 
-static char *slot_of(const party *p, int64_t index) {
-    return (char *)(p->memory + 1) + (p->turn % 2 * p->count + index) * SLOT;
+static char *slot_of(const party *p, int64_t index, int64_t turn) {
+    return (char *)(p->memory + 1) + (turn % 2 * p->count + index) * SLOT;
 }
 
 static int are_all_there(const party *p) {
@@ -52,47 +52,61 @@ static int meet_all(party *p) {
     return !p->is_broken;
 }
 
-/* The part becomes the sum of all parts, added in the order of the processes. Returns 0 if one of them has ended. */
-int64_t sum(party *p, scalar *part, int64_t count) {
-    if (p->is_broken) return 0;
-    const int64_t most = SLOT / sizeof(scalar);
-    for (int64_t start = 0; start < count; start += most, p->turn++) {
-        int64_t size = min(count - start, most);
-        memcpy(slot_of(p, p->index), part + start, size * sizeof(scalar));
-        if (!meet_all(p)) return 0;
+/* By a whole team of threads, each for its own slice: the part becomes the sum of all parts, added in the order of the
+ * processes. Where one of them has ended the party is broken, and nothing is done. */
+void sum_by_team(team *all, party *p, scalar *part, int64_t count) {
+    if (p->is_broken) return;
+    const int64_t most = SLOT / sizeof(scalar), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    int64_t turn = p->turn;
+    for (int64_t start = 0; start < count; start += most, turn++) {
+        int64_t size = min(count - start, most), each = (size + threads - 1) / threads;
+        each = (each + LANES - 1) / LANES * LANES;
+        int64_t from = min(thread * each, size), end = min(from + each, size);
+        memcpy((scalar *)slot_of(p, p->index, turn) + from, part + start + from, (end - from) * sizeof(scalar));
+        meet(all);
+        if (thread == 0) p->turn++, meet_all(p);
+        meet(all);
+        if (p->is_broken) return;
         const scalar *slots[MOST_PROCESSES];
-        for (int64_t i = 0; i < p->count; i++) slots[i] = (const scalar *)slot_of(p, i);
-        for (int64_t i = 0; i < size; i += LANES) {
-            vector total = load_some(slots[0] + i, size - i);
+        for (int64_t i = 0; i < p->count; i++) slots[i] = (const scalar *)slot_of(p, i, turn);
+        for (int64_t i = from; i < end; i += LANES) {
+            vector total = load_some(slots[0] + i, end - i);
             for (int64_t other = 1; other < p->count; other++)
-                total = rounded(total + load_some(slots[other] + i, size - i));
-            store_some(part + start + i, total, size - i);
+                total = rounded(total + load_some(slots[other] + i, end - i));
+            store_some(part + start + i, total, end - i);
         }
     }
-    return 1;
+    meet(all);
 }
 
-/* Parts [rows, width] of all processes side by side: at the first one, out [rows, columns]. Returns as `sum`. */
-int64_t gather_columns(
+/* As `sum_by_team`, by a team of its own. */
+void sum(party *p, int64_t num_threads, scalar *part, int64_t count) {
+    team all = {0};
+#pragma omp parallel num_threads(num_threads)
+    sum_by_team(&all, p, part, count);
+}
+
+/* Parts [rows, width] of all processes side by side: at the first one, out [rows, columns]. Where one of them has ended
+ * the party is broken. */
+void gather_columns(
     party *p, const scalar *part, int64_t rows, int64_t width, int64_t columns, scalar *out) {
-    if (p->is_broken) return 0;
+    if (p->is_broken) return;
     const int64_t most = SLOT / sizeof(scalar);
     for (int64_t from = 0; from < width; from += most) {
         int64_t wide = min(width - from, most), rows_at_once = most / wide;
         for (int64_t start = 0; start < rows; start += rows_at_once, p->turn++) {
             int64_t size = min(rows - start, rows_at_once);
-            scalar *own = (scalar *)slot_of(p, p->index);
+            scalar *own = (scalar *)slot_of(p, p->index, p->turn);
             for (int64_t i = 0; i < size; i++)
                 memcpy(own + i * wide, part + (start + i) * width + from, wide * sizeof(scalar));
-            if (!meet_all(p)) return 0;
+            if (!meet_all(p)) return;
             for (int64_t other = 0; out && other < p->count; other++) {
                 int64_t column = other * width + from, end = min(columns, column + wide);
                 for (int64_t i = 0; i < size && column < end; i++)
                     memcpy(
-                        out + (start + i) * columns + column, (scalar *)slot_of(p, other) + i * wide,
+                        out + (start + i) * columns + column, (scalar *)slot_of(p, other, p->turn) + i * wide,
                         (end - column) * sizeof(scalar));
             }
         }
     }
-    return 1;
 }

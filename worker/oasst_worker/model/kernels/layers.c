@@ -12,8 +12,8 @@ typedef struct {
 
 /* `attend_rows_of_step` of attention.c, which knows what numbers the cache holds. */
 typedef void attend_by_team(team *all, const step *s, scalar *qkv, void *cache, scalar *out);
-/* `sum` of exchange.c. */
-typedef int64_t sum_over_ranks(void *party, scalar *part, int64_t count);
+/* `sum_by_team` of exchange.c. */
+typedef void sum_over_ranks(team *all, void *party, scalar *part, int64_t count);
 
 /* Layers, or a rank's share of them: of the heads and of the MLP. */
 typedef struct {
@@ -48,7 +48,7 @@ typedef struct {
     word *words;                    /* The most words of a row of any linear layer, and one. */
 } buffers;
 
-/* Outputs of a weight's panel. To be called once, before anything else. */
+/* Outputs of a weight's panel. To be called before anything else; again does no harm. */
 int64_t prepare(void) {
     ask_for_tiles();
     return PANEL;
@@ -70,9 +70,7 @@ void apply(
 
 /* By the whole team: a rank's part of rows becomes the sum of all ranks' parts. Where one is lost the party knows. */
 static void complete(team *all, const stack *n, scalar *part, int64_t count) {
-    if (!n->sum) return;
-    if (omp_get_thread_num() == 0) n->sum(n->party, part, count);
-    meet(all);
+    if (n->sum) n->sum(all, n->party, part, count);
 }
 
 /* By the whole team: b->hidden becomes b->next. */

@@ -20,9 +20,12 @@
 #define SPINS 2000
 #define SLEEP_NS 100000000 /* At most, before the caller looks about. */
 
-/* All zero before the first meeting. */
+#define LINE 64 /* Bytes that the processor moves from core to core as one. */
+
+/* All zero before the first meeting. On a line of its own, or whoever waits would be woken by others' writes. */
 typedef struct {
-    atomic_int arrived, turn, sleepers;
+    _Alignas(LINE) atomic_int arrived;
+    atomic_int turn, sleepers;
 } meeting;
 
 static inline void relax(void) {

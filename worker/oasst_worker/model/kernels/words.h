@@ -1,5 +1,6 @@
 /* The inputs of a product, as 32-bit words that hold one fp32, two bf16 or four int8 each, and what a word adds to a
- * sum. WEIGHTS says which; a row's inputs come as the same kind of words, int8 ones with 128 added (see `rows.h`).
+ * sum. WEIGHTS says which; a row's inputs come as the same kind of words, int8 ones with 128 added (see `quantize` in
+ * linear.h).
  *
  * Integer sums are exact, so any instruction gives the same. The order within a word of bf16 is the instruction's own.
  */

@@ -41,6 +41,7 @@ class Gateway:
     metrics_listen: str
     registry: CollectorRegistry
     channel: grpc.aio.Channel
+    reload: Callable[[], None]
 
     @property
     def chat(self) -> chat_pb2_grpc.ChatServiceStub:
@@ -75,11 +76,11 @@ async def start_gateway(model: ServedModel, valkey_url: str, **settings: object)
     registry = CollectorRegistry()
     async with (
         AsyncExitStack() as callers,  # Their connections outlive the gateway.
-        running_gateway(GatewaySettings.model_validate(options), model, registry) as addresses,
+        running_gateway(GatewaySettings.model_validate(options), model, registry) as running,
     ):
-        channel = grpc.aio.insecure_channel(addresses.listen)
+        channel = grpc.aio.insecure_channel(running.listen)
         callers.push_async_callback(channel.close, _STATUS_GRACE_S)
-        yield Gateway(addresses.listen, addresses.metrics, registry, channel)
+        yield Gateway(running.listen, running.metrics, registry, channel, running.reload)
 
 
 class RuleWorker:

@@ -1,7 +1,12 @@
-"""Runs one gateway as a process: `python -m oasst_gateway --help`."""
+"""Runs one gateway as a process: `python -m oasst_gateway --help`.
+
+SIGTERM, SIGINT   it drains; a second one cuts off what is open
+SIGHUP            tenants, the key of tokens and TLS files are read anew; with `--processes`, see `fleet`
+"""
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,11 +23,13 @@ from prometheus_client import (
 
 from oasst_gateway.errors import StartError
 from oasst_gateway.fleet import run_fleet
-from oasst_gateway.gateway import running_gateway
+from oasst_gateway.gateway import RunningGateway, running_gateway
 from oasst_gateway.model import ServedModel, load_model
 from oasst_gateway.settings import FAILPOINTS, GatewaySettings, read_settings
 
 __all__ = ["main"]
+
+logger = logging.getLogger("oasst_gateway")
 
 _EXIT_FAILED = 1
 _EXIT_BAD_OPTION = 2
@@ -82,7 +89,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 async def _serve(settings: GatewaySettings, model: ServedModel) -> None:
-    asked_to_stop = asyncio.Event()
+    asked_to_stop, asked_to_reload = asyncio.Event(), asyncio.Event()
     serving = asyncio.current_task()
 
     def stop() -> None:
@@ -93,20 +100,35 @@ async def _serve(settings: GatewaySettings, model: ServedModel) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
 
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    async with running_gateway(settings, model, registry) as addresses:
+    async with running_gateway(settings, model, registry) as gateway, asyncio.TaskGroup() as group:
         event = {
             "event": "serving",
             "role": "gateway",
             "id": settings.gateway_id,
-            "listen": addresses.listen,
-            "metrics": addresses.metrics,
+            "listen": gateway.listen,
+            "metrics": gateway.metrics,
         }
         print(json.dumps(event), flush=True)
+        reloading = group.create_task(_reload_when_asked(gateway, asked_to_reload))
         await asked_to_stop.wait()
+        reloading.cancel()
+
+
+async def _reload_when_asked(gateway: RunningGateway, asked: asyncio.Event) -> None:
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            await asyncio.to_thread(gateway.reload)
+        except StartError as error:
+            logger.error("reload failed, what was read before still counts error=%s", error)
+        else:
+            logger.info("reloaded tenants and certificate")
 
 
 if __name__ == "__main__":

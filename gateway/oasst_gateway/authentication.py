@@ -5,18 +5,30 @@ from oasst_gateway.settings import GatewaySettings
 from oasst_gateway.tenants import AnyOf, Authenticator, OneTenant, Tenant, Tenants
 from oasst_gateway.web_tokens import JwtAuthenticator, JwtIssuer
 
-__all__ = ["DEFAULT_TENANT", "make_authenticator"]
+__all__ = ["DEFAULT_TENANT", "FileAuthenticator"]
 
 # All callers of a gateway without a tenants file.
 DEFAULT_TENANT = Tenant("default", is_trusted=True)
 
 
-def make_authenticator(settings: GatewaySettings) -> Authenticator:
-    """Believes API keys of the tenants file and, where an issuer is named, its tokens; without a file, everybody.
+class FileAuthenticator:
+    """Believes whom the settings' files named when they were read last."""
 
-    Raises:
-        StartError: if a file is missing or wrong.
-    """
+    def __init__(self, settings: GatewaySettings) -> None:
+        """Raises StartError if a file is missing or wrong."""
+        self._settings = settings
+        self._current = _read_authenticator(settings)
+
+    def reload(self) -> None:
+        """Believes whom the files name now. Raises StartError, and goes on as before, if one is missing or wrong."""
+        self._current = _read_authenticator(self._settings)
+
+    def tenant_of(self, authorization: str) -> Tenant:
+        return self._current.tenant_of(authorization)
+
+
+def _read_authenticator(settings: GatewaySettings) -> Authenticator:
+    """Believes API keys of the tenants file and, where an issuer is named, its tokens; without a file, everybody."""
     if settings.tenants is None:
         return OneTenant(DEFAULT_TENANT)
     tenants = Tenants.from_file(settings.tenants)

@@ -14,7 +14,7 @@ from oasst_telemetry import Tracer, TracingError, start_tracer
 from prometheus_client import CollectorRegistry
 
 from oasst_gateway.admission import Admission, Outlook
-from oasst_gateway.authentication import make_authenticator
+from oasst_gateway.authentication import FileAuthenticator
 from oasst_gateway.chats import Chats
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import StartError
@@ -26,12 +26,13 @@ from oasst_gateway.monitor import QueueMonitor, watch_event_loop
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.probes import serving_probes
 from oasst_gateway.scores import Scores
-from oasst_gateway.server import TlsFiles, create_server
+from oasst_gateway.server import create_server
 from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
 from oasst_gateway.settings import GatewaySettings
+from oasst_gateway.tls import ServerCertificate, TlsFiles
 from oasst_gateway.watches import Watches
 
-__all__ = ["Addresses", "running_gateway"]
+__all__ = ["RunningGateway", "running_gateway"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +43,38 @@ _RPCS_PER_CHAT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where a gateway serves, as HOST:PORT."""
+class RunningGateway:
+    """A gateway that serves."""
 
-    listen: str
-    metrics: str | None  # None if it serves none.
+    listen: str  # HOST:PORT.
+    metrics: str | None  # HOST:PORT or unix:/PATH; None if it serves none.
+    authenticator: FileAuthenticator
+    certificate: ServerCertificate | None
+
+    def reload(self) -> None:
+        """Tenants, issuer and certificate are what their files hold now, for new RPCs and connections.
+
+        Raises:
+            StartError: if one is missing or wrong. Then all of them are as before.
+        """
+        renewed = None if self.certificate is None else self.certificate.read()
+        self.authenticator.reload()
+        if self.certificate is not None and renewed is not None:
+            self.certificate.renew(renewed)
 
 
 @asynccontextmanager
 async def running_gateway(
     settings: GatewaySettings, model: ServedModel, registry: CollectorRegistry
-) -> AsyncIterator[Addresses]:
+) -> AsyncIterator[RunningGateway]:
     """A gateway serves as long as the context is open; open chats may then go on for the drain's grace.
 
     Raises:
         StartError: if Redis does not answer in time, an address is taken, or a file of the settings is wrong.
     """
     metrics = GatewayMetrics(registry)
-    authenticator = make_authenticator(settings)
+    authenticator = FileAuthenticator(settings)
+    certificate = _certificate(settings)
     async with AsyncExitStack() as stack:
         tracer = _start_tracer(settings)
         stack.push_async_callback(asyncio.to_thread, tracer.close)
@@ -121,7 +136,7 @@ async def running_gateway(
         await stack.enter_async_context(_running(chats.run()))
         server, port = create_server(
             listen=settings.listen,
-            tls=_tls_files(settings),
+            certificate=certificate,
             chat_servicer=ChatServicer(chats),
             model_servicer=ModelServicer(model, submitter, monitor),
             scoring_servicer=ScoringServicer(scores),
@@ -136,7 +151,7 @@ async def running_gateway(
         await server.start()
         departure = _Departure(health, server, open_requests, watches, (chats, scores))
         stack.push_async_callback(departure.run, delay_s=settings.drain_delay_s, grace_s=settings.drain_grace_s)
-        yield Addresses(listen=_with_port(settings.listen, port), metrics=metrics_address)
+        yield RunningGateway(_with_port(settings.listen, port), metrics_address, authenticator, certificate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +199,10 @@ async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         raise failure  # Outside of the handler: there it would have the group it is in for its context, in a circle.
 
 
-def _tls_files(settings: GatewaySettings) -> TlsFiles | None:
+def _certificate(settings: GatewaySettings) -> ServerCertificate | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    return TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return ServerCertificate(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
 
 
 def _secret(settings: GatewaySettings) -> bytes:

@@ -1,8 +1,6 @@
 """The gRPC server, listening but not started."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # without stubs
@@ -14,25 +12,17 @@ from oasst_gateway.health import Health
 from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
 from oasst_gateway.services import SERVICES
+from oasst_gateway.tls import ServerCertificate
 
-__all__ = ["TlsFiles", "create_server"]
+__all__ = ["create_server"]
 
 _DESCRIBED = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files of a server."""
-
-    cert: Path
-    key: Path
-    client_ca: Path | None  # Who signs the callers' certificates; None if they need none.
 
 
 def create_server(
     *,
     listen: str,
-    tls: TlsFiles | None,
+    certificate: ServerCertificate | None,
     chat_servicer: ChatServicer,
     model_servicer: ModelServicer,
     scoring_servicer: ScoringServicer,
@@ -45,9 +35,8 @@ def create_server(
     """A server bound to `listen`, and its port (a free one was taken for port 0). It serves once it is started.
 
     Raises:
-        StartError: if it cannot listen there, or a TLS file is missing or wrong.
+        StartError: if it cannot listen there.
     """
-    credentials = None if tls is None else _credentials(tls)
     server = grpc.aio.server(
         interceptors=[interceptor],
         options=_options(max_message_bytes=max_message_bytes, reuse_port=reuse_port),
@@ -59,28 +48,13 @@ def create_server(
     if with_reflection:
         reflection.enable_server_reflection(_DESCRIBED, server)
     try:
-        port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
+        if certificate is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, certificate.credentials())
     except RuntimeError as error:
-        wrong = "is it in use?" if tls is None else "is it in use, or are the TLS files no certificate and its key?"
-        raise StartError(f"cannot listen on {listen}: {wrong}") from error
+        raise StartError(f"cannot listen on {listen}: is it in use?") from error
     return server, port
-
-
-def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Those of the files; callers must show a certificate if a CA for them is given."""
-    client_ca = None if tls.client_ca is None else _read(tls.client_ca)
-    return grpc.ssl_server_credentials(
-        [(_read(tls.key), _read(tls.cert))],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
-    )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StartError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _options(*, max_message_bytes: int, reuse_port: bool) -> Sequence[tuple[str, int]]:

@@ -88,7 +88,11 @@ class GatewaySettings(BaseSettings):
         "127.0.0.1:9464", description="HOST:PORT, or unix:/PATH, of /metrics, /healthz and /readyz."
     )
     processes: int = Field(
-        1, ge=1, le=256, description="Processes behind the port, each with its own limits; SIGHUP renews them."
+        1,
+        ge=1,
+        le=256,
+        description="Processes behind the port, each with its own limits. SIGHUP renews them; a single one reads its"
+        " tenants and TLS files anew.",
     )
     tls_cert: Path | None = Field(None, description="PEM file of the server's certificate and its chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")

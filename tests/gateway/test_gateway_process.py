@@ -75,6 +75,23 @@ async def test_a_second_signal_ends_it_at_once(checkpoint: Path, valkey_url: str
         assert stderr.splitlines()[-1] == "oasst_gateway: asked to stop twice, open chats were cut off"
 
 
+def test_a_hangup_reads_its_files_anew_and_ends_nothing(checkpoint: Path, valkey_url: str, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text('[[tenants]]\nname = "one"\n')
+    with gateway_process("--model", str(checkpoint), "--redis-url", valkey_url, "--tenants", str(tenants)) as process:
+        process.stdout.readline()
+        told = []
+        for text in ("[[tenants]", '[[tenants]]\nname = "two"\n'):
+            tenants.write_text(text)
+            process.send_signal(signal.SIGHUP)
+            told.append(next(line for line in process.stderr if "reload" in line))
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, stderr
+    assert "reload failed" in told[0]
+    assert "reloaded tenants and certificate" in told[1]
+
+
 def test_a_model_that_is_not_there_stops_the_start_with_one_sentence(tmp_path: Path) -> None:
     with gateway_process("--model", str(tmp_path)) as process:
         _, stderr = process.communicate(timeout=20)

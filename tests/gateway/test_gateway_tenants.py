@@ -38,6 +38,10 @@ def row(name: str, *keys: ApiKey, **settings: object) -> str:
     return "\n".join(["[[tenants]]", f'name = "{name}"', f"keys = [{pairs}]", *lines, ""])
 
 
+def rewrite(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
 @pytest.fixture
 def acme() -> ApiKey:
     return draw_api_key()
@@ -312,6 +316,27 @@ async def test_metrics_can_be_switched_off(model: ServedModel, valkey_url: str) 
         assert gateway.metrics_listen is None
 
 
+async def test_a_tenants_file_is_read_anew_when_asked_and_a_wrong_one_changes_nothing(
+    guarded: Gateway, tenants_file: Path, acme: ApiKey
+) -> None:
+    async def opens(key: ApiKey) -> bool:
+        try:
+            await guarded.model.ListModels(model_pb2.ListModelsRequest(), metadata=bearer(key.key))
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
+    newcomer = draw_api_key()
+    assert (await opens(acme), await opens(newcomer)) == (True, False)
+    rewrite(tenants_file, "[[tenants]")
+    with pytest.raises(StartError, match="cannot read the tenants"):
+        guarded.reload()
+    assert (await opens(acme), await opens(newcomer)) == (True, False)
+    rewrite(tenants_file, row("newcomer", newcomer))
+    guarded.reload()
+    assert (await opens(acme), await opens(newcomer)) == (False, True)
+
+
 # ------------------------------------------------------------------------------------------------------------------ SDK
 
 
@@ -348,6 +373,35 @@ async def test_the_sdk_speaks_tls_and_shows_its_certificate(
             async with AsyncClient(gateway.listen, tls=tls, query_timeout_s=0.5) as client:
                 with pytest.raises(UnavailableError):
                     await client.models()
+
+
+async def test_a_certificate_is_read_anew_when_asked_and_a_wrong_one_changes_nothing(
+    model: ServedModel, valkey_url: str, tmp_path: Path, tenants_file: Path, acme: ApiKey
+) -> None:
+    before, after = Authority(tmp_path, "before"), Authority(tmp_path, "after")
+    server = before.issue("server")
+
+    async def answers(ca: Path) -> bool:
+        async with AsyncClient(gateway.listen, tls=Tls(ca=ca), api_key=acme.key, query_timeout_s=0.5) as client:
+            try:
+                await client.models()
+            except UnavailableError:
+                return False
+            return True
+
+    async with start_gateway(
+        model, valkey_url, tls_cert=server.cert, tls_key=server.key, tenants=tenants_file
+    ) as gateway:
+        assert (await answers(before.ca), await answers(after.ca)) == (True, False)
+        after.issue("other").key.replace(server.key)
+        rewrite(tenants_file, row("nobody"))
+        with pytest.raises(StartError, match="no certificate and its key"):
+            gateway.reload()
+        assert (await answers(before.ca), await answers(after.ca)) == (True, False)
+        rewrite(tenants_file, row("acme", acme))
+        after.issue("server")
+        gateway.reload()
+        assert (await answers(before.ca), await answers(after.ca)) == (False, True)
 
 
 async def test_a_missing_certificate_stops_the_start(model: ServedModel, valkey_url: str, tmp_path: Path) -> None:

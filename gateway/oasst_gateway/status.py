@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # without stubs
 from grpc_status import rpc_status  # type: ignore[import-untyped]  # without stubs
-from oasst_jobs import PoisonedPromptError, QueueError, QueueUnavailableError, RequestConflictError
+from oasst_jobs import PoisonedPromptError, QueueError, QueueUnavailableError, RequestConflictError, UnavailableReason
 
 from oasst_gateway.errors import (
     ChatFailedError,
@@ -115,12 +115,27 @@ def _conflict(error: RequestConflictError) -> RpcStatus:
     return RpcStatus(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_CONFLICT", message)
 
 
+# Whether the call was carried out is unknown for most of these. It may be made again with every one.
+_WHY_UNAVAILABLE = {
+    UnavailableReason.UNREACHABLE: "the queue cannot be reached",
+    UnavailableReason.TIMEOUT: "the queue did not answer in time",
+    UnavailableReason.ACCESS_DENIED: "the queue does not let this gateway in",
+    UnavailableReason.LOADING: "the queue is starting",
+    UnavailableReason.BUSY: "the queue is busy",
+    UnavailableReason.READ_ONLY: "the queue takes nothing now: another server is to take its place",
+    UnavailableReason.TOO_FEW_REPLICAS: "the queue takes nothing now: it has too few replicas",
+    UnavailableReason.STORAGE_FULL: "the queue takes nothing now: it cannot write to its disk",
+    UnavailableReason.MEMORY_FULL: "the queue takes nothing now: its memory is full",
+    UnavailableReason.CLUSTER_DOWN: "a part of the queue is down",
+    UnavailableReason.NOT_REPLICATED: "the queue has it, but no replica of the queue confirmed that in time",
+}
+
+
 def _queue_unavailable(error: QueueUnavailableError) -> RpcStatus:
-    message = "the queue cannot be reached; nothing was lost"
     return RpcStatus(
         grpc.StatusCode.UNAVAILABLE,
         "QUEUE_UNAVAILABLE",
-        message,
+        f"{_WHY_UNAVAILABLE[error.reason]}; the same call may be made again",
         retry_after_s=_UNAVAILABLE_RETRY_S,
         metadata={"cause": error.reason},
     )

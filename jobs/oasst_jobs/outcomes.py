@@ -14,7 +14,7 @@ STREAM_DIVERGED = "STREAM_DIVERGED"
 _ENDS_WITHOUT_WORKER = {
     JobState.CANCELLED: (code_pb2.CANCELLED, "CANCELLED", "the request was cancelled"),
     JobState.EXPIRED: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the request's time ran out"),
-    JobState.FAILED: (code_pb2.INTERNAL, "POISON", "every worker that ran the request was lost"),
+    JobState.FAILED: (code_pb2.ABORTED, "POISON", "every worker that ran the request was lost"),
 }
 
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import redis.asyncio
+from google.rpc import code_pb2
 from job_samples import MODEL, finished, make_entry, make_job
 from oasst_jobs import (
     ClaimedJob,
@@ -84,7 +85,7 @@ async def test_a_job_that_killed_three_workers_is_dead(submitter: Submitter, cla
     assert snapshot is not None
     assert snapshot.state is JobState.FAILED
     assert snapshot.outcome is not None
-    assert snapshot.outcome.failed.reason == "POISON"
+    assert (snapshot.outcome.failed.code, snapshot.outcome.failed.reason) == (code_pb2.ABORTED, "POISON")
     assert await claimer.claim(max_jobs=1, max_tokens=1000, is_idle=True) == []
 
 

@@ -13,7 +13,7 @@ from certificates import Authority
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from gateway_harness import Gateway, RuleWorker, ask, details_of, start_gateway, text_of
-from oasst.v1 import chat_pb2, model_pb2
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2
 from oasst_client import AsyncClient, PermissionDeniedError, Tls, UnauthenticatedError, UnavailableError
 from oasst_gateway.errors import StartError
 from oasst_gateway.errors import UnauthenticatedError as NoTenantError
@@ -264,6 +264,21 @@ async def test_another_tenants_request_cannot_be_seen_watched_or_cancelled(
         assert details_of(refused.value).reason == "CHAT_NOT_FOUND"
     owner = await guarded.chat.GetChat(chat_pb2.GetChatRequest(**name), metadata=bearer(acme.key))
     assert owner.state == chat_pb2.CHAT_STATE_WAITING
+
+
+async def test_a_request_is_cancelled_by_its_id_alone_but_not_with_a_token_that_is_not_its_own(
+    guarded: Gateway, acme: ApiKey
+) -> None:
+    metadata = bearer(acme.key)
+    await guarded.chat.SubmitChat(ask("Hello!", request_id="r-1"), metadata=metadata)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        cancel = chat_pb2.CancelChatRequest(request_id="r-1", resume_token="0" * 32)
+        await guarded.chat.CancelChat(cancel, metadata=metadata)
+    assert details_of(refused.value).reason == "CHAT_NOT_FOUND"
+    async with grpc.aio.insecure_channel(guarded.listen) as elsewhere:
+        stub = chat_pb2_grpc.ChatServiceStub(elsewhere)
+        answer = await stub.CancelChat(chat_pb2.CancelChatRequest(request_id="r-1"), metadata=metadata)
+    assert answer.state == chat_pb2.CHAT_STATE_CANCELLED
 
 
 async def test_only_trusted_tenants_form_turns_themselves(guarded: Gateway, acme: ApiKey, umbrella: ApiKey) -> None:

@@ -271,8 +271,8 @@ async def test_a_request_is_cancelled_by_its_id_alone_but_not_with_a_token_that_
 ) -> None:
     metadata = bearer(acme.key)
     await guarded.chat.SubmitChat(ask("Hello!", request_id="r-1"), metadata=metadata)
+    cancel = chat_pb2.CancelChatRequest(request_id="r-1", resume_token="0" * 32)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        cancel = chat_pb2.CancelChatRequest(request_id="r-1", resume_token="0" * 32)
         await guarded.chat.CancelChat(cancel, metadata=metadata)
     assert details_of(refused.value).reason == "CHAT_NOT_FOUND"
     async with grpc.aio.insecure_channel(guarded.listen) as elsewhere:

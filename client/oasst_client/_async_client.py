@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, Unpack
 import grpc
 import grpc.aio
 from google.protobuf.message import Message as ProtoMessage
-from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2_grpc
 
 from oasst_client import _score as scoring
 from oasst_client import _wire as wire
@@ -311,34 +311,42 @@ class AsyncClient:
     ) -> tuple[ItemScore, ...]:
         """How likely each continuation is after its context. Arguments and errors as for `Client.score`."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        requests = scoring.split_requests(
+        parts = scoring.split_requests(
             await self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
         )
         slots = asyncio.Semaphore(scoring.REQUESTS_AT_ONCE)
         num_scored = 0
 
-        async def score(request: scoring_pb2.ScoreRequest) -> list[ItemScore]:
+        async def score(part: scoring.ScorePart) -> list[ItemScore]:
             nonlocal num_scored
             async with slots:
                 remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                request_id = part.request.request_id
                 try:
-                    response = await self._call_again(self._scoring.Score, request, remaining_s, request.request_id)
+                    with scoring.told_of_all_items(part):
+                        response = await self._call_again(self._scoring.Score, part.request, remaining_s, request_id)
                 except asyncio.CancelledError:
-                    await self._cancel_quietly(request.request_id)
+                    await self._cancel_quietly(request_id)
                     raise
-            scores = scoring.scores_from(response, request)
+            scores = scoring.scores_from(response, part.request)
             num_scored += len(scores)
             if on_progress:
                 on_progress(num_scored)
             return scores
 
-        under_way = [asyncio.ensure_future(score(request)) for request in requests]
+        under_way = [asyncio.ensure_future(score(part)) for part in parts]
         try:
             return tuple(each for scores in await asyncio.gather(*under_way) for each in scores)
         finally:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def encode_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, model: str = "", parse_control_tokens: bool = False
+    ) -> tuple[ScoreItem, ...]:
+        """The texts (context, continuation) as token ids. Errors as for `Client.encode_pairs`."""
+        return tuple(await self._score_items(list(pairs), model, parse_control_tokens))
 
     async def models(self) -> tuple[Model, ...]:
         """Every served model."""
@@ -369,13 +377,16 @@ class AsyncClient:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(await self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
-    async def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
+    async def _score_items(
+        self, items: list[ScoreItemLike], model: str, parse_control_tokens: bool = False
+    ) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
-        ids = await self.tokenize(*scoring.texts_of(pairs), model=model)
+        texts = scoring.texts_of(pairs)
+        ids = await self.tokenize(*texts, model=model, parse_control_tokens=parse_control_tokens)
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = (await self.model(model)).control_tokens.end_of_text if has_empty_context else 0
-        return scoring.token_items(items, pairs, ids, end_of_text=end_of_text)
+        return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)
 
     async def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
         return await self._call_again(method, request, self._query_timeout_s)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, Unpack
 
 import grpc
 from google.protobuf.message import Message as ProtoMessage
-from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2_grpc
 
 from oasst_client import _score as scoring
 from oasst_client import _wire as wire
@@ -358,20 +358,21 @@ class Client:
         (-1.0, False)
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        requests = scoring.split_requests(
+        parts = scoring.split_requests(
             self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
         )
         is_given_up = threading.Event()
 
-        def score(request: scoring_pb2.ScoreRequest) -> list[ItemScore]:
+        def score(part: scoring.ScorePart) -> list[ItemScore]:
             if is_given_up.is_set():
                 return []
             remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            response = self._call_again(self._scoring.Score, request, remaining_s, request.request_id)
-            return scoring.scores_from(response, request)
+            with scoring.told_of_all_items(part):
+                response = self._call_again(self._scoring.Score, part.request, remaining_s, part.request.request_id)
+            return scoring.scores_from(response, part.request)
 
         with ThreadPoolExecutor(scoring.REQUESTS_AT_ONCE, thread_name_prefix="score") as pool:
-            under_way = [pool.submit(score, request) for request in requests]
+            under_way = [pool.submit(score, part) for part in parts]
             scores: list[ItemScore] = []
             try:
                 for future in under_way:
@@ -381,8 +382,23 @@ class Client:
                 return tuple(scores)
             except BaseException:
                 is_given_up.set()
-                self._cancel_scores(requests, under_way)
+                self._cancel_scores(parts, under_way)
                 raise
+
+    def encode_pairs(
+        self, pairs: Iterable[tuple[str, str]], *, model: str = "", parse_control_tokens: bool = False
+    ) -> tuple[ScoreItem, ...]:
+        """The texts (context, continuation) as token ids, as `score` has them tokenized.
+
+        White space between the two belongs to the continuation; an empty context becomes end-of-text.
+
+        Raises:
+            ValueError: a continuation is empty, or has no token of its own.
+
+        >>> client.encode_pairs([("Hi ", "you")])
+        (ScoreItem(token_ids=(72, 105, 32, 121, 111, 117), context_length=2),)
+        """
+        return tuple(self._score_items(list(pairs), model, parse_control_tokens))
 
     def models(self) -> tuple[Model, ...]:
         """Every served model."""
@@ -419,21 +435,22 @@ class Client:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
-    def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
+    def _score_items(
+        self, items: list[ScoreItemLike], model: str, parse_control_tokens: bool = False
+    ) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
-        ids = self.tokenize(*scoring.texts_of(pairs), model=model)
+        texts = scoring.texts_of(pairs)
+        ids = self.tokenize(*texts, model=model, parse_control_tokens=parse_control_tokens)
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = self.model(model).control_tokens.end_of_text if has_empty_context else 0
-        return scoring.token_items(items, pairs, ids, end_of_text=end_of_text)
+        return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)
 
-    def _cancel_scores(
-        self, requests: Sequence[scoring_pb2.ScoreRequest], under_way: Sequence[Future[list[ItemScore]]]
-    ) -> None:
+    def _cancel_scores(self, parts: Sequence[scoring.ScorePart], under_way: Sequence[Future[list[ItemScore]]]) -> None:
         """Requests that have not ended do so at the server, and with it their calls here."""
-        for request, future in zip(requests, under_way, strict=True):
+        for part, future in zip(parts, under_way, strict=True):
             if not future.cancel() and not future.done():
-                self._cancel_quietly(request.request_id)
+                self._cancel_quietly(part.request.request_id)
 
     def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
         return self._call_again(method, request, self._query_timeout_s)

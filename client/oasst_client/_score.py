@@ -1,23 +1,27 @@
 """From items to score to requests that a server takes, and back: pure, used by both shells."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from oasst.v1 import scoring_pb2
 
 from oasst_client._batches import batches
-from oasst_client._errors import ProtocolError
+from oasst_client._errors import APIError, FieldViolation, ProtocolError
 from oasst_client._request_id import new_request_id
 from oasst_client._types import ItemScore, ScoreItem, ScoreItemLike
 
 __all__ = [
     "REQUESTS_AT_ONCE",
+    "ScorePart",
     "TextPair",
     "scores_from",
     "split_pairs",
     "split_requests",
     "texts_of",
     "token_items",
+    "told_of_all_items",
 ]
 
 # Requests of one call that are under way together: enough that a worker never waits for the next one.
@@ -26,6 +30,8 @@ REQUESTS_AT_ONCE = 4
 # Of one request. Smaller than what a server takes: less is done again where one is lost.
 _ITEMS_PER_REQUEST = 64
 _TOKENS_PER_REQUEST = 32_768
+
+_INDEX = re.compile(r"\bitems\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,15 @@ class TextPair:
     context: str
     # Context and continuation.
     whole: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePart:
+    """Some of the items, as one request."""
+
+    request: scoring_pb2.ScoreRequest
+    # The place of its first item among all items.
+    first: int
 
 
 def split_pairs(items: Sequence[ScoreItemLike]) -> list[TextPair]:
@@ -70,43 +85,72 @@ def _texts_of(item: object, index: int) -> tuple[str, str]:
 
 
 def texts_of(pairs: Sequence[TextPair]) -> list[str]:
-    """Context and whole of each pair in turn."""
-    return [text for pair in pairs for text in (pair.context, pair.whole)]
+    """Every text that must be tokenized, once."""
+    return list(dict.fromkeys(text for pair in pairs for text in (pair.context, pair.whole)))
 
 
 def token_items(
-    items: Sequence[ScoreItemLike], pairs: Sequence[TextPair], ids: Iterable[Sequence[int]], *, end_of_text: int
+    items: Sequence[ScoreItemLike], pairs: Sequence[TextPair], ids: Mapping[str, tuple[int, ...]], *, end_of_text: int
 ) -> list[ScoreItem]:
-    """All items as token ids; `ids` are those of each pair's context and whole. An empty context is `end_of_text`."""
-    remaining_ids = iter(ids)
+    """All items as token ids; `ids` are those of each text.
+
+    An empty context is `end_of_text`, unless the continuation brings it.
+
+    Raises:
+        ValueError: a continuation has no token of its own: it ends inside of the context's last one.
+    """
     whole: dict[int, ScoreItemLike] = dict(enumerate(items))
     for pair in pairs:
-        context_ids, whole_ids = next(remaining_ids), next(remaining_ids)
-        if pair.context:
-            whole[pair.index] = ScoreItem(whole_ids, len(context_ids))
-        else:
-            whole[pair.index] = ScoreItem((end_of_text, *whole_ids), 1)
+        context_length, token_ids = len(ids[pair.context]), ids[pair.whole]
+        if not pair.context:
+            context_length = 1
+            token_ids = token_ids if token_ids[:1] == (end_of_text,) else (end_of_text, *token_ids)
+        if context_length >= len(token_ids):
+            raise ValueError(
+                f"items[{pair.index}]: the continuation has no token of its own, {items[pair.index]!r:.200}"
+            )
+        whole[pair.index] = ScoreItem(token_ids, context_length)
     return [item for item in whole.values() if isinstance(item, ScoreItem)]
 
 
-def split_requests(items: Sequence[ScoreItem], *, model: str, token_logprobs: bool) -> list[scoring_pb2.ScoreRequest]:
+def split_requests(items: Sequence[ScoreItem], *, model: str, token_logprobs: bool) -> list[ScorePart]:
     """Requests that hold all the items, in order, each with an id of its own.
 
     Raises:
-        ValueError: a value no request can carry.
+        ValueError: a value no request can carry, or an item without context or continuation.
     """
-    parts = batches(
+    for index, item in enumerate(items):
+        if not 1 <= item.context_length < len(item.token_ids):
+            raise ValueError(
+                f"items[{index}]: context_length must be at least 1 and less than all its {len(item.token_ids)} ids,"
+                f" is {item.context_length}"
+            )
+    parts: list[ScorePart] = []
+    for part in batches(
         items, [len(item.token_ids) for item in items], most=_ITEMS_PER_REQUEST, most_cost=_TOKENS_PER_REQUEST
-    )
-    return [
-        scoring_pb2.ScoreRequest(
-            model=model,
-            items=map(_item_proto, part),
-            token_logprobs=token_logprobs,
-            request_id=new_request_id(),
+    ):
+        request = scoring_pb2.ScoreRequest(
+            model=model, items=map(_item_proto, part), token_logprobs=token_logprobs, request_id=new_request_id()
         )
-        for part in parts
-    ]
+        parts.append(ScorePart(request, parts[-1].first + len(parts[-1].request.items) if parts else 0))
+    return parts
+
+
+@contextmanager
+def told_of_all_items(part: ScorePart) -> Generator[None]:
+    """What is told inside of the request's items is told of their places among all items."""
+
+    def moved(text: str) -> str:
+        return _INDEX.sub(lambda match: f"items[{part.first + int(match[1])}]", text)
+
+    try:
+        yield
+    except APIError as error:
+        error.message = moved(error.message)
+        error.field_violations = tuple(
+            FieldViolation(moved(each.field), moved(each.description)) for each in error.field_violations
+        )
+        raise
 
 
 def scores_from(response: scoring_pb2.ScoreResponse, request: scoring_pb2.ScoreRequest) -> list[ItemScore]:

@@ -86,12 +86,21 @@ def test_texts_are_tokenized_by_the_server_with_the_space_in_the_continuation(se
         (("only",), TypeError, r"items\[1\]: give a ScoreItem or the texts"),
         ("ab", TypeError, r"items\[1\]: give a ScoreItem or the texts"),
         (("context", ""), ValueError, r"items\[1\]: the continuation is empty"),
+        (ScoreItem([1], 1), ValueError, r"items\[1\]: context_length must be at least 1 and less than all its 1 ids"),
+        (ScoreItem([1, 2], 0), ValueError, r"items\[1\]: context_length .* 2 ids, is 0"),
     ],
 )
 def test_what_is_no_item_is_told_before_anything_is_sent(server, item, error, message):
     with Client(server.address) as client, pytest.raises(error, match=message):
         client.score([("a", "b"), item])
     assert server.score_requests == []
+
+
+def test_a_continuation_that_ends_inside_of_the_last_token_of_its_context_is_told():
+    with FakeServer() as server, Client(server.address) as client:
+        with pytest.raises(ValueError, match=r"items\[1\]: the continuation has no token of its own, \('me', 'me'\)"):
+            client.score([("a", " b"), ("me", "me")])
+        assert server.score_requests == []
 
 
 def test_a_server_that_is_away_is_asked_again_with_the_same_id(server):
@@ -104,6 +113,41 @@ def test_a_server_that_is_away_is_asked_again_with_the_same_id(server):
         assert len(client.score(items_of(1))) == 1
     first, second = server.score_requests
     assert first == second
+
+
+def test_a_refusal_names_the_item_by_its_place_among_all(server):
+    def refuse(request, context: grpc.ServicerContext):
+        if 9 in request.items[-1].token_ids:
+            field, wrong = f"items[{len(request.items) - 1}].token_ids", "must be less than 9"
+            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=wrong)
+            bad_request = error_details_pb2.BadRequest(field_violations=[violation])
+            server.refuse(context, code_pb2.INVALID_ARGUMENT, f"{field}: {wrong}", bad_request)
+
+    server.on_score = refuse
+    items = [*items_of(*[1] * 70), ScoreItem([1, 9], 1)]
+    with Client(server.address) as client, pytest.raises(InvalidArgumentError) as raised:
+        client.score(items)
+    assert str(raised.value) == "items[70].token_ids: must be less than 9 (INVALID_ARGUMENT)"
+    assert raised.value.field_violations[0].field == "items[70].token_ids"
+
+    async def score_async():
+        async with AsyncClient(server.address) as client:
+            await client.score(items)
+
+    with pytest.raises(InvalidArgumentError, match=r"items\[70\]"):
+        asyncio.run(score_async())
+
+
+def test_pairs_are_encoded_as_they_are_scored(server):
+    pairs = [("ab ", "c"), ("", "xy"), ("", "\0z")]
+    items = (ScoreItem((97, 98, 32, 99), 2), ScoreItem((0, 120, 121), 1), ScoreItem((0, 122), 1))
+
+    async def encode_async():
+        async with AsyncClient(server.address) as client:
+            return await client.encode_pairs(pairs)
+
+    with Client(server.address) as client:
+        assert client.encode_pairs(pairs) == items == asyncio.run(encode_async())
 
 
 def test_a_refusal_names_the_field_and_ends_the_other_requests(server):

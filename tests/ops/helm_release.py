@@ -12,7 +12,7 @@ import yaml
 
 __all__ = ["CHART", "PROFILES", "Manifest", "Release", "RenderError", "Renderer", "read_profile"]
 
-CHART = Path(__file__).parent.parent / "helm" / "oasst-serve"
+CHART = Path(__file__).parents[2] / "helm" / "oasst-serve"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))
 
 Manifest = dict[str, Any]

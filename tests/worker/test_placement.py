@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerPlace, open_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
 from oasst_worker.runtime.build import build_layered
+from oasst_worker.runtime.memory import machine_bytes
 from oasst_worker.runtime.placement import (
     DeviceMemory,
     UnplacedError,
@@ -169,11 +171,45 @@ def test_of_a_cache_in_fp8_twice_as_much_fits():
 
 
 @pytest.mark.parametrize(("kv_dtype", "positions"), [(torch.float16, 1000), (FP8, 2000)])
-def test_a_gpus_cache_is_counted_in_its_own_bytes(kv_dtype, positions, monkeypatch):
-    free = 1000 * 2 * 36 * 5120 * 2 / 0.85
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free + 1, free + 1))
-    gpu = torch.device("cuda")
-    assert build._default_kv_tokens(PYTHIA_12B, gpu, kv_dtype, max_sequences=32, num_ranks=1) == positions
+def test_a_gpus_cache_is_counted_in_its_own_bytes(kv_dtype, positions):
+    memory = 1000 * 2 * 36 * 5120 * 2
+    assert build._default_kv_tokens(PYTHIA_12B, kv_dtype, max_sequences=32, memory=memory + 1) == positions
+
+
+def make_machine(root: Path, cgroup: str, limits: dict[str, str]) -> Path:
+    """A tree of files as Linux shows them."""
+    for path, text in {"proc/self/cgroup": cgroup, **limits}.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "limits", "expected"),
+    [
+        ("0::/", {"sys/fs/cgroup/memory.max": "5000"}, 5000),
+        ("0::/pod/worker", {"sys/fs/cgroup/pod/worker/memory.max": "5000"}, 5000),
+        # The pod has less than its parts may take.
+        (
+            "0::/pod/worker",
+            {"sys/fs/cgroup/pod/worker/memory.max": "max", "sys/fs/cgroup/pod/memory.max": "3000"},
+            3000,
+        ),
+        ("3:cpu:/a\n4:memory:/b", {"sys/fs/cgroup/memory/b/memory.limit_in_bytes": "4000"}, 4000),
+        # A path of the machine's, in a container that has nothing above its own.
+        ("4:cpu,memory:/docker/1f", {"sys/fs/cgroup/memory/memory.limit_in_bytes": "4000"}, 4000),
+    ],
+)
+def test_a_container_has_the_memory_it_was_given(tmp_path, cgroup, limits, expected):
+    assert machine_bytes(make_machine(tmp_path, cgroup, limits)) == expected
+
+
+@pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
+def test_without_a_limit_there_is_the_machines_memory(tmp_path, limit):
+    physical = machine_bytes(tmp_path)
+    assert physical > 10**8
+    assert machine_bytes(make_machine(tmp_path, "0::/", {"sys/fs/cgroup/memory.max": limit})) == physical
 
 
 def test_places_are_described_by_layer():

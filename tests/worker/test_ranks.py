@@ -14,11 +14,12 @@ import torch
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams, ScoringSequence, Sequence
 from oasst_worker.model import inputs
 from oasst_worker.model.config import load_config
-from oasst_worker.model.inputs import AttentionSpan, StepInputs, StepRows
+from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs, StepRows
 from oasst_worker.model.ranks import ConnectedRanks, ExchangeError, Share
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
-from oasst_worker.runtime.ranks import Command, LostRankError, SplitModel, pack_rows, unpack_rows
+from oasst_worker.runtime.memory import machine_bytes
+from oasst_worker.runtime.ranks import Command, LostRankError, RankProcesses, SplitModel, pack_rows, unpack_rows
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -251,6 +252,23 @@ def test_what_a_rank_prints_is_no_answer():
     )
     assert follower.stdout == b"loaded\n"
     assert sorted(follower.stderr.splitlines()) == [b"from Python", b"from a library"]
+
+
+def test_the_rank_with_the_least_memory_decides_how_large_the_cache_is(folder, monkeypatch):
+    answered: list[list[str]] = []
+    wait = RankProcesses.wait_until_ready
+    bytes_of_cache = 100 * 2 * 3 * 64 * 4
+
+    def wait_for_little(self):
+        answered.append(wait(self))
+        return [str(4 * bytes_of_cache)]  # A quarter is the cache's.
+
+    monkeypatch.setattr(RankProcesses, "wait_until_ready", wait_for_little)
+    split = build_executor(folder, replace(OPTIONS, kv_tokens=None, split="tensor", num_ranks=2))
+    split.ranks.close()
+    assert split.num_blocks == 100 // BLOCK_SIZE
+    [memory] = answered[-1]
+    assert int(memory) == machine_bytes()
 
 
 @pytest.fixture(scope="module", params=[{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bf16", "int8"])

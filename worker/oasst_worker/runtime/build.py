@@ -1,7 +1,6 @@
 """From a checkpoint folder to an executor on this machine's device."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,6 +30,7 @@ from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, ConnectedRanks, ExchangeError, Ranks, Share, connect_ranks
 from oasst_worker.model.survey import SURVEY_KERNEL
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
+from oasst_worker.runtime.memory import free_bytes
 from oasst_worker.runtime.placement import (
     DeviceMemory,
     UnplacedError,
@@ -113,13 +113,13 @@ def build_executor(
         )
     if split.num_ranks == 1:
         model = open_share(folder, options, Share(), progress).load(ALONE)
-        return _make_runner(model, config, options, 1, banned_token_ids)
+        return _make_runner(model, options, free_bytes(model.device), banned_token_ids)
     threads = options.threads or torch.get_num_threads()
     of_rank = replace(options, threads=max(1, threads // split.num_ranks))
     processes = RankProcesses(split.num_ranks, {"folder": str(folder), "options": asdict(of_rank)})
     try:
-        split_model = _load_split(folder, of_rank, Share(0, split.num_ranks), processes, progress)
-        return _make_runner(split_model, config, options, split.num_ranks, banned_token_ids)
+        split_model, memory = _load_split(folder, of_rank, Share(0, split.num_ranks), processes, progress)
+        return _make_runner(split_model, options, memory, banned_token_ids)
     except (LostRankError, ExchangeError) as error:
         processes.close()
         raise UnsupportedOptionError(str(error)) from error
@@ -151,18 +151,21 @@ def build_layered(
     _log.info("layers by device: %s", describe_places(places))
     of_devices = replace(options, kv_tokens=kv_tokens, device=str(devices[0].device))
     model = open_share(folder, of_devices, Share(), progress, places).load(ALONE)
-    return _make_runner(model, config, of_devices, 1, banned_token_ids)
+    return _make_runner(model, of_devices, free_bytes(model.device), banned_token_ids)
 
 
 def _load_split(
     folder: Path, options: RuntimeOptions, share: Share, processes: RankProcesses, progress: Progress | None
-) -> SplitModel:
+) -> tuple[SplitModel, int]:
+    """Also how many bytes all ranks together have for what all have equal parts of."""
     opened = open_share(folder, options, share, progress)
     processes.wait_until_ready()
     ranks = opened.connect(processes.meeting_file)
     model = opened.load(ranks)
-    processes.wait_until_ready()
-    return SplitModel(model, processes, ranks)
+    of_others = map(int, processes.wait_until_ready())
+    least = min(free_bytes(model.device), *of_others)
+    is_shared = model.device.type == "cpu"
+    return SplitModel(model, processes, ranks), least if is_shared else least * share.num_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +232,13 @@ def _start_compiling(dtype: torch.dtype, kv_dtype: torch.dtype, *, quantize: boo
             start_compiling(*kernel)
 
 
-def _make_runner(
-    model: NeoX | SplitModel, config: NeoXConfig, options: RuntimeOptions, num_ranks: int, banned: Iterable[int]
-) -> ModelRunner:
+def _make_runner(model: NeoX | SplitModel, options: RuntimeOptions, memory: int, banned: Iterable[int]) -> ModelRunner:
+    """`memory` is what the device, or the ranks' devices, have left."""
     kv_dtype = _choose_kv_dtype(options.kv_dtype, model.dtype, model.device)
-    kv_tokens = options.kv_tokens or _default_kv_tokens(
-        config, model.device, kv_dtype, options.max_sequences, num_ranks
-    )
+    kv_tokens = options.kv_tokens
+    if kv_tokens is None:
+        share = _GPU_CACHE_SHARE if model.device.type == "cuda" else _CPU_CACHE_SHARE
+        kv_tokens = _default_kv_tokens(model.config, kv_dtype, options.max_sequences, int(memory * share))
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
     runner = ModelRunner(
@@ -287,13 +290,6 @@ def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..
     return build_quantized_linear
 
 
-def _default_kv_tokens(
-    config: NeoXConfig, device: torch.device, kv_dtype: torch.dtype, max_sequences: int, num_ranks: int
-) -> int:
-    """Every sequence at its longest, or as many positions as the memory of the device, or of the machine, allows."""
-    bytes_per_token = config.num_layers * kv_bytes(config, kv_dtype)
-    if device.type == "cuda":  # Each rank has a device of its own, and its share of each position.
-        memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_CACHE_SHARE) * num_ranks
-    else:
-        memory = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_CACHE_SHARE)
-    return min(max_sequences * config.max_positions, memory // bytes_per_token)
+def _default_kv_tokens(config: NeoXConfig, kv_dtype: torch.dtype, max_sequences: int, memory: int) -> int:
+    """Every sequence at its longest, or as many positions as that memory has room for."""
+    return min(max_sequences * config.max_positions, memory // (config.num_layers * kv_bytes(config, kv_dtype)))

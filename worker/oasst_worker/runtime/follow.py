@@ -12,6 +12,7 @@ from oasst_worker.model.config import CheckpointError
 from oasst_worker.model.neox import KVCache, NeoX
 from oasst_worker.model.ranks import ExchangeError, Share
 from oasst_worker.runtime.build import RuntimeOptions, open_share
+from oasst_worker.runtime.memory import free_bytes
 from oasst_worker.runtime.ranks import Command, read_command, unpack_rows
 
 __all__ = ["follow", "main"]
@@ -52,11 +53,12 @@ def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
 
 
 def _load(told: dict[str, Any], answers: IO[bytes]) -> NeoX:  # Any: JSON.
+    """The rank's share computes; the first rank is told when it can be met, then how much memory is left."""
     share = Share(told["rank"], told["num_ranks"])
     opened = open_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
     _answer(answers, "ready to meet")
     model = opened.load(opened.connect(Path(told["meeting_file"])))
-    _answer(answers, "loaded")
+    _answer(answers, str(free_bytes(model.device)))
     return model
 
 

@@ -5,7 +5,6 @@ for which no device has memory stay on disk, if that is wanted: the last device 
 """
 
 import logging
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from oasst_worker.model.attention import kv_bytes
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.weights import LayerPlace
+from oasst_worker.runtime.memory import free_bytes, machine_bytes
 
 __all__ = [
     "DeviceMemory",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-# Of a device's free memory, of the machine's: the rest is for a step's rows and for others.
+# Of a GPU's free memory, of the machine's: the rest is for a step's rows and for others.
 _GPU_SHARE = 0.9
 _CPU_SHARE = 0.75
 
@@ -65,11 +65,10 @@ def find_devices(device: torch.device, memory: Mapping[str, int], offload: str) 
     found: list[DeviceMemory] = []
     if device.type == "cuda":
         for index in range(torch.cuda.device_count()):
-            free = int(torch.cuda.mem_get_info(index)[0] * _GPU_SHARE)
-            found.append(DeviceMemory(torch.device("cuda", index), free))
+            gpu = torch.device("cuda", index)
+            found.append(DeviceMemory(gpu, int(free_bytes(gpu) * _GPU_SHARE)))
     if device.type == "cpu" or offload != "none":
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        found.append(DeviceMemory(torch.device("cpu"), int(machine * _CPU_SHARE)))
+        found.append(DeviceMemory(torch.device("cpu"), int(machine_bytes() * _CPU_SHARE)))
     names = {str(each.device) for each in found}
     if unknown := memory.keys() - names:
         raise UnplacedError(

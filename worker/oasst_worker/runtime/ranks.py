@@ -75,15 +75,20 @@ class RankProcesses:
         """Of the processes, in the order of ranks from 1 on."""
         return [process.pid for process in self._processes.values()]
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> list[str]:
         """Every rank is ready for what comes next: to meet the others, then to be told what to compute.
+
+        Returns what each answered, in the order of ranks.
 
         Raises:
             LostRankError: if one ended instead.
         """
+        answers: list[str] = []
         for rank, process in self._processes.items():
-            if not _pipe(process.stdout).readline():
+            answers.append(_pipe(process.stdout).readline().decode())
+            if not answers[-1]:
                 raise LostRankError(f"rank {rank} of the model ended while it loaded; its own message is above")
+        return answers
 
     def tell(self, command: Command, words: Sequence[int]) -> None:
         """

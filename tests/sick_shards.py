@@ -12,12 +12,22 @@ FIRST_SHARD = "oasst:{0}"
 
 
 class PartlyAway(redis.asyncio.Redis):
-    """Calls with a word that begins with `away` fail: the name of a function, or of a shard's keys."""
+    """Calls with a word that begins with `away` fail: the name of a function, or of a shard's keys.
+
+    If they hang, they do so until they are `released`, and fail then.
+    """
 
     away: str | None = None
+    hangs = False
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.released = asyncio.Event()
 
     async def execute_command(self, *command: object, **options: object) -> object:
         if self.away is not None and any(str(word).startswith(self.away) for word in command):
+            if self.hangs:
+                await self.released.wait()
             raise redis.exceptions.ConnectionError("away")
         return await super().execute_command(*command, **options)
 

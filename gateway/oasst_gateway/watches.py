@@ -78,7 +78,10 @@ class Watches:
     async def keep_alive(self) -> None:
         """The queue knows what is watched here, for a while longer."""
         try:
-            await self._submitter.keep_watching(list(self._jobs))
+            for job_id in await self._submitter.keep_watching(list(self._jobs)):
+                job = self._jobs.get(job_id)
+                if job is not None and job.is_watched:  # The queue lost that it is.
+                    await self._submitter.attach(job_id)
         except QueueUnavailableError as error:
             logger.warning("watched jobs were not kept alive, trying again soon error=%s", error)
 

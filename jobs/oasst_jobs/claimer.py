@@ -1,14 +1,15 @@
 """The worker's side of the queue: jobs come out, tokens go back."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from google.protobuf.message import DecodeError
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
-from oasst_jobs.errors import FencedError
-from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, ClaimReply, scoring_queue
+from oasst_jobs.errors import FencedError, QueueUnavailableError
+from oasst_jobs.functions import ClaimReply, scoring_queue
 from oasst_jobs.outcomes import malformed
 from oasst_jobs.records import ClaimedJob, PushItem, PushStatus
 
@@ -16,6 +17,9 @@ __all__ = ["Claimer"]
 
 # The sweep takes a lease that ends later than this for one made by a clock that jumped (MAX_LEASE_MS).
 _MAX_LEASE_MS = 120_000
+
+# A shard that did not answer rests for so many times as long as that took to see.
+_REST = 5
 
 # More choices than any job has.
 _ANY_NUMBER = 2**31
@@ -34,7 +38,15 @@ class Claimer:
     killing its worker, should that be lost.
     """
 
-    def __init__(self, client: QueueClient, *, worker_id: str, model: str, lease_ms: int = 4_000) -> None:
+    def __init__(
+        self,
+        client: QueueClient,
+        *,
+        worker_id: str,
+        model: str,
+        lease_ms: int = 4_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if not 0 < lease_ms <= _MAX_LEASE_MS:
             raise ValueError(f"a lease is 1 to {_MAX_LEASE_MS} ms long, not {lease_ms}")
         self._client = client
@@ -46,6 +58,9 @@ class Claimer:
         self._claim_ids = [secrets.token_hex(8) for _ in client.shards]
         # Where the next claim begins: every shard comes first in its turn.
         self._first_shard = 0
+        # A shard that did not answer is left alone for a while, so that one that hangs does not hide the others.
+        self._rests_until_s = [float("-inf")] * len(client.shards)
+        self._clock = clock
 
     @property
     def num_shards(self) -> int:
@@ -71,21 +86,37 @@ class Claimer:
         may get nothing behind it until it does fit. So whoever is idle should offer all it has. Only a worker that
         says it is idle gets a job that is to run alone, and then no other. With `is_scoring` these are jobs to be
         scored, which have a queue of their own.
+
+        Jobs come from the shards that answer; only if none does, that is raised.
         """
-        num_shards, first_shard = len(self._client.shards), self._first_shard
-        for offset in range(num_shards):
-            number = (first_shard + offset) % num_shards
-            # Until it has answered, the next call begins behind it: a shard that is away does not hide the others.
-            self._first_shard = (number + 1) % num_shards
-            replies, is_kept = await self._claim_from(
-                number, self._queue(is_scoring), max_jobs, max_tokens, max_choices, is_idle
-            )
+        away: QueueUnavailableError | None = None
+        has_answered = False
+        for number in self._shards_to_ask():
+            self._first_shard = (number + 1) % self.num_shards
+            asked_s = self._clock()
+            try:
+                replies, is_kept = await self._claim_from(
+                    number, self._queue(is_scoring), max_jobs, max_tokens, max_choices, is_idle
+                )
+            except QueueUnavailableError as error:
+                away = error
+                self._rests_until_s[number] = self._clock() + _REST * (self._clock() - asked_s)
+                continue
+            has_answered = True
             claims = [claimed for reply in replies if (claimed := await self._read_claim(reply)) is not None]
             if is_kept:
                 self._first_shard = number
             if claims or is_kept:
                 return claims
+        if away is not None and not has_answered:
+            raise away
         return []
+
+    def _shards_to_ask(self) -> list[int]:
+        """Every shard, the one whose turn it is first; without those that rest, unless all do."""
+        in_turn = [(self._first_shard + offset) % self.num_shards for offset in range(self.num_shards)]
+        now_s = self._clock()
+        return [number for number in in_turn if self._rests_until_s[number] <= now_s] or in_turn
 
     async def _claim_from(
         self, number: int, queue: str, max_jobs: int, max_tokens: int, max_choices: int | None, is_idle: bool
@@ -113,11 +144,7 @@ class Claimer:
         After QueueUnavailableError the same items are pushed again, unchanged, before any later ones: those that had
         been applied are recognised by their positions.
         """
-        statuses: list[PushStatus] = []
-        for start in range(0, len(items), PUSH_ITEMS_PER_CALL):
-            chunk = items[start : start + PUSH_ITEMS_PER_CALL]
-            statuses += await self._client.push(self._worker_id, chunk, lease_ms=self._lease_ms)
-        return statuses
+        return await self._client.push(self._worker_id, items, lease_ms=self._lease_ms)
 
     async def finish(self, claimed: ClaimedJob, outcome: job_pb2.Outcome) -> None:
         """The job has ended without a token of this attempt.

@@ -11,8 +11,8 @@ from typing import TypeVar
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.connection import RedisClient, check_server
-from oasst_jobs.errors import QueueError
-from oasst_jobs.functions import WATCHED_PER_CALL, Shard
+from oasst_jobs.errors import QueueUnavailableError
+from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
     DeadLetter,
@@ -61,7 +61,7 @@ class QueueClient:
             UnsupportedServerError: with a sentence that says what to change.
         """
         await check_server(self.redis)
-        await self.load()  # Loads the functions where they are missing.
+        await self.on_each_shard(lambda shard: shard.load())  # Loads the functions where they are missing.
 
     async def enqueue(
         self,
@@ -103,15 +103,17 @@ class QueueClient:
         snapshot = await self.shard_of(job_id).attach(job_id, gateway_id)
         return snapshot and self._over_all_shards(snapshot)
 
-    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
-        """Puts off the end of any number of jobs that the gateway watches."""
+    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> list[str]:
+        """Puts off the end of any number of jobs that the gateway watches.
 
-        async def keep_watching(shard: Shard, part: Sequence[str]) -> list[None]:
-            for start in range(0, len(part), WATCHED_PER_CALL):
-                await shard.keep_watching(gateway_id, part[start : start + WATCHED_PER_CALL])
-            return [None] * len(part)
+        Tells which of those that may still run do not name it as a watcher.
+        """
 
-        await self._by_shard(job_ids, lambda job_id: job_id, keep_watching)
+        async def keep_watching(shard: Shard, part: Sequence[str]) -> list[bool]:
+            return await shard.keep_watching(gateway_id, part)
+
+        are_unwatched = await self._by_shard(job_ids, lambda job_id: job_id, keep_watching, per_call=WATCHED_PER_CALL)
+        return [job_id for job_id, is_unwatched in zip(job_ids, are_unwatched, strict=True) if is_unwatched]
 
     async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
         """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""
@@ -130,7 +132,8 @@ class QueueClient:
         return await self.shard_of(job_id).cancel(job_id)
 
     async def load(self) -> QueueLoad:
-        loads = await self.on_each_shard(lambda shard: shard.load())
+        """What the shards that answer hold. Raises QueueUnavailableError only when none does."""
+        loads = await self._on_those_that_answer(lambda shard: shard.load())
         # Every worker tells every shard of itself.
         workers = {status.worker_id: (status, age_ms) for load in loads for status, age_ms in load.workers}
         return QueueLoad(
@@ -149,7 +152,7 @@ class QueueClient:
         async def push(shard: Shard, part: Sequence[PushItem]) -> list[PushStatus]:
             return await shard.push(worker_id, part, lease_ms=lease_ms)
 
-        return await self._by_shard(items, lambda item: item.job_id, push)
+        return await self._by_shard(items, lambda item: item.job_id, push, per_call=PUSH_ITEMS_PER_CALL)
 
     async def release(self, claims: Sequence[tuple[str, str]]) -> None:
         """Gives back jobs by id and fence."""
@@ -158,7 +161,7 @@ class QueueClient:
             await shard.release(part)
             return [None] * len(part)
 
-        await self._by_shard(claims, lambda claim: claim[0], release)
+        await self._by_shard(claims, lambda claim: claim[0], release, per_call=PUSH_ITEMS_PER_CALL)
 
     async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
         await self.on_each_shard(lambda shard: shard.heartbeat(status))
@@ -192,17 +195,15 @@ class QueueClient:
         return await self.shard_of(job_id).revive(job_id)
 
     async def on_each_shard(self, call: Callable[[Shard], Awaitable[R]]) -> list[R]:
-        """The answers of all shards, in their order. All are asked; then the first error is raised."""
-        answers: list[R] = []
-        errors: list[QueueError] = []
-        for shard in self.shards:
-            try:
-                answers.append(await call(shard))
-            except QueueError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        return answers
+        """The answers of all shards, in their order. All are asked at once; then the first error is raised."""
+        answers = await asyncio.gather(*map(call, self.shards), return_exceptions=True)
+        return [_answer_or_raise(answer) for answer in answers]
+
+    async def _on_those_that_answer(self, call: Callable[[Shard], Awaitable[R]]) -> list[R]:
+        """The answers of all shards that are not away; if all are, the first one's error is raised."""
+        answers = await asyncio.gather(*map(call, self.shards), return_exceptions=True)
+        present = [answer for answer in answers if not isinstance(answer, QueueUnavailableError)]
+        return [_answer_or_raise(answer) for answer in present or answers]
 
     def _part(self, limit: int | None) -> int | None:
         """One shard's part of a limit for all."""
@@ -223,15 +224,27 @@ class QueueClient:
         items: Sequence[T],
         job_id_of: Callable[[T], str],
         call: Callable[[Shard, Sequence[T]], Awaitable[list[R]]],
+        *,
+        per_call: int,
     ) -> list[R]:
         """The answers to all items, each asked of its job's shard; in the order of the items."""
-        if len(self.shards) == 1:
-            return await call(self.shards[0], items)
         indices: dict[int, list[int]] = defaultdict(list)
         for index, item in enumerate(items):
             indices[self.shard_number(job_id_of(item))].append(index)
-        parts = [call(self.shards[number], [items[index] for index in part]) for number, part in indices.items()]
-        answers: dict[int, R] = {}
-        for part, answered in zip(indices.values(), await asyncio.gather(*parts), strict=True):
-            answers.update(zip(part, answered, strict=True))
+
+        async def ask(number: int) -> list[tuple[int, R]]:
+            answers: list[tuple[int, R]] = []
+            for start in range(0, len(indices[number]), per_call):
+                part = indices[number][start : start + per_call]
+                answered = await call(self.shards[number], [items[index] for index in part])
+                answers += zip(part, answered, strict=True)
+            return answers
+
+        answers = dict(chain.from_iterable(await asyncio.gather(*map(ask, indices))))
         return [answers[index] for index in range(len(items))]
+
+
+def _answer_or_raise(answer: R | BaseException) -> R:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer

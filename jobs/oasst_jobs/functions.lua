@@ -100,6 +100,7 @@ end
 
 -- The job's watchers are to hear of this framed JobUpdate, which may come in two pieces.
 local function tell(shard, watchers, update, rest)
+  watchers = watchers or ''
   local pieces = shard.news[watchers]
   if not pieces then
     pieces = {}
@@ -136,10 +137,14 @@ local function keep_watched(shard, id, watch_ms)
   end
 end
 
+local function is_watcher(watchers, gateway)
+  return string.find(' ' .. (watchers or '') .. ' ', ' ' .. gateway .. ' ', 1, true) ~= nil
+end
+
 local function add_watcher(shard, id, gateway)
   local job_key = key_of(shard, 'job', id)
-  local watchers = redis.call('HGET', job_key, 'watchers')
-  if not string.find(' ' .. watchers .. ' ', ' ' .. gateway .. ' ', 1, true) then
+  local watchers = redis.call('HGET', job_key, 'watchers') or ''
+  if not is_watcher(watchers, gateway) then
     redis.call('HSET', job_key, 'watchers', watchers .. ' ' .. gateway)
   end
   keep_watched(shard, id, WATCH_TTL_MS)
@@ -149,7 +154,7 @@ end
 local function remove_watcher(shard, id, gateway)
   local job_key = key_of(shard, 'job', id)
   local others = {}
-  for watcher in string.gmatch(redis.call('HGET', job_key, 'watchers'), '%S+') do
+  for watcher in string.gmatch(redis.call('HGET', job_key, 'watchers') or '', '%S+') do
     if watcher ~= gateway then
       others[#others + 1] = watcher
     end
@@ -471,15 +476,20 @@ local function status(keys, args)
 end
 
 -- ARGV  1 gateway, then the ids of jobs that it watches still
--- Returns nothing.
+-- Returns for each 1 if it has not ended and does not name the gateway as a watcher, else 0. Perhaps the gateway left it
+-- while this was on its way, perhaps Redis has lost that it came.
 local function keep_watching(keys, args)
-  local shard = open_shard(keys)
+  local shard, gateway = open_shard(keys), args[1]
+  local unwatched = {}
   for index = 2, #args do
-    local state = redis.call('HGET', key_of(shard, 'job', args[index]), 'state')
-    if state and not is_final(state) then
-      add_watcher(shard, args[index], args[1])
+    local job = get_job(shard, args[index], { 'state', 'watchers' })
+    local is_watched = is_watcher(job.watchers, gateway)
+    if job.state and not is_final(job.state) and is_watched then
+      keep_watched(shard, job.id, WATCH_TTL_MS)
     end
+    unwatched[index - 1] = job.state and not is_final(job.state) and not is_watched and 1 or 0
   end
+  return unwatched
 end
 
 -- ARGV  1 job id   2 position

@@ -218,9 +218,12 @@ class Shard:
         """Adds the gateway to a job's watchers."""
         return _read_snapshot(await self._call("attach", job_id, gateway_id))
 
-    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> None:
-        """Puts off the end of jobs that the gateway watches. At most WATCHED_PER_CALL in one call."""
-        await self._call("keep_watching", gateway_id, *job_ids)
+    async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> list[bool]:
+        """Puts off the end of at most WATCHED_PER_CALL jobs that the gateway watches.
+
+        Tells of each whether it may still run and does not name the gateway as a watcher.
+        """
+        return [bool(is_unwatched) for is_unwatched in await self._call("keep_watching", gateway_id, *job_ids)]
 
     async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
         """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""

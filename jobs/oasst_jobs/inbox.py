@@ -23,7 +23,7 @@ from oasst.jobs.v1 import job_pb2
 from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
 from oasst_jobs.functions import Shard
-from oasst_jobs.outcomes import diverged, lost
+from oasst_jobs.outcomes import diverged, lost, unreadable
 from oasst_jobs.records import LogSnapshot
 
 __all__ = ["Inbox", "Subscription"]
@@ -41,7 +41,8 @@ class Subscription:
 
     Reading, by iterating or by `take`, starts once the job has been submitted or attached to. A job that is gone,
     because its retention is over or Redis lost it, ends with an Outcome that has failed as ABORTED with the reason
-    JOB_LOST; one whose log is shorter than what was seen of it, with the reason STREAM_DIVERGED.
+    JOB_LOST; one whose log is shorter than what was seen of it, with the reason STREAM_DIVERGED. One whose log cannot
+    be read ends with an Outcome that has failed as INTERNAL with the reason UNREADABLE_LOG.
     """
 
     def __init__(self, job_id: str, *, after: int, now_s: float, catch_up: Callable[["Subscription"], None]) -> None:
@@ -116,6 +117,10 @@ class Subscription:
             if log.outcome is not None:
                 self._tell_outcome(log.outcome)
 
+    def give_up(self) -> None:
+        """The log cannot be read, now or later."""
+        self._tell_outcome(unreadable())
+
     def _start_reading(self) -> None:
         if not self.is_read:
             self.is_read = True
@@ -156,20 +161,25 @@ class Inbox:
         gateway_id: str,
         recheck_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        on_defect: Callable[[], object] = lambda: None,
     ) -> None:
+        """`on_defect` is told of each error that is no state of the queue."""
         self._client = client
         self._gateway_id = gateway_id
         self._recheck_s = recheck_s
         self._clock = clock
+        self._on_defect = on_defect
         self._subscriptions: dict[str, set[Subscription]] = {}
-        self._stale: asyncio.Queue[Subscription] = asyncio.Queue()
+        # By shard, so that one that hangs keeps nobody from the others' logs.
+        self._stale: list[asyncio.Queue[Subscription]] = [asyncio.Queue() for _ in client.shards]
 
     async def run(self) -> None:
         """Serves the subscriptions until cancelled. While the queue is unavailable they wait."""
         async with asyncio.TaskGroup() as tasks:
             for shard in self._client.shards:
                 tasks.create_task(self._read_stream(shard))
-            tasks.create_task(self._read_logs())
+            for stale in self._stale:
+                tasks.create_task(self._read_logs(stale))
             tasks.create_task(self._watch_silence())
 
     @asynccontextmanager
@@ -192,7 +202,10 @@ class Inbox:
                 await self._read_from_now(shard)
             except QueueUnavailableError as error:
                 _log.warning("inbox lost its connection gateway=%s reason=%s", self._gateway_id, error.reason)
-                await asyncio.sleep(_RETRY_S)
+            except Exception:  # What could not be read is passed over; subscriptions read it from their logs.
+                _log.exception("inbox could not read its stream gateway=%s", self._gateway_id)
+                self._on_defect()
+            await asyncio.sleep(_RETRY_S)
 
     async def _read_from_now(self, shard: Shard) -> None:
         """Passes on each batch from now on; what came before, the subscriptions read from their logs."""
@@ -208,13 +221,13 @@ class Inbox:
                 await shard.trim_updates(self._gateway_id, last_id)
                 num_read = 0
 
-    async def _read_logs(self) -> None:
-        """Reads the log of each stale subscription, one after the other."""
+    async def _read_logs(self, stale: asyncio.Queue[Subscription]) -> None:
+        """Reads the log of each stale subscription of a shard, one after the other."""
         while True:
-            subscription = await self._stale.get()
+            subscription = await stale.get()
             # Cleared before reading: whatever makes it stale from now on is not covered by this read.
             subscription.is_stale = False
-            if subscription not in self._subscriptions.get(subscription.job_id, ()):
+            if subscription.is_over or subscription not in self._subscriptions.get(subscription.job_id, ()):
                 continue
             asked_position = subscription.told_position
             try:
@@ -222,6 +235,10 @@ class Inbox:
             except QueueUnavailableError:
                 self._mark_stale(subscription)
                 await asyncio.sleep(_RETRY_S)
+            except Exception:  # One job's log must not end the others' streams.
+                _log.exception("a log could not be read job_id=%s", subscription.job_id)
+                self._on_defect()
+                subscription.give_up()
             else:
                 subscription.catch_up(asked_position, log, self._clock())
 
@@ -246,7 +263,7 @@ class Inbox:
     def _mark_stale(self, subscription: Subscription) -> None:
         if subscription.is_read and not subscription.is_over and not subscription.is_stale:
             subscription.is_stale = True
-            self._stale.put_nowait(subscription)
+            self._stale[self._client.shard_number(subscription.job_id)].put_nowait(subscription)
 
     def _all_subscriptions(self) -> list[Subscription]:
         return [subscription for watching in self._subscriptions.values() for subscription in watching]

@@ -6,10 +6,20 @@ from oasst.v1 import chat_pb2
 
 from oasst_jobs.records import JobState
 
-__all__ = ["STREAM_DIVERGED", "diverged", "is_end_of_job", "lost", "malformed", "outcome_of", "state_of"]
+__all__ = [
+    "STREAM_DIVERGED",
+    "diverged",
+    "is_end_of_job",
+    "lost",
+    "malformed",
+    "outcome_of",
+    "state_of",
+    "unreadable",
+]
 
 # Of readers who cannot go on. Their job may.
 STREAM_DIVERGED = "STREAM_DIVERGED"
+_UNREADABLE_LOG = "UNREADABLE_LOG"
 
 _ENDS_WITHOUT_WORKER = {
     JobState.CANCELLED: (code_pb2.CANCELLED, "CANCELLED", "the request was cancelled"),
@@ -51,9 +61,14 @@ def diverged(seen_position: int, end_position: int) -> job_pb2.Outcome:
     return _failed(code_pb2.ABORTED, STREAM_DIVERGED, message)
 
 
+def unreadable() -> job_pb2.Outcome:
+    """Of a stream whose log holds what its reader does not understand."""
+    return _failed(code_pb2.INTERNAL, _UNREADABLE_LOG, "what is stored of the answer cannot be read")
+
+
 def is_end_of_job(outcome: job_pb2.Outcome) -> bool:
     """Whether the job has ended, and not only what one reader can be told of it."""
-    return outcome.failed.reason != STREAM_DIVERGED
+    return outcome.failed.reason not in (STREAM_DIVERGED, _UNREADABLE_LOG)
 
 
 def _failed(code: int, reason: str, message: str, usage: chat_pb2.Usage | None = None) -> job_pb2.Outcome:

@@ -6,6 +6,7 @@ deletes keys by hand, a server evicts them, or a function has a defect: a job in
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
@@ -18,10 +19,19 @@ _log = logging.getLogger(__name__)
 class Reconciler:
     """Walks over all shards again and again. Any number of processes may: they share one walk, and its pace."""
 
-    def __init__(self, client: QueueClient, *, interval_s: float = 0.5, max_keys: int = 250) -> None:
+    def __init__(
+        self,
+        client: QueueClient,
+        *,
+        interval_s: float = 0.5,
+        max_keys: int = 250,
+        on_defect: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`on_defect` is told of each error that is no state of the queue."""
         self._client = client
         self._interval_s = interval_s
         self._max_keys = max_keys
+        self._on_defect = on_defect
         # Since the start, by this process. More than 0 is worth an alarm.
         self.num_repairs = 0
 
@@ -32,6 +42,9 @@ class Reconciler:
                 await self.walk()
             except QueueUnavailableError as error:
                 _log.debug("walk skipped reason=%s", error.reason)
+            except Exception:
+                _log.exception("walk failed")
+                self._on_defect()
             await asyncio.sleep(self._interval_s)
 
     async def walk(self) -> int:

@@ -95,11 +95,14 @@ class Submitter:
         """This gateway watches the job from now on. None: there is no such job."""
         return await self._client.attach(job_id, self._gateway_id)
 
-    async def keep_watching(self, job_ids: Sequence[str]) -> None:
+    async def keep_watching(self, job_ids: Sequence[str]) -> list[str]:
         """This gateway goes on watching the jobs. To be said every few seconds; after a minute of silence it counts as
         gone.
+
+        Tells which of those that may still run the queue does not know it to watch: it has left them, or the queue has
+        lost that it came. Then `attach` says so again.
         """
-        await self._client.keep_watching(self._gateway_id, job_ids)
+        return await self._client.keep_watching(self._gateway_id, job_ids)
 
     async def unwatch(self, job_id: str) -> JobState | None:
         """This gateway does not watch the job any more; if nobody does, the job's grace begins. Tells its state."""

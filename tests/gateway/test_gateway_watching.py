@@ -248,3 +248,15 @@ async def test_the_last_to_leave_takes_back_what_another_began(queue: QueueClien
         return snapshot is not None and snapshot.state is JobState.CANCELLED
 
     await eventually(is_cancelled)
+
+
+async def test_what_the_queue_forgot_to_be_watched_is_told_again(queue: QueueClient) -> None:
+    submitter = Submitter(queue, gateway_id="g", limits=QueueLimits())
+    job, not_begun = make_job("r-1"), make_job("r-2")
+    watches = Watches(submitter, Inbox(queue, gateway_id="g"))
+    async with watches.open(job.job_id) as watch, watches.open(not_begun.job_id):
+        for each in (job, not_begun):
+            await submitter.submit(each, digest=b"", timeout_ms=None, grace_ms=1_000, is_watched=False)
+        watch.job.begin()
+        await watches.keep_alive()
+        assert await submitter.keep_watching([job.job_id, not_begun.job_id]) == [not_begun.job_id]

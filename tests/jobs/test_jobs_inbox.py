@@ -20,6 +20,7 @@ from oasst_jobs import (
     Submitter,
     Subscription,
     Sweeper,
+    is_end_of_job,
     job_id_for,
 )
 
@@ -64,6 +65,13 @@ async def push(claimer: Claimer, claimed: ClaimedJob, start: int, stop: int, *, 
 
 
 JOB_ID = job_id_for("tenant", "watched")
+
+
+async def damage_log(redis_client: redis.asyncio.Redis, client: QueueClient, job_id: str) -> None:
+    """The log holds what no reader understands, as one of another release may."""
+    root = client.shards[0].keys.root
+    await redis_client.xadd(f"{root}:log:{job_id}", {"entry": b"\xff\xff"}, id="9-0")
+    await redis_client.hset(f"{root}:job:{job_id}", "end_position", 9)
 
 
 async def test_a_subscription_sees_every_entry_then_the_outcome_then_ends(
@@ -445,3 +453,36 @@ async def test_what_was_read_is_cut_from_the_stream(
 
 async def test_a_worker_of_another_model_is_not_involved(client: QueueClient) -> None:
     assert await Claimer(client, worker_id="w", model="not " + MODEL).claim(max_jobs=1, max_tokens=10_000) == []
+
+
+async def test_a_log_that_cannot_be_read_ends_its_own_stream_alone(
+    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    defects: list[str] = []
+    damaged, sound = await submit(submitter, "damaged"), await submit(submitter)
+    await damage_log(redis_client, client, damaged)
+    await submitter.cancel(sound)
+    inbox = Inbox(client, gateway_id="gateway-1", on_defect=lambda: defects.append("defect"))
+    reading = asyncio.create_task(inbox.run())
+    async with asyncio.timeout(10), inbox.subscribe(damaged) as first, inbox.subscribe(sound) as second:
+        [outcome] = await first.take()
+        assert outcome.failed.reason == "UNREADABLE_LOG"
+        assert not is_end_of_job(outcome)
+        [outcome] = await second.take()
+        assert outcome.failed.reason == "CANCELLED"
+    assert defects == ["defect"]
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
+async def test_news_that_cannot_be_read_are_passed_over(
+    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
+        await submit(submitter)
+        reading = asyncio.create_task(collect(subscription))
+        claimed = await claim_one(claimer)
+        await push(claimer, claimed, 0, 1)
+        await redis_client.xadd(client.shards[0].keys.updates("gateway-1"), {"batch": b"\xff\xff"})
+        await push(claimer, claimed, 1, 3, ends=True)
+        assert await reading == [make_entry(0, 1), make_entry(1, 3), finished(3)]

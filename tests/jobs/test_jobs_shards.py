@@ -1,5 +1,6 @@
 """A queue of several shards is one queue to both sides, also while one of its shards is away."""
 
+import asyncio
 from itertools import chain
 
 import pytest
@@ -8,6 +9,7 @@ from job_samples import MODEL, finished, make_entry, make_job
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     Claimer,
+    Inbox,
     PushItem,
     PushStatus,
     QueueClient,
@@ -15,8 +17,10 @@ from oasst_jobs import (
     QueueUnavailableError,
     Submitter,
     Sweeper,
+    SweepReport,
     TenantFullError,
     TenantPolicy,
+    UnavailableReason,
 )
 from sick_shards import FIRST_SHARD, PartlyAway
 
@@ -29,10 +33,15 @@ def client(redis_client: redis.asyncio.Redis) -> QueueClient:
 
 
 @pytest.fixture
-def lame_client(redis_client: redis.asyncio.Redis) -> QueueClient:
+def lame(redis_client: redis.asyncio.Redis) -> PartlyAway:
     """The first shard is away."""
     lame = PartlyAway(connection_pool=redis_client.connection_pool)
     lame.away = FIRST_SHARD
+    return lame
+
+
+@pytest.fixture
+def lame_client(lame: PartlyAway) -> QueueClient:
     return QueueClient(lame, num_shards=NUM_SHARDS)
 
 
@@ -105,14 +114,83 @@ async def test_while_a_shard_is_away_jobs_of_the_others_are_claimed(
 ) -> None:
     jobs = await submit(submitter, 30)
     reachable = [job.job_id for job in jobs if client.shard_of(job.job_id) is not client.shards[0]]
-    claimer = Claimer(lame_client, worker_id="worker-1", model=MODEL)
-    claimed_ids: list[str] = []
-    for _ in range(40):
-        try:
-            claimed_ids += [claimed.job_id for claimed in await claimer.claim(max_jobs=3, max_tokens=1000)]
-        except QueueUnavailableError:
-            continue
+    claimed_ids = await claim_all(Claimer(lame_client, worker_id="worker-1", model=MODEL))
     assert sorted(claimed_ids) == sorted(reachable)
+
+
+async def test_a_shard_that_hangs_is_not_asked_for_jobs_all_the_time(
+    client: QueueClient, lame_client: QueueClient, submitter: Submitter
+) -> None:
+    now_s, asked = 0.0, 0
+
+    async def hang(*arguments: object, **room: object) -> None:
+        nonlocal now_s, asked
+        now_s += 3.0
+        asked += 1
+        raise QueueUnavailableError(UnavailableReason.TIMEOUT, "no answer")
+
+    lame_client.shards[0].claim = hang  # type: ignore[method-assign, assignment]
+    await submit(submitter, 30)
+    claimer = Claimer(lame_client, worker_id="worker-1", model=MODEL, clock=lambda: now_s)
+    await claim_all(claimer)
+    assert asked == 1
+    now_s += 15.0
+    assert await claim_all(claimer) == []
+    assert asked == 2
+
+
+async def test_load_is_of_the_shards_that_answer(
+    client: QueueClient, lame_client: QueueClient, lame: PartlyAway, submitter: Submitter
+) -> None:
+    jobs = await submit(submitter, 30)
+    present = [job for job in jobs if client.shard_number(job.job_id)]
+    assert (await lame_client.load()).waiting_jobs == len(present) < 30
+    lame.away = "oasst"
+    with pytest.raises(QueueUnavailableError):
+        await lame_client.load()
+
+
+async def test_a_shard_that_hangs_keeps_the_others_from_no_sweep(lame_client: QueueClient, lame: PartlyAway) -> None:
+    lame.hangs = True
+    num_sweeps, enough = 0, asyncio.Event()
+
+    def count(report: SweepReport) -> None:
+        nonlocal num_sweeps
+        num_sweeps += 1
+        if num_sweeps == 10:
+            enough.set()
+
+    sweeping = asyncio.create_task(Sweeper(lame_client, interval_s=0.001, on_sweep=count).run())
+    try:
+        async with asyncio.timeout(10):
+            await enough.wait()
+    finally:
+        lame.released.set()
+        sweeping.cancel()
+        await asyncio.wait([sweeping])
+
+
+async def test_a_shard_that_hangs_keeps_nobody_from_the_logs_of_the_others(
+    client: QueueClient, lame_client: QueueClient, lame: PartlyAway, submitter: Submitter, claimer: Claimer
+) -> None:
+    jobs = await submit(submitter, 30)
+    hanging = next(job.job_id for job in jobs if client.shard_number(job.job_id) == 0)
+    other = next(job.job_id for job in jobs if client.shard_number(job.job_id) != 0)
+    await submitter.cancel(other)
+    lame.hangs = True
+    inbox = Inbox(lame_client, gateway_id="gateway-2")
+    reading = asyncio.create_task(inbox.run())
+    try:
+        async with asyncio.timeout(10), inbox.subscribe(hanging) as stuck, inbox.subscribe(other) as told:
+            waiting = asyncio.create_task(stuck.take())
+            await asyncio.sleep(0)
+            [outcome] = await told.take()
+            assert outcome.failed.reason == "CANCELLED"
+            waiting.cancel()
+    finally:
+        lame.released.set()
+        reading.cancel()
+        await asyncio.wait([reading])
 
 
 async def test_while_a_shard_is_away_the_others_wake_workers_and_are_swept(

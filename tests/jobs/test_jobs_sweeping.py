@@ -187,3 +187,19 @@ async def test_a_running_sweeper_survives_a_server_that_dies(
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+async def test_a_sweep_that_fails_is_told_and_tried_again(
+    client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    swept, failed = asyncio.Event(), asyncio.Event()
+    sweeper = Sweeper(client, interval_s=0.01, on_sweep=lambda report: swept.set(), on_defect=failed.set)
+    counters = f"{client.shards[0].keys.root}:counters"
+    await redis_client.set(counters, "no hash")
+    sweeping = asyncio.create_task(sweeper.run())
+    async with asyncio.timeout(10):
+        await failed.wait()
+        await redis_client.delete(counters)
+        await swept.wait()
+    sweeping.cancel()
+    await asyncio.wait([sweeping])

@@ -87,6 +87,33 @@ async def test_watching_on_puts_the_end_off(submitter: Submitter, sweeper: Sweep
     assert await state_of(submitter, job_id) is JobState.WAITING
 
 
+async def test_a_gateway_that_left_is_not_taken_back_by_watching_on(
+    submitter: Submitter, other: Submitter, sweeper: Sweeper, pass_time
+) -> None:
+    job_id = await submit(submitter, grace_ms=5_000)
+    assert await submitter.keep_watching([job_id]) == []
+    assert await other.keep_watching([job_id, "no such job"]) == [job_id]
+    await submitter.unwatch(job_id)
+    assert await submitter.keep_watching([job_id]) == [job_id]
+    await pass_time(5_100)
+    assert await sweeper.sweep() == SweepReport(abandoned=1)
+    assert await submitter.keep_watching([job_id]) == []
+
+
+async def test_a_job_that_lost_its_watchers_keeps_no_other_from_being_watched(
+    submitter: Submitter, sweeper: Sweeper, redis_client: redis.asyncio.Redis, client: QueueClient, pass_time
+) -> None:
+    job_id = await submit(submitter, grace_ms=0)
+    damaged = make_job("damaged")
+    await submitter.submit(damaged, digest=b"digest", timeout_ms=None, grace_ms=0)
+    await redis_client.hdel(f"{client.shards[0].keys.root}:job:{damaged.job_id}", "watchers")
+    await pass_time(WATCH_MS - 1_000)
+    assert await submitter.keep_watching([damaged.job_id, job_id]) == [damaged.job_id]
+    await pass_time(WATCH_MS - 1_000)
+    assert await sweeper.sweep() == SweepReport(abandoned=1)
+    assert await state_of(submitter, job_id) is JobState.WAITING
+
+
 async def test_nobody_needs_to_watch_a_job_without_end_of_watching(
     submitter: Submitter, sweeper: Sweeper, redis_client: redis.asyncio.Redis, client: QueueClient
 ) -> None:

@@ -342,12 +342,6 @@ class AsyncClient:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
 
-    async def encode_pairs(
-        self, pairs: Iterable[tuple[str, str]], *, model: str = "", parse_control_tokens: bool = False
-    ) -> tuple[ScoreItem, ...]:
-        """The texts (context, continuation) as token ids. Errors as for `Client.encode_pairs`."""
-        return tuple(await self._score_items(list(pairs), model, parse_control_tokens))
-
     async def models(self) -> tuple[Model, ...]:
         """Every served model."""
         response = await self._query(self._model.ListModels, model_pb2.ListModelsRequest())
@@ -377,13 +371,11 @@ class AsyncClient:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(await self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
-    async def _score_items(
-        self, items: list[ScoreItemLike], model: str, parse_control_tokens: bool = False
-    ) -> list[ScoreItem]:
+    async def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
         texts = scoring.texts_of(pairs)
-        ids = await self.tokenize(*texts, model=model, parse_control_tokens=parse_control_tokens)
+        ids = await self.tokenize(*texts, model=model)
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = (await self.model(model)).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)

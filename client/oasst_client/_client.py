@@ -385,21 +385,6 @@ class Client:
                 self._cancel_scores(parts, under_way)
                 raise
 
-    def encode_pairs(
-        self, pairs: Iterable[tuple[str, str]], *, model: str = "", parse_control_tokens: bool = False
-    ) -> tuple[ScoreItem, ...]:
-        """The texts (context, continuation) as token ids, as `score` has them tokenized.
-
-        White space between the two belongs to the continuation; an empty context becomes end-of-text.
-
-        Raises:
-            ValueError: a continuation is empty, or has no token of its own.
-
-        >>> client.encode_pairs([("Hi ", "you")])
-        (ScoreItem(token_ids=(72, 105, 32, 121, 111, 117), context_length=2),)
-        """
-        return tuple(self._score_items(list(pairs), model, parse_control_tokens))
-
     def models(self) -> tuple[Model, ...]:
         """Every served model."""
         response = self._query(self._model.ListModels, model_pb2.ListModelsRequest())
@@ -435,13 +420,11 @@ class Client:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
-    def _score_items(
-        self, items: list[ScoreItemLike], model: str, parse_control_tokens: bool = False
-    ) -> list[ScoreItem]:
+    def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
         texts = scoring.texts_of(pairs)
-        ids = self.tokenize(*texts, model=model, parse_control_tokens=parse_control_tokens)
+        ids = self.tokenize(*texts, model=model)
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = self.model(model).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)

@@ -92,9 +92,7 @@ def texts_of(pairs: Sequence[TextPair]) -> list[str]:
 def token_items(
     items: Sequence[ScoreItemLike], pairs: Sequence[TextPair], ids: Mapping[str, tuple[int, ...]], *, end_of_text: int
 ) -> list[ScoreItem]:
-    """All items as token ids; `ids` are those of each text.
-
-    An empty context is `end_of_text`, unless the continuation brings it.
+    """All items as token ids; `ids` are those of each text. An empty context is `end_of_text`.
 
     Raises:
         ValueError: a continuation has no token of its own: it ends inside of the context's last one.
@@ -103,8 +101,7 @@ def token_items(
     for pair in pairs:
         context_length, token_ids = len(ids[pair.context]), ids[pair.whole]
         if not pair.context:
-            context_length = 1
-            token_ids = token_ids if token_ids[:1] == (end_of_text,) else (end_of_text, *token_ids)
+            context_length, token_ids = 1, (end_of_text, *token_ids)
         if context_length >= len(token_ids):
             raise ValueError(
                 f"items[{pair.index}]: the continuation has no token of its own, {items[pair.index]!r:.200}"

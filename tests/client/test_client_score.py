@@ -138,18 +138,6 @@ def test_a_refusal_names_the_item_by_its_place_among_all(server):
         asyncio.run(score_async())
 
 
-def test_pairs_are_encoded_as_they_are_scored(server):
-    pairs = [("ab ", "c"), ("", "xy"), ("", "\0z")]
-    items = (ScoreItem((97, 98, 32, 99), 2), ScoreItem((0, 120, 121), 1), ScoreItem((0, 122), 1))
-
-    async def encode_async():
-        async with AsyncClient(server.address) as client:
-            return await client.encode_pairs(pairs)
-
-    with Client(server.address) as client:
-        assert client.encode_pairs(pairs) == items == asyncio.run(encode_async())
-
-
 def test_a_refusal_names_the_field_and_ends_the_other_requests(server):
     def refuse(request, context: grpc.ServicerContext):
         violation = error_details_pb2.BadRequest.FieldViolation(field="items[0].context_length", description="is 0")

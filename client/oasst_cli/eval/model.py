@@ -174,12 +174,22 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         return ScoreItem((*kept, *continuation), num_kept)
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenRequest]:
-        """As the harness encodes pairs one by one; here every text once."""
-        items = self._client.encode_pairs(pairs, model=self._model.name, parse_control_tokens=True)
-        return [
-            (pair, item.token_ids[: item.context_length], item.token_ids[item.context_length :])
-            for pair, item in zip(pairs, items, strict=True)
-        ]
+        """As the harness encodes pairs one by one; here every text once.
+
+        Not as `Client.score` does: a context's last token stays its own, even where the whole text has another there.
+        """
+        contexts = [context.rstrip() for context, _ in pairs]
+        texts = dict.fromkeys([*contexts, *(context + continuation for context, continuation in pairs)])
+        ids = dict(zip(texts, self._encode(list(texts)), strict=True))
+        requests: list[TokenRequest] = []
+        for (context, continuation), bare in zip(pairs, contexts, strict=True):
+            before, whole = ids[bare], ids[context + continuation]
+            if not bare:
+                # A continuation that begins with the prefix token brings its own context.
+                before = (self.prefix_token_id,)
+                whole = whole if whole[:1] == before else (*before, *whole)
+            requests.append(((context, continuation), before, whole[len(before) :]))
+        return requests
 
     def _encode(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         return self._client.tokenize(*texts, model=self._model.name, parse_control_tokens=True)

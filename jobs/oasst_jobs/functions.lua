@@ -185,7 +185,7 @@ local function count_waiting(shard, job, sign)
       redis.call('HDEL', key, count[2])
     end
   end
-  if redis.call('HEXISTS', key_of(shard, 'tenant_jobs'), job.tenant) == 0 then
+  if not redis.call('HGET', key_of(shard, 'tenant_jobs'), job.tenant) then
     redis.call('HDEL', key_of(shard, 'tenant_weights'), job.tenant)
   elseif sign > 0 then
     redis.call('HSET', key_of(shard, 'tenant_weights'), job.tenant, job.weight)

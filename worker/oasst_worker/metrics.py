@@ -87,6 +87,9 @@ class WorkerMetrics:
         self.reconcile_repairs = counter(
             "reconcile_repairs_total", "Disagreements between jobs and indexes that were put right; should stay 0."
         )
+        self.loop_failures = counter(
+            "loop_failures_total", "Errors that nobody foresaw in the worker's upkeep of the queue; it goes on.", "loop"
+        )
         self._load = EngineLoad()  # As of the last record.
 
     def record_claim(self, claimed: ClaimedJob) -> None:

@@ -77,12 +77,14 @@ class Worker:
                 self._tracer,
                 lease_s=settings.lease_s,
             )
-            reconciler = Reconciler(client)
+            failures = self._metrics.loop_failures.labels
+            sweeper = Sweeper(client, on_sweep=self._metrics.record_sweep, on_defect=failures("sweeper").inc)
+            reconciler = Reconciler(client, on_defect=failures("reconciler").inc)
             self._stop_on_signals(consumer)
             await self._wait_for_queue(client, consumer)
             async with asyncio.TaskGroup() as tasks:
                 companions = [
-                    tasks.create_task(Sweeper(client, on_sweep=self._metrics.record_sweep).run(), name="sweep"),
+                    tasks.create_task(sweeper.run(), name="sweep"),
                     tasks.create_task(reconciler.run(), name="reconcile"),
                     tasks.create_task(self._watch(consumer, reconciler), name="watch"),
                     tasks.create_task(self._await_engine(), name="engine"),

@@ -274,13 +274,20 @@ class _Keeper:
                 logger.error("process hangs, killed process=%s", process.name)
                 process.send(signal.SIGKILL)
                 return
-            # Each further question to a silent one would only put off the next look.
-            self.is_ready = not silent_looks and not self._retired.is_set() and await process.is_ready()
-            if self.is_ready:
-                self.served.set()
-            if not silent_looks and (page := await process.metrics_page()):
-                self._gathered.record(process.name, page)
+            try:
+                await self._look(process, is_silent=silent_looks > 0)
+            except Exception:
+                logger.exception("look failed process=%s", process.name)
+                self._metrics.look_failures.inc()
             await asyncio.sleep(_LOOK_INTERVAL_S)
+
+    async def _look(self, process: "_Process", *, is_silent: bool) -> None:
+        # Each further question to a silent one would only put off the next look.
+        self.is_ready = not is_silent and not self._retired.is_set() and await process.is_ready()
+        if self.is_ready:
+            self.served.set()
+        if not is_silent and (page := await process.metrics_page()):
+            self._gathered.record(process.name, page)
 
 
 class _Process:

@@ -1,15 +1,16 @@
 """One gateway, from its parts: what starts first stops last."""
 
 import asyncio
+import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, connect
+from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, UnsupportedServerError, connect
 from oasst_telemetry import Tracer, TracingError, start_tracer
 from prometheus_client import CollectorRegistry
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # What an RPC needs to end, and to get its status out.
 _FLUSH_S = 0.2
+# How soon a loop begins again that failed.
+_RESTART_S = 1.0
 # So many RPCs of any kind may be open for each chat that may be: chats leave room for those who only ask.
 _RPCS_PER_CHAT = 2
 
@@ -71,6 +74,7 @@ async def running_gateway(
 
     Raises:
         StartError: if Redis does not answer in time, an address is taken, or a file of the settings is wrong.
+        UnsupportedServerError: if Redis is too old, or may drop jobs.
     """
     metrics = GatewayMetrics(registry)
     authenticator = FileAuthenticator(settings)
@@ -91,15 +95,18 @@ async def running_gateway(
             retention_s=settings.retention_s,
         )
         submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits, durability=settings.durability)
-        inbox = Inbox(client, gateway_id=settings.gateway_id)
+        failures = metrics.loop_failures
+        inbox = Inbox(client, gateway_id=settings.gateway_id, on_defect=failures.labels("inbox").inc)
+        sweeper = Sweeper(client, on_sweep=metrics.record_sweep, on_defect=failures.labels("sweeper").inc)
         await health.start()
         monitor = QueueMonitor(submitter, model_name=model.name, metrics=metrics, on_change=health.set_queue_available)
         await stack.enter_async_context(
             _running(
-                inbox.run(),
-                Sweeper(client, on_sweep=metrics.record_sweep).run(),
-                monitor.run(),
-                watch_event_loop(metrics, health),
+                metrics,
+                inbox=inbox.run,
+                sweeper=sweeper.run,
+                monitor=monitor.run,
+                event_loop=functools.partial(watch_event_loop, metrics, health),
             )
         )
         await monitor.wait_available(settings.redis_wait_s)
@@ -133,7 +140,7 @@ async def running_gateway(
             secrets=derived_secrets,
             grace_s=settings.detach_grace_s,
         )
-        await stack.enter_async_context(_running(chats.run()))
+        await stack.enter_async_context(_running(metrics, chats=chats.run))
         server, port = create_server(
             listen=settings.listen,
             certificate=certificate,
@@ -184,12 +191,12 @@ class _Departure:
 
 
 @asynccontextmanager
-async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """The services run as long as the context is open; if one fails, so does the context, for the same reason."""
+async def _running(metrics: GatewayMetrics, **loops: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """The loops run as long as the context is open; if one fails for good, so does the context, for the same reason."""
     failure = None
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(service) for service in services]
+            tasks = [group.create_task(_keep_running(name, loop, metrics)) for name, loop in loops.items()]
             yield
             for task in tasks:
                 task.cancel()
@@ -197,6 +204,24 @@ async def _running(*services: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         failure = failures.exceptions[0]
     if failure is not None:
         raise failure  # Outside of the handler: there it would have the group it is in for its context, in a circle.
+
+
+async def _keep_running(name: str, loop: Callable[[], Coroutine[Any, Any, None]], metrics: GatewayMetrics) -> None:
+    """The loop runs, and begins again should it fail: what one job or answer did to it must not end all chats.
+
+    Raises:
+        UnsupportedServerError: that does not pass by itself.
+    """
+    failures = metrics.loop_failures.labels(name)
+    while True:
+        try:
+            await loop()
+        except UnsupportedServerError:
+            raise
+        except Exception:
+            logger.exception("loop failed, begins again loop=%s", name)
+            failures.inc()
+        await asyncio.sleep(_RESTART_S)
 
 
 def _certificate(settings: GatewaySettings) -> ServerCertificate | None:

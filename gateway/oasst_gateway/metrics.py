@@ -91,6 +91,9 @@ class GatewayMetrics:
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _LAG_SECONDS
         )
+        self.loop_failures = counter(
+            "loop_failures_total", "Errors that nobody foresaw in the gateway's own loops, which go on.", "loop"
+        )
 
     def record_sweep(self, report: SweepReport) -> None:
         """Adds what a sweep of this process set right in the queue."""
@@ -117,6 +120,11 @@ class FleetMetrics:
         )
         self.restarts = Counter(
             "oasst_gateway_process_restarts_total", "Processes that died and were replaced.", registry=registry
+        )
+        self.look_failures = Counter(
+            "oasst_gateway_process_look_failures_total",
+            "Errors that nobody foresaw in looking after the processes, which goes on.",
+            registry=registry,
         )
 
 

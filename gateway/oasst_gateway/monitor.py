@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
-from oasst_jobs import QueueError, Submitter, job_size
+from oasst_jobs import QueueError, Submitter, UnsupportedServerError, job_size
 
 from oasst_gateway.admission import Outlook, SpeedEstimate
 from oasst_gateway.errors import StartError
@@ -46,7 +46,11 @@ class QueueMonitor:
         self._speed = SpeedEstimate()
 
     async def run(self) -> None:
-        """Watches until cancelled."""
+        """Watches until cancelled.
+
+        Raises:
+            UnsupportedServerError: whoever waits for such a server waits for ever.
+        """
         while True:
             await self._look()
             await asyncio.sleep(self._interval_s if self._has_workers else self._search_interval_s)
@@ -74,6 +78,8 @@ class QueueMonitor:
     async def _look(self) -> None:
         try:
             load = await self._submitter.load()
+        except UnsupportedServerError:
+            raise
         except QueueError as error:
             await self._tell(False, error)
         else:

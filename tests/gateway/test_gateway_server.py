@@ -9,6 +9,7 @@ import urllib.request
 import grpc
 import oasst.v1
 import pytest
+import redis.asyncio
 from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway, text_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -17,8 +18,9 @@ from oasst.v1 import model_pb2
 from oasst_gateway import chats, service
 from oasst_gateway.errors import StartError
 from oasst_gateway.model import ServedModel
+from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.services import SERVICES
-from oasst_jobs import QueueClient
+from oasst_jobs import QueueClient, UnsupportedServerError
 from valkey_server import ValkeyServer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -250,3 +252,32 @@ async def test_whoever_is_not_accepted_yet_when_it_stops_is_sent_elsewhere_as_we
         await call
     may_prepare.set()
     assert details_of(refused.value).reason == "GATEWAY_LEAVING"
+
+
+async def test_a_loop_that_fails_is_counted_and_begins_again(
+    model: ServedModel, valkey_url: str, worker: RuleWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, num_looks = QueueMonitor._look, 0
+
+    async def fail_at_first(monitor: QueueMonitor) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 1:
+            raise TypeError("a defect")
+        await look(monitor)
+
+    monkeypatch.setattr(QueueMonitor, "_look", fail_at_first)
+    async with start_gateway(model, valkey_url) as gateway:
+        assert gateway.sample("loop_failures_total", loop="monitor") == 1
+        assert (await gateway.chat.Chat(ask("Hello!"))).choices[0].text == text_of(4)
+
+
+async def test_a_server_that_may_drop_jobs_stops_the_start_and_is_not_waited_for(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with redis.asyncio.Redis.from_url(valkey_url) as connection:
+        await connection.config_set("maxmemory", "100mb")
+        await connection.config_set("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(UnsupportedServerError, match="maxmemory-policy"):
+        async with asyncio.timeout(10), start_gateway(model, valkey_url):
+            pass

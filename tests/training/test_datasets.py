@@ -61,6 +61,17 @@ def test_a_deep_tree_gives_one_long_thread():
     assert texts(thread) == [str(depth) for depth in range(50)]
 
 
+def test_blank_lines_are_passed_over_and_counted(trees_path, tmp_path):
+    trees, instructions = tmp_path / "trees.jsonl", tmp_path / "instructions.jsonl"
+    trees.write_text(trees_path.read_text().replace("\n", "\n\n"))
+    assert list(read_threads(trees, ["en"])) == list(read_threads(trees_path, ["en"]))
+    instructions.write_text('\n{"instruction": "Hi", "output": "Ho"}\n\n')
+    assert len(read_instructions(instructions)) == 1
+    instructions.write_text("\nHi\n")
+    with pytest.raises(DataError, match=r"instructions\.jsonl:2: not an instruction"):
+        read_instructions(instructions)
+
+
 @pytest.mark.parametrize(
     "tree",
     [

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from oasst.prompt import ControlToken, Speaker, Turn
 from oasst_training.dialogues import Dialogue, format_dialogue, load_dialogues
+from oasst_training.errors import DataError
 from oasst_training.tokenizer import encode_parts
 
 
@@ -96,3 +97,13 @@ def test_a_line_that_is_no_dialogue_is_named(tmp_path, row):
     path = write_lines(tmp_path / "dialogues.jsonl", good, row)
     with pytest.raises(match=r"dialogues\.jsonl:2: "):
         load_dialogues(path)
+
+
+def test_a_text_may_hold_any_character_and_blank_lines_are_passed_over(tmp_path):
+    row = {"messages": [message("prompter", "one\u2028two"), message("assistant")]}
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text(f"{json.dumps(row, ensure_ascii=False)}\n\nno\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"dialogues\.jsonl:3: "):
+        load_dialogues(path)
+    path.write_text(f"\n{json.dumps(row, ensure_ascii=False)}\n  \n", encoding="utf-8")
+    assert [dialogue.question for dialogue in load_dialogues(path)] == ["one\u2028two"]

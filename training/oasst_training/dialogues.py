@@ -15,6 +15,7 @@ from typing import Any
 from oasst.prompt import ControlToken, Part, Speaker, Turn, check_turns, format_prompt
 
 from oasst_training.errors import DataError
+from oasst_training.json_lines import numbered_lines
 
 __all__ = ["DIALOGUES_PATH", "Dialogue", "format_dialogue", "load_dialogues"]
 
@@ -57,7 +58,7 @@ def load_dialogues(path: Path = DIALOGUES_PATH) -> list[Dialogue]:
         DataError: naming the file and the line that is not a dialogue.
     """
     dialogues = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in numbered_lines(path):
         try:
             dialogues.append(_parse_dialogue(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:

@@ -14,6 +14,7 @@ from oasst.prompt import Speaker, Turn
 from pydantic import BaseModel
 
 from oasst_training.errors import DataError
+from oasst_training.json_lines import numbered_lines
 
 __all__ = ["Instruction", "read_instructions"]
 
@@ -35,10 +36,10 @@ def read_instructions(path: Path) -> list[Instruction]:
     """The instructions of a file: JSON lines, or one JSON list if the name ends in `.json`.
 
     Raises:
-        DataError: naming the file and the entry, counted from 1, that is not an instruction.
+        DataError: naming the file and the line, or the entry counted from 1, that is not an instruction.
     """
     instructions = []
-    for number, entry in enumerate(_entries(path), start=1):
+    for number, entry in _entries(path):
         try:
             instructions.append(Instruction.model_validate(json.loads(entry) if isinstance(entry, str) else entry))
         except ValueError as error:
@@ -46,14 +47,14 @@ def read_instructions(path: Path) -> list[Instruction]:
     return instructions
 
 
-def _entries(path: Path) -> Iterable[Any]:
-    """Lines of JSON, or objects of a JSON list."""
+def _entries(path: Path) -> Iterable[tuple[int, Any]]:
+    """Lines of JSON, or objects of a JSON list, with their numbers."""
     if path.suffix != ".json":
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return numbered_lines(path)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(entries, list):
         raise DataError(f"{path}: must hold a list of instructions")
-    return entries
+    return enumerate(entries, start=1)

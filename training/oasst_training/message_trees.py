@@ -13,7 +13,6 @@ A leaf that is a prompter's makes a thread up to the message before it, but only
 otherwise the message belongs to its first reply's threads already, or would be repeated.
 """
 
-import gzip
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from oasst.prompt import Speaker, Turn, check_turns
 from pydantic import BaseModel
 
 from oasst_training.errors import DataError
+from oasst_training.json_lines import numbered_lines
 
 __all__ = ["MessageNode", "MessageTree", "Thread", "read_threads", "threads_of"]
 
@@ -64,15 +64,13 @@ def read_threads(path: Path, languages: Collection[str]) -> Iterator[list[Thread
     Raises:
         DataError: naming the file and the line that is not a tree.
     """
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                tree = MessageTree.model_validate_json(line)
-                if tree.is_ready(languages):
-                    yield threads_of(tree)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not a message tree: {error}") from error
+    for number, line in numbered_lines(path):
+        try:
+            tree = MessageTree.model_validate_json(line)
+            if tree.is_ready(languages):
+                yield threads_of(tree)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a message tree: {error}") from error
 
 
 def threads_of(tree: MessageTree) -> list[Thread]:

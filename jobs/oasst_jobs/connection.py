@@ -268,17 +268,19 @@ async def send_and_wait(
     """
     wait = ("WAIT", num_replicas, timeout_ms)
     if isinstance(client, RedisCluster):
-        return await translated(_send_both(await _node_of(client, key), command, wait))
+        return await translated(_send_both(client, key, command, wait))
     pipeline = client.pipeline(transaction=False)
     for part in (command, wait):
         pipeline.execute_command(*part)
-    reply, num_replicas = await translated(pipeline.execute(raise_on_error=False))
-    if isinstance(reply, redis.exceptions.RedisError):
-        raise translate(reply) from reply
-    return reply, num_replicas
+    replies = await translated(pipeline.execute(raise_on_error=False))
+    for reply in replies:
+        if isinstance(reply, redis.exceptions.RedisError):
+            raise translate(reply) from reply
+    return replies[0], replies[1]
 
 
-async def _send_both(node: ClusterNode, command: Iterable[Any], wait: Iterable[Any]) -> tuple[Any, int]:
+async def _send_both(client: RedisCluster, key: str, command: Iterable[Any], wait: Iterable[Any]) -> tuple[Any, int]:
+    node = await _node_of(client, key)
     connection = node.acquire_connection()
     try:
         await connection.send_command(*command)

@@ -28,6 +28,7 @@ from oasst_jobs import (
 from oasst_jobs.errors import translate
 from oasst_jobs.functions import Shard
 from oasst_jobs.library import LIBRARY
+from valkey_server import free_port
 
 
 async def submit(submitter: Submitter, request_id: str = "job") -> str:
@@ -123,6 +124,32 @@ async def test_a_socket_that_never_was_is_unreachable(tmp_path: Path) -> None:
     assert caught.value.reason is UnavailableReason.UNREACHABLE
     assert "Redis" in str(caught.value)
     await client.aclose()
+
+
+async def test_a_cluster_that_never_was_is_unavailable_to_replicated_submits_too() -> None:
+    client = connect(f"redis+cluster://127.0.0.1:{free_port()}")
+    submitter = Submitter(
+        QueueClient(client), gateway_id="gateway-1", limits=QueueLimits(), durability=Durability.REPLICATED
+    )
+    with pytest.raises(QueueUnavailableError) as caught:
+        await submit(submitter)
+    assert caught.value.reason is UnavailableReason.CLUSTER_DOWN
+    await client.aclose()
+
+
+async def test_a_submit_whose_wait_for_a_replica_is_refused_says_so(
+    valkey_url: str, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    await client.check_server()
+    await redis_client.execute_command("ACL", "SETUSER", "hasty", "on", ">secret", "~*", "+@all", "-wait")
+    hasty_client = connect(valkey_url.replace("unix://", "unix://hasty:secret@"))
+    submitter = Submitter(
+        QueueClient(hasty_client), gateway_id="gateway-1", limits=QueueLimits(), durability=Durability.REPLICATED
+    )
+    with pytest.raises(QueueUnavailableError) as caught:
+        await submit(submitter)
+    assert caught.value.reason is UnavailableReason.ACCESS_DENIED
+    await hasty_client.aclose()
 
 
 async def test_a_server_that_hangs_is_noticed(valkey, submitter: Submitter) -> None:

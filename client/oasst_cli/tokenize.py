@@ -4,7 +4,6 @@ import sys
 from typing import Annotated
 
 import typer
-from oasst_client import Client
 from rich.console import Console
 from rich.text import Text
 
@@ -14,7 +13,6 @@ __all__ = ["tokenize"]
 
 # Neighbours differ, so that one sees where a token ends.
 _COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta")
-_IDS_PER_CALL = 256
 
 
 def tokenize(
@@ -32,7 +30,8 @@ def tokenize(
     read = sys.stdin.read() if text is None else text
     with connected(address, profile) as client:
         (ids,) = client.tokenize(read, model=model or "", parse_control_tokens=control_tokens)
-        pieces = [] if count else _pieces(client, ids, model or "")
+        # Of a token that holds part of a character, U+FFFD.
+        pieces = () if count else client.detokenize(*([each] for each in ids), model=model or "")
     if as_json:
         print(json_line({"num_tokens": len(ids)} if count else {"num_tokens": len(ids), "ids": ids, "pieces": pieces}))
     elif count:
@@ -41,13 +40,7 @@ def tokenize(
         _show(Console(highlight=False), ids, pieces)
 
 
-def _pieces(client: Client, ids: tuple[int, ...], model: str) -> list[str]:
-    """The text of each token; of one that holds part of a character, U+FFFD."""
-    batches = [ids[start : start + _IDS_PER_CALL] for start in range(0, len(ids), _IDS_PER_CALL)]
-    return [piece for batch in batches for piece in client.detokenize(*([each] for each in batch), model=model)]
-
-
-def _show(console: Console, ids: tuple[int, ...], pieces: list[str]) -> None:
+def _show(console: Console, ids: tuple[int, ...], pieces: tuple[str, ...]) -> None:
     coloured = Text()
     for index, piece in enumerate(pieces):
         # A line break is shown, and broken behind, so that it is seen as part of its token.

@@ -21,9 +21,6 @@ _VERSION = 1
 _CONTROL_TOKENS_PER_TURN = 2
 _CONTROL_TOKENS_OF_PROMPT = 1
 
-# As many texts as one Tokenize call takes.
-_TEXTS_PER_CALL = 256
-
 
 class _History:
     """The turns so far. Changes only by whole exchanges, so a failed or abandoned answer leaves it as it was."""
@@ -105,10 +102,8 @@ class _History:
     def _question_positions(self) -> list[int]:
         return [index for index, each in enumerate(self._messages) if each.role in (Role.USER, Role.PROMPTER)]
 
-    def _text_batches(self) -> list[list[str]]:
-        """Every message's text, in as many calls as the service wants them."""
-        texts = [each.content for each in self._messages]
-        return [texts[start : start + _TEXTS_PER_CALL] for start in range(0, len(texts), _TEXTS_PER_CALL)]
+    def _texts(self) -> list[str]:
+        return [each.content for each in self._messages]
 
     def _prompt_tokens(self, lengths: Sequence[int]) -> int:
         """How many tokens the turns take in a prompt; `lengths` are those of the messages' texts."""
@@ -247,9 +242,8 @@ class Conversation(_History):
         return self._client.stream(messages, on_finished=keep, **self._with_defaults(options))
 
     def _text_lengths(self) -> list[int]:
-        model = self._options.get("model", "")
-        batches = [self._client.tokenize(*texts, model=model) for texts in self._text_batches()]
-        return [len(ids) for batch in batches for ids in batch]
+        ids = self._client.tokenize(*self._texts(), model=self._options.get("model", ""))
+        return list(map(len, ids))
 
 
 class AsyncConversation(_History):
@@ -353,9 +347,8 @@ class AsyncConversation(_History):
         return self._client.stream(messages, on_finished=keep, **self._with_defaults(options))
 
     async def _text_lengths(self) -> list[int]:
-        model = self._options.get("model", "")
-        batches = [await self._client.tokenize(*texts, model=model) for texts in self._text_batches()]
-        return [len(ids) for batch in batches for ids in batch]
+        ids = await self._client.tokenize(*self._texts(), model=self._options.get("model", ""))
+        return list(map(len, ids))
 
 
 def _parse_saved(saved: str) -> tuple[list[MessageLike], ChatOptions]:

@@ -12,18 +12,18 @@ An idea that spreads.
 Answers are texts, or whatever a function makes of the request; an error among them is what the service refuses with
 (and the client tries again, as ever, if the error says that it may pass):
 
+>>> full = OverloadedError("the queue is full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL")
+>>> with FakeServer(full) as server, Client(server.address) as client:
+...     client.chat("What is a meme?")
+Traceback (most recent call last):
+oasst_client._errors.OverloadedError: the queue is full (QUEUE_FULL)
+
 Continuations are scored by a function of the item; without one every token has the log-probability -1:
 
 >>> from oasst_client import ItemScore
 >>> with FakeServer(score=lambda item: ItemScore(-0.5, True)) as server, Client(server.address) as client:
 ...     print(client.score([("The sky is", " blue")]))
 (ItemScore(logprob=-0.5, is_greedy=True, token_logprobs=()),)
-
->>> full = OverloadedError("the queue is full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL")
->>> with FakeServer(full) as server, Client(server.address) as client:
-...     client.chat("What is a meme?")
-Traceback (most recent call last):
-oasst_client._errors.OverloadedError: the queue is full (QUEUE_FULL)
 """
 
 import asyncio

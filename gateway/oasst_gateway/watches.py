@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from oasst.jobs.v1 import job_pb2
-from oasst_jobs import Inbox, QueueUnavailableError, Submitter, Subscription, is_end_of_job
+from oasst_jobs import Inbox, QueueError, QueueUnavailableError, Submitter, Subscription, is_end_of_job
 
 __all__ = ["Watch", "WatchedJob", "Watches"]
 
@@ -114,6 +114,9 @@ class Watches:
                 state = await self._submitter.unwatch(job_id)
             except QueueUnavailableError:
                 await asyncio.sleep(_LEAVE_RETRY_S)
+            except QueueError:
+                logger.exception("the queue was not told that nobody watches job_id=%s", job_id)
+                return  # It notices in a minute by itself.
             else:
                 logger.info("left job_id=%s state=%s", job_id, state)
                 return

@@ -63,6 +63,21 @@ from oasst_gateway.settings import read_settings
 sys.exit(asyncio.run(run_fleet(read_settings(sys.argv[1:]), sys.argv[1:], max_silent_looks=2)))
 """
 
+# The same, whose parent stumbles over the first page of each process.
+CLUMSY = (
+    """
+from oasst_gateway.gathered import GatheredMetrics
+record, stumbled = GatheredMetrics.record, set()
+def stumble_once(gathered, process, page):
+    if process not in stumbled:
+        stumbled.add(process)
+        raise ValueError("a defect")
+    record(gathered, process, page)
+GatheredMetrics.record = stumble_once
+"""
+    + HASTY
+)
+
 
 @pytest.fixture
 def start_fleet(checkpoint: Path, valkey_url: str, tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
@@ -223,3 +238,11 @@ def test_an_address_that_is_taken_stops_the_start(checkpoint: Path) -> None:
         )
     assert start.returncode == 1
     assert start.stderr == f"oasst_gateway: cannot listen on {listen}: Address already in use\n"
+
+
+async def test_a_defect_in_looking_after_the_processes_is_counted_and_they_are_looked_after_on(
+    start_fleet: Callable[..., Fleet],
+) -> None:
+    fleet = start_fleet(program=("-c", CLUMSY))
+    await fleet.told("oasst_gateway_process_look_failures_total", NUM_PROCESSES)
+    await fleet.told("oasst_gateway_redis_up", 1)

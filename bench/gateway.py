@@ -28,7 +28,7 @@ import psutil
 import uvloop
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2
-from oasst_cli.valkey import find_server
+from oasst_cli.up.valkey import find_server
 from oasst_gateway.status import RpcStatus
 from oasst_jobs import ClaimedJob, Claimer, PushItem, QueueClient, connect
 from rich.table import Table

@@ -14,7 +14,7 @@ from pathlib import Path
 import redis.asyncio
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import generation_pb2
-from oasst_cli.valkey import find_server
+from oasst_cli.up.valkey import find_server
 from oasst_jobs import (
     JOB_VERSION,
     ClaimedJob,

@@ -11,7 +11,7 @@ from oasst_client import OasstError
 
 from oasst_cli.bench.command import bench
 from oasst_cli.cancel import cancel
-from oasst_cli.chat import chat
+from oasst_cli.chat.command import chat
 from oasst_cli.complete import complete
 from oasst_cli.doctor import doctor
 from oasst_cli.eval.command import evaluate
@@ -21,7 +21,7 @@ from oasst_cli.plan.command import plan
 from oasst_cli.report.command import report
 from oasst_cli.tokenize import tokenize
 from oasst_cli.top.command import top
-from oasst_cli.up import up
+from oasst_cli.up.command import up
 
 __all__ = ["app", "main"]
 

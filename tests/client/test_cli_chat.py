@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oasst.v1 import generation_pb2
 from oasst_cli.__main__ import app
-from oasst_cli.chat_session import COMMANDS, ChatSession
-from oasst_cli.markdown import MarkdownStream, split_settled
-from oasst_cli.up import chat_options
+from oasst_cli.chat.markdown import MarkdownStream, split_settled
+from oasst_cli.chat.session import COMMANDS, ChatSession
+from oasst_cli.up.command import chat_options
 from oasst_client import Client, Conversation, InternalError
 from oasst_client.testing import Answer, FakeServer
 from rich.console import Console

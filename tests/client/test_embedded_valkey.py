@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from oasst_cli import valkey
-from oasst_cli.state import StateInUseError, state_directory
-from oasst_cli.supervisor import Keeper, RestartPolicy, keep_running
-from oasst_cli.valkey import NoServerError, find_server, socket_path, valkey_service
+from oasst_cli.up import valkey
+from oasst_cli.up.state import StateInUseError, state_directory
+from oasst_cli.up.supervisor import Keeper, RestartPolicy, keep_running
+from oasst_cli.up.valkey import NoServerError, find_server, socket_path, valkey_service
 
 
 class Silent:

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from oasst_cli.child import Announcement, Child
-from oasst_cli.supervisor import Keeper, RestartPolicy, Service, ServiceFailedError, keep_running
+from oasst_cli.up.child import Announcement, Child
+from oasst_cli.up.supervisor import Keeper, RestartPolicy, Service, ServiceFailedError, keep_running
 
 SERVE = """
 import json, os, sys, time
@@ -210,7 +210,7 @@ async def test_last_words_are_those_of_this_process_not_of_the_one_before(tmp_pa
 def test_children_die_with_a_supervisor_that_is_killed(tmp_path):
     code = f"""
 import asyncio, pathlib, sys
-from oasst_cli.child import Child
+from oasst_cli.up.child import Child
 
 async def main():
     command = [sys.executable, "-c", "import time; time.sleep(60)"]

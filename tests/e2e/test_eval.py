@@ -14,8 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from oasst_cli.__main__ import app
-from oasst_cli.checkpoint import demo_checkpoint
 from oasst_cli.eval.model import OasstLM
+from oasst_cli.up.checkpoint import demo_checkpoint
 from typer.testing import CliRunner
 
 # Without MMLU, whose 57 subjects take long to load.

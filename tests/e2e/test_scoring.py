@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from oasst_cli.checkpoint import demo_checkpoint
+from oasst_cli.up.checkpoint import demo_checkpoint
 from oasst_client import AsyncClient, Client, InvalidArgumentError, ItemScore, ScoreItem
 from transformers import GPTNeoXForCausalLM
 

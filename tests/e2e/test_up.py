@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from oasst_cli.checkpoint import demo_checkpoint
+from oasst_cli.up.checkpoint import demo_checkpoint
 from oasst_client import Client
 
 MEME = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from oasst_cli.child import Announcement, Child
+from oasst_cli.up.child import Announcement, Child
 
 __all__ = [
     "UNUSABLE_EXIT_CODE",

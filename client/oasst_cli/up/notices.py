@@ -7,12 +7,12 @@ from typing import Self
 from rich.console import Console
 from rich.markup import escape
 
-from oasst_cli.child import Announcement
+from oasst_cli.up.child import Announcement
 
-__all__ = ["Progress"]
+__all__ = ["Notices"]
 
 
-class Progress:
+class Notices:
     """Lines about what happens, and on a terminal a spinner that says what is waited for."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ import typer
 from oasst_client import ChatOptions, Client, Conversation, OasstError, Truncation
 from rich.console import Console
 
-from oasst_cli.chat_session import COMMANDS, ChatSession
+from oasst_cli.chat.session import COMMANDS, ChatSession
 from oasst_cli.options import (
     Address,
     AsJson,
@@ -114,7 +114,7 @@ def _load(client: Client, file: Path, options: ChatOptions) -> Conversation:
 def _converse(session: ChatSession, *, keeps_history: bool) -> None:
     """Asks and answers until the person leaves."""
     # Here, because importing it is what changes how `input` reads a line; and there is none on Windows.
-    from oasst_cli.line_editing import history_path, line_editing
+    from oasst_cli.chat.line_editing import history_path, line_editing
 
     # As an exception, so that `input` gives the terminal back as it was.
     signal.signal(signal.SIGTERM, _leave)

@@ -10,7 +10,7 @@ from oasst_client import Client, CompletionStream, Conversation, OasstError, Rol
 from rich.console import Console
 from rich.table import Table
 
-from oasst_cli.markdown import MarkdownStream
+from oasst_cli.chat.markdown import MarkdownStream
 
 __all__ = ["COMMANDS", "ChatSession"]
 

@@ -13,14 +13,14 @@ from typing import Annotated
 import typer
 from oasst_client import Profile
 
-from oasst_cli.checkpoint import NoDemoError, demo_checkpoint
-from oasst_cli.child import Announcement, die_with_parent
 from oasst_cli.options import DEFAULT_ADDRESS
-from oasst_cli.progress import Progress
-from oasst_cli.stack import Stack, StackOptions
-from oasst_cli.state import StateDirectory, StateInUseError
-from oasst_cli.supervisor import UNUSABLE_EXIT_CODE, Keeper, ServiceFailedError
-from oasst_cli.valkey import NoServerError
+from oasst_cli.up.checkpoint import NoDemoError, demo_checkpoint
+from oasst_cli.up.child import Announcement, die_with_parent
+from oasst_cli.up.notices import Notices
+from oasst_cli.up.stack import Stack, StackOptions
+from oasst_cli.up.state import StateDirectory, StateInUseError
+from oasst_cli.up.supervisor import UNUSABLE_EXIT_CODE, Keeper, ServiceFailedError
+from oasst_cli.up.valkey import NoServerError
 
 __all__ = ["chat_options", "up"]
 
@@ -106,8 +106,8 @@ def up(
     except NoDemoError as error:
         raise typer.BadParameter(str(error)) from error
     chat_flags = chat_options(model) if chat else None
-    with Progress() as progress:
-        raise typer.Exit(asyncio.run(_supervise(options, progress, as_json=as_json, chat_flags=chat_flags)))
+    with Notices() as notices:
+        raise typer.Exit(asyncio.run(_supervise(options, notices, as_json=as_json, chat_flags=chat_flags)))
 
 
 def chat_options(model: str | None) -> tuple[str, ...]:
@@ -124,18 +124,18 @@ def _split_address(address: str, gateways: int) -> tuple[str, int]:
 
 
 async def _supervise(
-    options: StackOptions, progress: Progress, *, as_json: bool, chat_flags: Sequence[str] | None
+    options: StackOptions, notices: Notices, *, as_json: bool, chat_flags: Sequence[str] | None
 ) -> int:
     """Runs the stack until a signal, the end of its chat, or a failure that restarting cannot mend; the exit code."""
-    stack = Stack(options, observer=progress)
-    run = asyncio.create_task(_run(stack, progress, as_json=as_json, chat_flags=chat_flags))
+    stack = Stack(options, observer=notices)
+    run = asyncio.create_task(_run(stack, notices, as_json=as_json, chat_flags=chat_flags))
 
     def on_signal() -> None:
         if run.cancelling():
             stack.kill()
         else:
-            progress.rest()
-            progress.say("stopping; Ctrl-C once more stops at once")
+            notices.rest()
+            notices.say("stopping; Ctrl-C once more stops at once")
             run.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -149,41 +149,41 @@ async def _supervise(
         pass  # A signal asked for it.
     except* (ServiceFailedError, NoServerError, StateInUseError, OSError) as failures:
         failure = _first(failures)
-        progress.rest()
-        progress.say(f"error: {failure}")
+        notices.rest()
+        notices.say(f"error: {failure}")
         exit_code = UNUSABLE_EXIT_CODE if isinstance(failure, ServiceFailedError) and failure.is_unusable else 1
     return exit_code
 
 
-async def _run(stack: Stack, progress: Progress, *, as_json: bool, chat_flags: Sequence[str] | None) -> int:
+async def _run(stack: Stack, notices: Notices, *, as_json: bool, chat_flags: Sequence[str] | None) -> int:
     """Runs the stack until this is cancelled, or its chat ends; the exit code."""
-    progress.wait_for("starting")
+    notices.wait_for("starting")
     async with stack.running() as state:
         async with asyncio.TaskGroup() as group:
-            display = group.create_task(_show_what_is_starting(stack, progress))
+            display = group.create_task(_show_what_is_starting(stack, notices))
             announcements = await stack.wait_until_serving()
             display.cancel()
-        progress.rest()
+        notices.rest()
         addresses = [announcement.listen for _, announcement in announcements if announcement.listen]
         if as_json:
             print(json.dumps(_summary(stack, state, announcements)), flush=True)
         if chat_flags is not None:
             return await _chat(addresses[0], chat_flags)
-        progress.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
+        notices.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
         metrics = [announcement.metrics for _, announcement in announcements if announcement.metrics]
         watch = ["oasst top", "--address", addresses[0], *(f"--metrics {each}" for each in metrics)]
-        progress.say(f"watch it: {' '.join(watch)}")
+        notices.say(f"watch it: {' '.join(watch)}")
         await asyncio.get_running_loop().create_future()  # Until cancelled.
     return 0
 
 
-async def _show_what_is_starting(stack: Stack, progress: Progress) -> None:
+async def _show_what_is_starting(stack: Stack, notices: Notices) -> None:
     """Loading a large model takes minutes: what each process said last shows that it goes on."""
     while True:
-        await asyncio.sleep(progress.interval_s)
+        await asyncio.sleep(notices.interval_s)
         states = [f"{keeper.service.name} ({keeper.last_words() or 'starting'})" for keeper in stack.starting()]
         if states:
-            progress.wait_for(f"waiting for {', '.join(states)}")
+            notices.wait_for(f"waiting for {', '.join(states)}")
 
 
 def _summary(

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from oasst_cli.child import Announcement, Child
-from oasst_cli.supervisor import Service
+from oasst_cli.up.child import Announcement, Child
+from oasst_cli.up.supervisor import Service
 
 __all__ = ["NoServerError", "find_server", "socket_path", "socket_url", "valkey_service"]
 

@@ -8,10 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from oasst_cli.child import Announcement
-from oasst_cli.state import StateDirectory, state_directory
-from oasst_cli.supervisor import Command, Keeper, Observer, RestartPolicy, Service, keep_running
-from oasst_cli.valkey import find_server, socket_path, socket_url, valkey_service
+from oasst_cli.up.child import Announcement
+from oasst_cli.up.state import StateDirectory, state_directory
+from oasst_cli.up.supervisor import Command, Keeper, Observer, RestartPolicy, Service, keep_running
+from oasst_cli.up.valkey import find_server, socket_path, socket_url, valkey_service
 
 __all__ = ["Stack", "StackOptions"]
 

@@ -76,28 +76,43 @@ class Claimer:
         max_jobs: int,
         max_tokens: int,
         max_choices: int | None = None,
+        tokens_per_choice: int = 0,
         is_idle: bool = False,
         is_scoring: bool = False,
     ) -> list[ClaimedJob]:
         """These jobs are this worker's now, in the queue's order.
 
-        `max_tokens` bounds the positions that all of them may come to hold: prompts, and all tokens that every choice
-        may generate; `max_choices` their choices. A job that does not fit is passed over for a while; then this worker
-        may get nothing behind it until it does fit. So whoever is idle should offer all it has. Only a worker that
-        says it is idle gets a job that is to run alone, and then no other. With `is_scoring` these are jobs to be
-        scored, which have a queue of their own.
+        `max_tokens` bounds the positions that all of them may come to hold: prompts, all tokens that every choice may
+        generate, and `tokens_per_choice` more for each; `max_choices` bounds their choices. A job that does not fit is
+        passed over for a while; then this worker may get nothing behind it until it does fit. So whoever is idle should
+        offer all it has. Only a worker that says it is idle gets a job that is to run alone, and then no other. With
+        `is_scoring` these are jobs to be scored, which have a queue of their own.
 
         Jobs come from the shards that answer; only if none does, that is raised.
         """
+
+        async def claim_from(number: int) -> tuple[list[ClaimReply], bool]:
+            reply = await self._client.shards[number].claim(
+                self._worker_id,
+                self._claim_ids[number],
+                model=self._queue(is_scoring),
+                lease_ms=self._lease_ms,
+                max_jobs=max_jobs,
+                max_tokens=max_tokens,
+                max_choices=_ANY_NUMBER if max_choices is None else max_choices,
+                tokens_per_choice=tokens_per_choice,
+                is_idle=is_idle,
+            )
+            self._claim_ids[number] = secrets.token_hex(8)
+            return reply
+
         away: QueueUnavailableError | None = None
         has_answered = False
         for number in self._shards_to_ask():
             self._first_shard = (number + 1) % self.num_shards
             asked_s = self._clock()
             try:
-                replies, is_kept = await self._claim_from(
-                    number, self._queue(is_scoring), max_jobs, max_tokens, max_choices, is_idle
-                )
+                replies, is_kept = await claim_from(number)
             except QueueUnavailableError as error:
                 away = error
                 self._rests_until_s[number] = self._clock() + _REST * (self._clock() - asked_s)
@@ -117,22 +132,6 @@ class Claimer:
         in_turn = [(self._first_shard + offset) % self.num_shards for offset in range(self.num_shards)]
         now_s = self._clock()
         return [number for number in in_turn if self._rests_until_s[number] <= now_s] or in_turn
-
-    async def _claim_from(
-        self, number: int, queue: str, max_jobs: int, max_tokens: int, max_choices: int | None, is_idle: bool
-    ) -> tuple[list[ClaimReply], bool]:
-        reply = await self._client.shards[number].claim(
-            self._worker_id,
-            self._claim_ids[number],
-            model=queue,
-            lease_ms=self._lease_ms,
-            max_jobs=max_jobs,
-            max_tokens=max_tokens,
-            max_choices=_ANY_NUMBER if max_choices is None else max_choices,
-            is_idle=is_idle,
-        )
-        self._claim_ids[number] = secrets.token_hex(8)
-        return reply
 
     async def wait_for_work(self, timeout_s: float, *, is_scoring: bool = False) -> None:
         """Returns when a job has been queued; otherwise after the timeout, or somewhat earlier."""

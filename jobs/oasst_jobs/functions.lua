@@ -646,6 +646,7 @@ local function take_jobs(shard, claim)
     end
     local job = get_job(shard, id, CLAIM_FIELDS)
     local solo = is_solo(job)
+    local needed_tokens = job.size and job.size + job.choices * claim.choice_tokens
     if not job.state then
       drop_waiting(shard, claim.model, id)
     elseif job.state ~= 'waiting' then
@@ -654,9 +655,9 @@ local function take_jobs(shard, claim)
       end_job(shard, job, 'expired', notice_of(id))
     elseif tonumber(job.version) > claim.max_version then
       -- Left to a worker that knows it.
-    elseif tonumber(job.size) <= tokens and tonumber(job.choices) <= choices
+    elseif needed_tokens <= tokens and tonumber(job.choices) <= choices
         and (not solo or claim.is_idle and #ids == 0) then
-      tokens, choices = tokens - job.size, choices - job.choices
+      tokens, choices = tokens - needed_tokens, choices - job.choices
       take(shard, job, claim)
       ids[#ids + 1] = id
       if solo then
@@ -675,7 +676,7 @@ end
 
 -- ARGV  1 worker   2 claim id, new for each claim, the same when a claim is repeated because its answer was lost
 --       3 model   4 lease_ms   5 most jobs   6 most tokens   7 most choices   8 newest job version the worker knows
---       9 1 if the worker has no job, else 0
+--       9 tokens that each choice takes beside those of its job's size   10 1 if the worker has no job, else 0
 -- Returns 1 if the worker keeps itself for a job that it has no room for, else 0; and a list of
 -- {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms, remaining_ms or nil,
 -- 1 if the job is to run alone, else 0, 1 if it was never claimed before, else 0}.
@@ -684,7 +685,7 @@ local function claim(keys, args)
   local claim = {
     worker = args[1], id = args[2], model = args[3], lease_ms = tonumber(args[4]), max_jobs = tonumber(args[5]),
     max_tokens = tonumber(args[6]), max_choices = tonumber(args[7]), max_version = tonumber(args[8]),
-    is_idle = args[9] == '1',
+    choice_tokens = tonumber(args[9]), is_idle = args[10] == '1',
   }
   local ids, is_kept = ids_of_repeated_claim(shard, claim.worker, claim.id), false
   if not ids then

@@ -277,15 +277,26 @@ class Shard:
         max_jobs: int,
         max_tokens: int,
         max_choices: int,
+        tokens_per_choice: int,
         is_idle: bool,
     ) -> tuple[list[ClaimReply], bool]:
         """Takes jobs in the queue's order. The same claim id again gets the same jobs.
 
         Also tells whether the worker now keeps itself for a job that it has no room for.
         """
-        room = (max_jobs, max_tokens, max_choices)
-        reply = await self._call("claim", worker_id, claim_id, model, lease_ms, *room, JOB_VERSION, int(is_idle))
-        is_kept, claims = reply
+        is_kept, claims = await self._call(
+            "claim",
+            worker_id,
+            claim_id,
+            model,
+            lease_ms,
+            max_jobs,
+            max_tokens,
+            max_choices,
+            JOB_VERSION,
+            tokens_per_choice,
+            int(is_idle),
+        )
         return [ClaimReply(job_id.decode(), fence.decode(), *rest) for job_id, fence, *rest in claims], bool(is_kept)
 
     async def push(self, worker_id: str, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:

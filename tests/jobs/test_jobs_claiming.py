@@ -169,6 +169,7 @@ async def test_a_repeated_claim_gets_the_same_jobs_again(submitter: Submitter, c
             max_jobs=2,
             max_tokens=1000,
             max_choices=8,
+            tokens_per_choice=0,
             is_idle=False,
         )
         return [(reply.job_id, reply.fence) for reply in replies]

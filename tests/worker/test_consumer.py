@@ -271,7 +271,7 @@ async def test_jobs_for_which_there_is_no_slot_wait_in_the_queue(queue, start_wo
 
 
 async def test_jobs_for_which_there_is_no_kv_cache_wait_in_the_queue(queue, start_worker):
-    worker = start_worker(kv_tokens=256)
+    worker = start_worker(kv_tokens=304)
     worker.executor.allow(0)
     job_ids = [await queue.submit(make_job(f"job {index}", prompt_tokens=100)) for index in range(3)]
     await until(lambda: worker.consumer.num_sequences == 2)
@@ -279,6 +279,20 @@ async def test_jobs_for_which_there_is_no_kv_cache_wait_in_the_queue(queue, star
     worker.executor.allow(math.inf)
     for job_id in job_ids:
         assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+
+
+async def test_small_jobs_for_which_there_is_no_block_of_kv_cache_wait_in_the_queue(queue, start_worker):
+    worker = start_worker(kv_tokens=256, max_sequences=16)
+    worker.executor.allow(0)
+    job_ids = [await queue.submit(make_job(f"job {index}", max_new_tokens=8)) for index in range(16)]
+    await until(lambda: worker.consumer.num_sequences > 1)
+    worker.executor.allow(4)
+    await until(lambda: worker.loop.load.num_running > 4)
+    assert (worker.loop.load.num_running, worker.loop.load.num_waiting) == (worker.claimed, 0)
+    assert (await queue.client.load()).waiting_jobs == 16 - worker.claimed
+    worker.executor.allow(math.inf)
+    for job_id in job_ids:
+        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 8)
 
 
 async def test_a_job_with_more_choices_than_slots_are_free_waits_its_turn(queue, start_worker):

@@ -201,6 +201,8 @@ class Consumer:
                 max_jobs=room.jobs,
                 max_tokens=room.tokens,
                 max_choices=room.choices,
+                # Its last block may be all but empty, and another is kept free for it.
+                tokens_per_choice=2 * self._loop.block_size,
                 is_idle=room.is_idle,
                 is_scoring=is_scoring,
             ),
@@ -224,7 +226,9 @@ class Consumer:
             return _ROOM_OF_IDLE
         if self._has_solo() or self._is_unheard():
             return None
-        expected_tokens = sum(job.kv_tokens_expected(_LOOKAHEAD_TOKENS) for job in self._jobs.values())
+        expected_tokens = sum(
+            job.kv_tokens_expected(_LOOKAHEAD_TOKENS, block_size=self._loop.block_size) for job in self._jobs.values()
+        )
         slots = self._loop.max_sequences - self.num_sequences
         tokens = self._loop.kv_tokens_total - expected_tokens
         return _Room(jobs=slots, tokens=tokens, choices=slots) if slots > 0 and tokens > 0 else None

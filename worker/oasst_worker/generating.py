@@ -60,13 +60,14 @@ class GeneratingJob(HeldJob):
     def has_news(self) -> bool:
         return bool(self._deltas) or self.has_ended
 
-    def kv_tokens_expected(self, lookahead_tokens: int) -> int:
+    def kv_tokens_expected(self, lookahead_tokens: int, *, block_size: int) -> int:
         job = self.claimed.job
         most_tokens, least_tokens = job.limits.max_new_tokens, job.limits.min_new_tokens
-        return sum(
+        expected_tokens = (
             len(job.prompt_token_ids) + min(max(num_tokens + lookahead_tokens, least_tokens), most_tokens)
             for num_tokens in self._num_tokens.values()
         )
+        return sum((-(-num_tokens // block_size) + 1) * block_size for num_tokens in expected_tokens)
 
     def take(self, output: ChoiceOutput, *, now_s: float) -> None:
         if output.part not in self._num_tokens:

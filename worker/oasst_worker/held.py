@@ -57,8 +57,11 @@ class HeldJob(ABC):
         return self.has_ended or (self.has_news and not self._has_logged)
 
     @abstractmethod
-    def kv_tokens_expected(self, lookahead_tokens: int) -> int:
-        """Positions of KV cache that it keeps from others once each choice has generated `lookahead_tokens` more."""
+    def kv_tokens_expected(self, lookahead_tokens: int, *, block_size: int) -> int:
+        """Positions of KV cache that it keeps from others once each choice has generated `lookahead_tokens` more.
+
+        They are whole blocks, and the engine keeps one free for each choice beside those it has.
+        """
 
     @abstractmethod
     def take(self, output: Any, *, now_s: float) -> None:  # Any: an output of its own kind of parts.

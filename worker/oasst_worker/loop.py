@@ -66,6 +66,7 @@ class EngineLoop:
     ) -> None:
         self.max_sequences = engine.max_sequences
         self.kv_tokens_total = engine.kv_tokens_total
+        self.block_size = engine.block_size
         # Done when the thread has ended: with the exception that ended it, or with None after `stop`.
         self.ended: Future[None] = Future()
         self.load = EngineLoad()  # As of the last turn.

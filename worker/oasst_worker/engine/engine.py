@@ -148,6 +148,11 @@ class Engine:
         return self._scheduler.kv_tokens_total
 
     @property
+    def block_size(self) -> int:
+        """Positions in a block of KV cache."""
+        return self._executor.block_size
+
+    @property
     def num_preemptions(self) -> int:
         return self._scheduler.num_preemptions
 

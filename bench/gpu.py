@@ -171,7 +171,7 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
     steps: list[StepRow] = []
     for way, (make_linear, kv_dtype) in ways.items():
         model = NeoX(config, weights, make_linear, partial(build_attention, kv_dtype=kv_dtype))
-        console.print(f"{way}: rows {'do not' if model.is_row_exact() else 'do'} change each other's bits")
+        console.print(f"{way}: rows {'do not' if model.is_row_exact else 'do'} change each other's bits")
         of_way = dataclasses.replace(model_shape, kv_bytes_per_value=kv_dtype.itemsize)
         steps += measure_steps(model, way, Machine(card, model=of_way, efficiency=1.0), shape)
     console.print(steps_table(steps))

@@ -6,16 +6,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import oasst_training
 import pytest
 import torch
+from oasst_worker import loading
+from oasst_worker.loading import load_model
 from oasst_worker.model.config import CheckpointError, load_config
 from oasst_worker.model.conversion import convert_bin
 from oasst_worker.model.ranks import Share
 from oasst_worker.model.weights import load_weights, open_weights
 from oasst_worker.progress import LoadingProgress
+from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
+from oasst_worker.settings import StartError, WorkerSettings
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+DEMO = Path(oasst_training.__file__).parent / "demo"
 
 # Loads a model in a process of its own and prints by how many bytes its memory grew, at most and in the end.
 MEASURE = """
@@ -178,3 +186,58 @@ def test_a_cache_that_cannot_be_written_is_named(make_checkpoint, tmp_path):
     (tmp_path / "cache").touch()
     with pytest.raises(CheckpointError, match="cache: cannot keep a converted checkpoint"):
         convert_bin(folder, tmp_path / "cache")
+
+
+def settings_of(model: Path, **fields) -> WorkerSettings:
+    return WorkerSettings(model=str(model), device="cpu", threads=1, _cli_parse_args=False, **fields)
+
+
+def test_a_budget_too_small_for_its_sequences_is_told_before_anything_is_loaded(tmp_path):
+    with pytest.raises(StartError, match=r"step_tokens must be at least max_sequences [+] 4 = 36, not 20"):
+        load_model(settings_of(tmp_path / "nothing", max_sequences=32, step_tokens=20))
+
+
+def test_an_error_that_is_no_options_fault_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(loading, "build_executor", fail)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        load_model(settings_of(DEMO))
+
+
+def test_a_gpu_without_memory_for_the_model_is_told_with_what_to_change(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 23 GiB.")
+
+    monkeypatch.setattr(build, "open_share", fail)
+    with pytest.raises(StartError, match=r"fewer --kv-tokens, .* --offload cpu: CUDA out of memory"):
+        load_model(settings_of(DEMO))
+
+
+def test_the_ranks_of_an_engine_that_cannot_be_made_are_ended(monkeypatch):
+    closed: list[bool] = []
+    ranks = SimpleNamespace(close=lambda: closed.append(True))
+    executor = SimpleNamespace(ranks=ranks, device=torch.device("cpu"), is_row_exact=True)
+    monkeypatch.setattr(loading, "build_executor", lambda *_, **__: executor)
+    with pytest.raises(AttributeError):  # It is no executor that an engine could be made of.
+        load_model(settings_of(DEMO))
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("kv_tokens", "said"),
+    [(None, "the machine has no memory for 16 positions of KV cache"), (5, "--kv-tokens must be at least 16, not 5")],
+)
+def test_no_room_for_a_cache_is_blamed_on_an_option_only_if_it_was_given(make_checkpoint, monkeypatch, kv_tokens, said):
+    monkeypatch.setattr(build, "free_bytes", lambda _: 0)
+    with pytest.raises(UnsupportedOptionError, match=said):
+        build_executor(make_checkpoint(), RuntimeOptions(device="cpu", threads=1, kv_tokens=kv_tokens))
+
+
+@pytest.mark.parametrize(
+    ("device", "is_row_exact", "expected"), [("cpu", True, 8), ("cpu", False, 0), ("cuda", True, 0)]
+)
+def test_guesses_are_made_by_default_where_they_change_no_token(device, is_row_exact, expected):
+    executor = SimpleNamespace(device=torch.device(device), is_row_exact=is_row_exact)
+    assert loading._default_speculation(executor) == expected

@@ -2,20 +2,26 @@
 
 import logging
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from oasst.prompt import ControlToken
 from tokenizers import Tokenizer
 
 from oasst_worker.detokenizer import Detokenizer, UnsupportedTokenizerError
-from oasst_worker.engine import Engine, EngineConfig
+from oasst_worker.engine import Engine, EngineConfig, StepBudgetError, check_budget
 from oasst_worker.intake import Intake, ModelFacts
 from oasst_worker.model.config import CheckpointError, NeoXConfig, load_config
 from oasst_worker.model.conversion import convert_bin
 from oasst_worker.model.shards import find_shards, resolve_checkpoint
 from oasst_worker.progress import LoadingProgress
-from oasst_worker.runtime.build import RuntimeOptions, build_executor
+from oasst_worker.runtime import (
+    ModelRunner,
+    RuntimeOptions,
+    UnsupportedOptionError,
+    build_executor,
+    least_prefill_tile,
+)
 from oasst_worker.runtime.ranks import RankProcesses
 from oasst_worker.served_model import ServedModel
 from oasst_worker.settings import StartError, WorkerSettings, parse_device_memory
@@ -36,19 +42,22 @@ def load_model(settings: WorkerSettings) -> ServedModel:
     """
     try:
         return _load_model(settings)
-    except CheckpointError as error:
+    except (CheckpointError, UnsupportedOptionError, StepBudgetError) as error:
         raise StartError(str(error)) from error
 
 
 def _load_model(settings: WorkerSettings) -> ServedModel:
     started_s = time.monotonic()
     logger.info("loading checkpoint model=%s", settings.model)
+    options = _runtime_options(settings)
+    _check_budget(settings, options)
     folder = resolve_checkpoint(settings.model)
     config = load_config(folder)
     tokenizer = _load_tokenizer(folder, config)
+    detokenizer = _make_detokenizer(tokenizer, folder)
     weights_folder = _find_weights(folder, settings.convert_bin)
     banned_token_ids = _banned_token_ids(tokenizer, config)
-    engine, ranks = _build_engine(weights_folder, config, settings, banned_token_ids=banned_token_ids)
+    engine, ranks = _build_engine(weights_folder, config, settings, options, banned_token_ids=banned_token_ids)
     facts = ModelFacts(
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
@@ -63,7 +72,7 @@ def _load_model(settings: WorkerSettings) -> ServedModel:
         engine.kv_tokens_total,
         engine.max_sequences,
     )
-    return ServedModel(name, engine, Intake(_make_detokenizer(tokenizer, folder), facts), ranks)
+    return ServedModel(name, engine, Intake(detokenizer, facts), ranks)
 
 
 def _find_weights(folder: Path, cache: Path | None) -> Path:
@@ -75,10 +84,8 @@ def _find_weights(folder: Path, cache: Path | None) -> Path:
     return folder
 
 
-def _build_engine(
-    folder: Path, config: NeoXConfig, settings: WorkerSettings, *, banned_token_ids: frozenset[int]
-) -> tuple[Engine, RankProcesses | None]:
-    options = RuntimeOptions(
+def _runtime_options(settings: WorkerSettings) -> RuntimeOptions:
+    return RuntimeOptions(
         device=settings.device,
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
@@ -92,10 +99,30 @@ def _build_engine(
         device_memory=parse_device_memory(settings.device_memory),
         offload=settings.offload,
     )
-    try:
-        with closing(LoadingProgress()) as progress:
-            executor = build_executor(folder, options, banned_token_ids=banned_token_ids, progress=progress)
-        is_on_cpu = executor.device.type == "cpu"
+
+
+def _check_budget(settings: WorkerSettings, options: RuntimeOptions) -> None:
+    """The engine's own check, before minutes of loading: by the least that it will ask for."""
+    check_budget(
+        max_sequences=settings.max_sequences,
+        step_tokens=settings.step_tokens,
+        prefill_tile=least_prefill_tile(options),
+    )
+
+
+def _build_engine(
+    folder: Path,
+    config: NeoXConfig,
+    settings: WorkerSettings,
+    options: RuntimeOptions,
+    *,
+    banned_token_ids: frozenset[int],
+) -> tuple[Engine, RankProcesses | None]:
+    with closing(LoadingProgress()) as progress:
+        executor = build_executor(folder, options, banned_token_ids=banned_token_ids, progress=progress)
+    with ExitStack() as on_failure:
+        if executor.ranks:
+            on_failure.callback(executor.ranks.close)
         engine = Engine(
             executor,
             EngineConfig(
@@ -103,12 +130,17 @@ def _build_engine(
                 max_positions=config.max_positions,
                 max_sequences=settings.max_sequences,
                 step_tokens=settings.step_tokens,
-                speculate=_CPU_SPECULATION * is_on_cpu if settings.speculate is None else settings.speculate,
+                speculate=_default_speculation(executor) if settings.speculate is None else settings.speculate,
             ),
         )
-        return engine, executor.ranks
-    except ValueError as error:
-        raise StartError(str(error)) from error
+        on_failure.pop_all()
+    return engine, executor.ranks
+
+
+def _default_speculation(executor: ModelRunner) -> int:
+    """Guesses may not change a token, and are not measured on a GPU."""
+    is_on_cpu = executor.device.type == "cpu"
+    return _CPU_SPECULATION if is_on_cpu and executor.is_row_exact else 0
 
 
 def _name_of(path_or_id: str) -> str:

@@ -20,6 +20,7 @@ from oasst_worker.engine.engine import (
     TokenOutput,
     finish_reason,
 )
+from oasst_worker.engine.limits import StepBudgetError, check_budget
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.engine.scoring import ScoringSequence, Target, TargetScore
 from oasst_worker.engine.sequence import Sequence
@@ -41,9 +42,11 @@ __all__ = [
     "Scores",
     "ScoringSequence",
     "Sequence",
+    "StepBudgetError",
     "Target",
     "TargetScore",
     "TokenLogprob",
     "TokenOutput",
+    "check_budget",
     "finish_reason",
 ]

@@ -104,7 +104,7 @@ class Engine:
         """`clock` tells seconds, by which it learns what steps cost.
 
         Raises:
-            ValueError: if the configuration contradicts itself.
+            StepBudgetError: if a step of the configured size is too small.
         """
         self.config = config
         self._executor = executor

@@ -2,9 +2,28 @@
 
 from oasst_worker.engine.batch import Batch
 
-__all__ = ["StepLimits"]
+__all__ = ["StepBudgetError", "StepLimits", "check_budget"]
 
 _GROWS_AFTER_STEPS = 64
+
+
+class StepBudgetError(ValueError):
+    """A step is too small for what it has to hold; the message says what to change."""
+
+
+def check_budget(*, max_sequences: int, step_tokens: int, prefill_tile: int) -> None:
+    """A step can hold a token of every sequence beside one tile of a prompt.
+
+    Raises:
+        StepBudgetError: if it cannot.
+    """
+    if max_sequences < 1:
+        raise StepBudgetError(f"max_sequences must be at least 1, not {max_sequences}")
+    if step_tokens < max_sequences + prefill_tile:
+        raise StepBudgetError(
+            f"step_tokens must be at least max_sequences + {prefill_tile} = {max_sequences + prefill_tile},"
+            f" not {step_tokens}"
+        )
 
 
 class StepLimits:

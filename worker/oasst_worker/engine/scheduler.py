@@ -14,7 +14,7 @@ from operator import attrgetter
 
 from oasst_worker.engine.batch import Batch, Chunk
 from oasst_worker.engine.blocks import BlockPool
-from oasst_worker.engine.limits import StepLimits
+from oasst_worker.engine.limits import StepLimits, check_budget
 from oasst_worker.engine.pace import StepCost
 from oasst_worker.engine.scoring import ScoringSequence
 from oasst_worker.engine.sequence import Sequence
@@ -75,15 +75,9 @@ class Scheduler:
     ) -> None:
         """
         Raises:
-            ValueError: if a step's budget cannot hold a token of every sequence beside one tile of a prompt.
+            StepBudgetError: as `check_budget`.
         """
-        if max_sequences < 1:
-            raise ValueError(f"max_sequences must be at least 1, not {max_sequences}")
-        if step_tokens < max_sequences + prefill_tile:
-            raise ValueError(
-                f"step_tokens must be at least max_sequences + {prefill_tile} = {max_sequences + prefill_tile},"
-                f" not {step_tokens}"
-            )
+        check_budget(max_sequences=max_sequences, step_tokens=step_tokens, prefill_tile=prefill_tile)
         self.max_sequences = max_sequences
         self.num_preemptions = 0
         # Prompt tokens of all sequences that ever ran, and those among them that were there already.

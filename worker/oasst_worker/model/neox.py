@@ -11,6 +11,7 @@ Shapes: `rows` new tokens in this step, `heads` attention heads of `head_dim`, `
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,7 @@ class NeoX:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
+    @cached_property
     def is_row_exact(self) -> bool:
         """On this machine no row's bits depend on the rows beside it; tried on one layer's products and the head."""
         hidden, parts = self.config.hidden_size, self._stacks[0].first_layer()

@@ -11,6 +11,7 @@ import torch
 from oasst_worker.model.attention import (
     FP8,
     INT8,
+    PREFILL_TILE,
     Attention,
     attention_kernel,
     build_attention,
@@ -18,7 +19,7 @@ from oasst_worker.model.attention import (
 )
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
-from oasst_worker.model.kernels import start_compiling
+from oasst_worker.model.kernels import QUERIES, start_compiling
 from oasst_worker.model.linear import (
     Linear,
     build_linear,
@@ -44,13 +45,23 @@ from oasst_worker.runtime.ranks import LostRankError, RankProcesses, SplitModel
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 
-__all__ = ["RuntimeOptions", "UnsupportedOptionError", "build_executor", "build_layered", "open_share"]
+__all__ = [
+    "RuntimeOptions",
+    "UnsupportedOptionError",
+    "build_executor",
+    "build_layered",
+    "least_prefill_tile",
+    "open_share",
+]
 
 _log = logging.getLogger(__name__)
 
 # Of the machine's memory on a CPU, of what the weights leave on a GPU.
 _CPU_CACHE_SHARE = 0.25
 _GPU_CACHE_SHARE = 0.85
+
+# For whom a GPU is too small.
+_HOW_TO_FIT = "use more GPUs, or let the CPU compute some layers by --split layers --offload cpu"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,6 +87,11 @@ class RuntimeOptions:
     offload: str = "none"  # none, cpu, disk: where layers may go that the devices have no room for.
 
 
+def least_prefill_tile(options: RuntimeOptions) -> int:
+    """What `ModelRunner.prefill_tile` is at least, known before anything is loaded."""
+    return QUERIES if _choose_device(options.device).type == "cpu" else PREFILL_TILE
+
+
 def build_executor(
     folder: Path,
     options: RuntimeOptions,
@@ -89,6 +105,17 @@ def build_executor(
         CheckpointError: the folder holds no checkpoint that can be served.
         UnsupportedOptionError: an option does not fit this machine or this checkpoint.
     """
+    try:
+        return _build_executor(folder, options, banned_token_ids, progress)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedOptionError(
+            f"a GPU has no memory for the model and its KV cache: give fewer --kv-tokens, {_HOW_TO_FIT}: {error}"
+        ) from error
+
+
+def _build_executor(
+    folder: Path, options: RuntimeOptions, banned_token_ids: Iterable[int], progress: Progress | None
+) -> ModelRunner:
     config = load_config(folder)
     device = _choose_device(options.device)
     dtype = _choose_dtype(options.dtype, device, config)
@@ -191,7 +218,7 @@ class OpenedShare:
         """
         model = NeoX(self.config, self.weights, self.make_linear, self.make_attention, ranks)
         is_promised = self.device.type == "cpu" or self.make_linear is build_row_exact_linear
-        if is_promised and self.share.is_first and not model.is_row_exact():
+        if is_promised and self.share.is_first and not model.is_row_exact:
             _log.warning("on this device a sequence's numbers depend on its batch: %s is not row-exact", model.dtype)
         return model
 
@@ -240,7 +267,7 @@ def _make_runner(model: NeoX | SplitModel, options: RuntimeOptions, memory: int,
         share = _GPU_CACHE_SHARE if model.device.type == "cuda" else _CPU_CACHE_SHARE
         kv_tokens = _default_kv_tokens(model.config, kv_dtype, options.max_sequences, int(memory * share))
     if kv_tokens < BLOCK_SIZE:
-        raise UnsupportedOptionError(f"--kv-tokens must be at least {BLOCK_SIZE}, not {kv_tokens}")
+        raise UnsupportedOptionError(_why_no_block(options, model.device))
     runner = ModelRunner(
         model,
         num_blocks=kv_tokens // BLOCK_SIZE,
@@ -249,6 +276,14 @@ def _make_runner(model: NeoX | SplitModel, options: RuntimeOptions, memory: int,
     )
     runner.make_buckets()
     return runner
+
+
+def _why_no_block(options: RuntimeOptions, device: torch.device) -> str:
+    if options.kv_tokens is not None:
+        return f"--kv-tokens must be at least {BLOCK_SIZE}, not {options.kv_tokens}"
+    if device.type == "cpu":
+        return f"the machine has no memory for {BLOCK_SIZE} positions of KV cache: give it, or its container, more"
+    return f"the weights leave {device} no memory for {BLOCK_SIZE} positions of KV cache: {_HOW_TO_FIT}"
 
 
 def _choose_device(name: str) -> torch.device:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from oasst_worker.model.config import CheckpointError
 from oasst_worker.model.neox import KVCache, NeoX
 from oasst_worker.model.ranks import ExchangeError, Share
@@ -33,7 +35,7 @@ def follow(orders: IO[bytes], answers: IO[bytes]) -> int:
     told = json.loads(orders.readline())
     try:
         model = _load(told, answers)
-    except (CheckpointError, ExchangeError) as error:
+    except (CheckpointError, ExchangeError, torch.OutOfMemoryError) as error:
         sys.stderr.write(f"oasst_worker, rank {told['rank']}: {error}\n")
         return 2
     cache: KVCache | None = None

@@ -153,6 +153,10 @@ class SplitModel:
     def is_position_exact(self) -> bool:
         return self._model.is_position_exact
 
+    @property
+    def is_row_exact(self) -> bool:
+        return self._model.is_row_exact
+
     def make_cache(self, num_blocks: int) -> KVCache:
         self.processes.tell(Command.MAKE_CACHE, [num_blocks])
         return self._model.make_cache(num_blocks)

@@ -86,6 +86,11 @@ class ModelRunner:
             self._buckets = None
 
     @property
+    def is_row_exact(self) -> bool:
+        """No sequence's bits depend on the rows beside its own."""
+        return self._model.is_row_exact
+
+    @property
     def ranks(self) -> RankProcesses | None:
         """The other processes that compute the model, if it is split."""
         return self._model.processes if isinstance(self._model, SplitModel) else None

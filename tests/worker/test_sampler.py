@@ -10,11 +10,11 @@ import torch
 from oasst.presets import PRESETS
 from oasst_worker.engine.params import GenerationParams
 from oasst_worker.model import sampler as sampler_module
+from oasst_worker.model.compiled_draw import CompiledDraw
 from oasst_worker.model.penalties import penalize
 from oasst_worker.model.philox import philox4x32
 from oasst_worker.model.sampler import Sampler, SamplingRow, processed_probabilities, uniform_for
-from oasst_worker.model.shortcuts import Columns, draw_from_bucket, find_likely, find_typical
-from oasst_worker.model.survey import CompiledSurvey
+from oasst_worker.model.shortcuts import draw_from_bucket
 from oasst_worker.model.warpers import draw, warp
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList
@@ -69,9 +69,9 @@ ALL_SHAPES = [peaked, flat, with_ties]
 
 @pytest.fixture(params=["compiled", "operators"])
 def paths(request, monkeypatch):
-    """The whole rows are surveyed by the kernel, or by PyTorch's operators."""
+    """Rows are drawn by the kernel, or by PyTorch's operators."""
     if request.param == "operators":
-        monkeypatch.setattr(sampler_module, "CompiledSurvey", refuse)
+        monkeypatch.setattr(sampler_module, "CompiledDraw", refuse)
 
 
 def refuse(*_):
@@ -226,27 +226,28 @@ def test_a_language_models_rows_are_decided_without_the_plain_path(params, monke
 
 @pytest.mark.parametrize("logits_of", ALL_SHAPES)
 @pytest.mark.parametrize("vocabulary", [5, 64, 1000, 50_001])
-@pytest.mark.parametrize("fields", [{"top_p": 0.9}, {"typical_p": 0.3}], ids=["likely", "typical"])
-def test_the_kernel_finds_what_the_operators_find(fields, vocabulary, logits_of):
-    logits = logits_of(4, vocabulary)
-    params = params_of(temperature=0.7, repetition_penalty=1.3, presence_penalty=0.2, logit_bias={1: -3.0}, **fields)
-    rows = rows_of(params, 4, output_counts={3: 2, 2: 1}, banned_ids=[0])
-    rows = [replace(row, seen_ids=[3, 1, 3]) for row in rows]
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kernel_decides_what_the_operators_decide(monkeypatch, vocabulary, logits_of, seed):
+    rng = random.Random(seed)
+    fields = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "logit_bias": {1: -3.0}}
+    rows = [
+        SamplingRow(
+            replace(random_params(rng), **fields), uniform_for(seed, 0, index), [3, 1, 3], {3: 2, 2: 1}, banned_ids=[0]
+        )
+        for index in range(64)
+    ]
+    logits = logits_of(64, vocabulary, seed)
     by_kernel = logits.clone()
-    found, is_good = CompiledSurvey(vocabulary, [vocabulary - 1])(by_kernel, rows, 64)
-    penalize(logits, rows)
-    logits[:, vocabulary - 1] = -torch.inf
-    columns = Columns.of([params] * 4, [0.5] * 4, logits.device)
-    expected = (find_typical if "typical_p" in fields else find_likely)(logits, columns, 64)
+    token_ids, is_decided, is_good = CompiledDraw(vocabulary, [vocabulary - 1])(by_kernel, rows)
+
+    monkeypatch.setattr(sampler_module, "CompiledDraw", refuse)
+    monkeypatch.setattr(sampler_module, "_PREFIX_SIZES", (64,))
+    told, tried = Sampler(vocabulary, [vocabulary - 1])._draw_at_once(logits, rows, None)
     assert torch.equal(by_kernel, logits)
-    assert is_good.all()
-    assert found.is_whole == expected.is_whole
-    if not found.is_whole:
-        torch.testing.assert_close(found.totals, expected.totals, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.logits.isfinite().sum(1), expected.logits.isfinite().sum(1))
-    torch.testing.assert_close(found.logits.sort().values, expected.logits.sort().values, rtol=0, atol=1e-5)
-    is_there = found.logits.isfinite()
-    assert torch.equal(logits.gather(1, found.ids)[is_there], found.logits[is_there])
+    assert is_good.equal(told[2])
+    fits = torch.tensor([size > 0 for size in tried])  # Others the operators leave to longer prefixes.
+    assert (is_decided.bool() & fits).equal(told[1].bool())
+    assert torch.equal(token_ids[told[1].bool()], told[0][told[1].bool()])
 
 
 @by_both_paths

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oasst_worker.model.compiled_draw import PREFIX_SIZE, CompiledDraw
 from oasst_worker.model.penalties import SamplingRow, penalize
 from oasst_worker.model.philox import uniform_for
 from oasst_worker.model.shortcuts import (
     Columns,
-    Survey,
     draw_from_bucket,
     draw_from_likely,
     draw_from_typical,
@@ -27,7 +27,6 @@ from oasst_worker.model.shortcuts import (
     is_typical,
     largest_logit,
 )
-from oasst_worker.model.survey import CompiledSurvey
 from oasst_worker.model.transfer import Fetch, to_device
 from oasst_worker.model.warpers import SamplingSpec, draw, warp
 
@@ -43,7 +42,7 @@ __all__ = [
 ]
 
 # Lengths of the prefix tried one after the other; most rows are decided by the first.
-_PREFIX_SIZES = (64, 1024, 4096)
+_PREFIX_SIZES = (PREFIX_SIZE, 1024, 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +77,10 @@ class Sampler:
         """`banned_token_ids` are never drawn by any row: padding rows of the embedding, control ids."""
         self._vocab_size = vocab_size
         self._banned_token_ids = torch.tensor(sorted(banned_token_ids), dtype=torch.int64, device=device)
-        self._survey: CompiledSurvey | None = None
+        self._draw_compiled: CompiledDraw | None = None
         if self._banned_token_ids.device.type == "cpu":
             with suppress(RuntimeError):  # Then PyTorch's operators do it.
-                self._survey = CompiledSurvey(vocab_size, self._banned_token_ids.tolist())
+                self._draw_compiled = CompiledDraw(vocab_size, self._banned_token_ids.tolist())
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         """Returns one token per row of `logits` [rows, vocab] fp32, which are overwritten."""
@@ -98,25 +97,25 @@ class Sampler:
         logits = logits.contiguous()  # Columns of several ranks are not.
         asking = [row for row in range(len(rows)) if rows[row].params.logprobs is not None]
         log_probabilities = _take(logits, asking).log_softmax(dim=1) if asking else None  # Before logits change.
-        told = self._draw_at_once(logits, rows, last_ids)
+        told, tried = self._draw_at_once(logits, rows, last_ids)
         logprobs = None
         if log_probabilities is not None:
             numbers = [rows[row].params.logprobs or 0 for row in asking]
             logprobs = _Logprobs(log_probabilities, _take(told[0], asking), asking, numbers)
-        return Draw(logits, rows, told, logprobs)
+        return Draw(logits, rows, told, tried, logprobs)
 
-    def _draw_at_once(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None) -> Tensor:
-        """Returns what a `Draw` is told of each row, without waiting for the device."""
-        if self._survey and last_ids is None:
-            size = 1 if all(is_greedy(row.params) for row in rows) else _PREFIX_SIZES[0]
-            found, is_good = self._survey(logits, rows, size)
-            if size == 1:
-                return torch.stack((found.ids[:, 0], torch.ones_like(is_good), is_good))
-            return torch.stack((*_draw_groups(logits, rows, found), is_good))
+    def _draw_at_once(
+        self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor | None
+    ) -> tuple[Tensor, list[int]]:
+        """Returns what a `Draw` is told of each row, without waiting for it, and the prefix that was tried for it."""
+        if self._draw_compiled and last_ids is None:
+            return self._draw_compiled(logits, rows), [PREFIX_SIZE] * len(rows)
         is_finite = logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite()  # A NaN is both.
         penalize(logits, rows, last_ids)
         logits.index_fill_(1, self._banned_token_ids, -torch.inf)
-        return torch.stack((*_draw_groups(logits, rows), is_finite & _is_drawable(logits, rows)))
+        sizes = [_first_size(row.params) for row in rows]
+        told = torch.stack((*_draw_groups(logits, rows, sizes), is_finite & _is_drawable(logits, rows)))
+        return told, sizes
 
 
 class Draw:
@@ -127,13 +126,18 @@ class Draw:
         logits: Tensor,
         rows: Sequence[SamplingRow],
         told: Tensor,
+        tried: Sequence[int],
         logprobs: "_Logprobs | None",
     ) -> None:
-        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all."""
+        """`told` [3, rows] int64: token ids, whether each is decided, and whether its row may be drawn from at all.
+
+        `tried` is the length of the prefix by which each row was not decided; 0 for none.
+        """
         # [rows] int64 on the device; those of undecided rows mean nothing.
         self.token_ids = told[0]
         self._logits = logits
         self._rows = rows
+        self._tried = tried
         self._fetch = Fetch(told)
         self._logprobs = logprobs
 
@@ -145,7 +149,7 @@ class Draw:
             token_id if good else None for token_id, good in zip(at_once, is_good, strict=True)
         ]
         undecided = [row for row in range(len(rows)) if is_good[row] and not is_decided[row]]
-        for row, token_id in zip(undecided, _draw_closely(self._logits, rows, undecided), strict=True):
+        for row, token_id in zip(undecided, _draw_closely(self._logits, rows, undecided, self._tried), strict=True):
             token_ids[row] = token_id
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         for row, logprob in self._logprobs.wait(token_ids, at_once) if self._logprobs else ():
@@ -211,16 +215,15 @@ def _is_drawable(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits.amax(dim=1).abs() < to_device(limits, logits.dtype, logits.device)
 
 
-def _draw_groups(logits: Tensor, rows: Sequence[SamplingRow], surveyed: Survey | None = None) -> tuple[Tensor, Tensor]:
+def _draw_groups(logits: Tensor, rows: Sequence[SamplingRow], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Returns each row's token, [rows] int64, and which of them are decided, [rows] bool; waits for neither.
 
-    `surveyed` is what is known of all rows already.
+    `sizes` are the lengths of the prefixes to draw from; rows of 0 are not decided.
     """
-    sizes = [1 if is_greedy(row.params) else next(iter(_fitting_sizes(row.params)), None) for row in rows]
     token_ids = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
     is_decided = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
     for size, indices in _group(sizes, rows):
-        drawn, decided = _draw_group(logits, rows, indices, size, surveyed)
+        drawn, decided = _draw_group(logits, rows, indices, size)
         if len(indices) == len(rows):
             return drawn, decided
         at = to_device(indices, torch.int64, logits.device)
@@ -228,8 +231,8 @@ def _draw_groups(logits: Tensor, rows: Sequence[SamplingRow], surveyed: Survey |
     return token_ids, is_decided
 
 
-def _group(sizes: Iterable[int | None], rows: Sequence[SamplingRow]) -> Iterator[tuple[int, list[int]]]:
-    """Rows that are drawn in one way from a prefix of one length, and that; without those that have none."""
+def _group(sizes: Sequence[int], rows: Sequence[SamplingRow]) -> Iterator[tuple[int, list[int]]]:
+    """Rows that are drawn in one way from a prefix of one length, and that; without those of 0."""
     groups: dict[tuple[int, bool], list[int]] = {}
     for index, size in enumerate(sizes):
         if size:
@@ -238,34 +241,38 @@ def _group(sizes: Iterable[int | None], rows: Sequence[SamplingRow]) -> Iterator
         yield size, indices
 
 
-def _draw_group(
-    logits: Tensor, rows: Sequence[SamplingRow], indices: list[int], size: int, surveyed: Survey | None = None
-) -> tuple[Tensor, Tensor]:
+def _draw_group(logits: Tensor, rows: Sequence[SamplingRow], indices: list[int], size: int) -> tuple[Tensor, Tensor]:
     """As `_draw_groups`, of rows that are drawn in one way."""
-    is_known = surveyed is not None and (size <= surveyed.ids.shape[1] or surveyed.is_whole)
-    found = surveyed.take(indices) if surveyed and is_known else None
-    params = [rows[index].params for index in indices]
+    of_group = _take(logits, indices)
     if size == 1:
-        token_ids = found.ids[:, 0] if found else _take(logits, indices).max(dim=1).indices  # The first of the highest.
+        token_ids = of_group.max(dim=1).indices  # The first of the highest.
         return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
+    params = [rows[index].params for index in indices]
     columns = Columns.of(params, [rows[index].uniform for index in indices], logits.device)
-    find, draw_from = (find_typical, draw_from_typical) if is_typical(params[0]) else (find_likely, draw_from_likely)
-    return draw_from(found or find(_take(logits, indices), columns, size), columns)
+    if is_typical(params[0]):
+        return draw_from_typical(find_typical(of_group, columns, size), columns)
+    return draw_from_likely(find_likely(of_group, columns, size), columns)
 
 
-def _draw_closely(logits: Tensor, rows: Sequence[SamplingRow], undecided: list[int]) -> list[int]:
-    """Returns the tokens of rows that their first prefix does not decide: by longer ones, then by the plain path."""
+def _draw_closely(logits: Tensor, rows: Sequence[SamplingRow], undecided: list[int], tried: Sequence[int]) -> list[int]:
+    """Returns the tokens of rows that a first prefix does not decide: by longer ones, then by the plain path."""
     token_ids: dict[int, int] = {}
     for size in _PREFIX_SIZES:
-        tried = {
-            index for index in undecided if index not in token_ids and size in _fitting_sizes(rows[index].params)[1:]
-        }
-        for _, indices in _group([size if index in tried else None for index in range(len(rows))], rows):
+        sizes = [0] * len(rows)
+        for index in undecided:
+            if index not in token_ids and size > tried[index] and size in _fitting_sizes(rows[index].params):
+                sizes[index] = size
+        for _, indices in _group(sizes, rows):
             drawn, decided = _draw_group(logits, rows, indices, size)
             for index, token_id, is_decided in zip(indices, drawn.tolist(), decided.tolist(), strict=True):
                 if is_decided:
                     token_ids[index] = token_id
     return [token_ids[index] if index in token_ids else _draw_row(logits[index], rows[index]) for index in undecided]
+
+
+def _first_size(params: SamplingSpec) -> int:
+    """Length of the prefix that is tried first; 0 where none fits."""
+    return 1 if is_greedy(params) else next(iter(_fitting_sizes(params)), 0)
 
 
 def _fitting_sizes(params: SamplingSpec) -> list[int]:
@@ -274,7 +281,7 @@ def _fitting_sizes(params: SamplingSpec) -> list[int]:
     return [
         size
         for size in _PREFIX_SIZES
-        if params.top_k < size and (size == _PREFIX_SIZES[0] or params.top_k > 0 or plain_path_sorts)
+        if params.top_k < size and (size == PREFIX_SIZE or params.top_k > 0 or plain_path_sorts)
     ]
 
 

@@ -92,14 +92,6 @@ class Survey:
     totals: Tensor
     moments: Tensor
 
-    def take(self, rows: Sequence[int]) -> "Survey":
-        """The same of these rows, in order."""
-        if len(rows) == len(self.ids):
-            return self
-        index = to_device(rows, torch.int64, self.ids.device)
-        tensors = (self.ids, self.logits, self.peaks, self.totals, self.moments)
-        return Survey(self.is_whole, *(tensor[index] for tensor in tensors))
-
 
 def is_greedy(spec: SamplingSpec) -> bool:
     """The row takes its most likely token."""

@@ -17,6 +17,7 @@ from oasst_worker.model.attention import (
     build_attention,
     kv_bytes,
 )
+from oasst_worker.model.compiled_draw import DRAW_KERNEL
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.kernels import QUERIES, start_compiling
@@ -29,7 +30,6 @@ from oasst_worker.model.linear import (
 )
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, ConnectedRanks, ExchangeError, Ranks, Share, connect_ranks
-from oasst_worker.model.survey import SURVEY_KERNEL
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
 from oasst_worker.runtime.memory import free_bytes
 from oasst_worker.runtime.placement import (
@@ -255,7 +255,7 @@ def _start_compiling(dtype: torch.dtype, kv_dtype: torch.dtype, *, quantize: boo
     """What a CPU computes by is compiled while the weights are read."""
     attention, linear = attention_kernel(dtype, kv_dtype), linear_kernel(dtype, quantize=quantize)
     if attention and linear:
-        for kernel in (linear, attention, SURVEY_KERNEL):
+        for kernel in (linear, attention, DRAW_KERNEL):
             start_compiling(*kernel)
 
 

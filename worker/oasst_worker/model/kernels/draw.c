@@ -1,34 +1,29 @@
-/* What a draw asks of whole rows of logits: penalties and bans, then the few tokens among which it almost always falls.
+/* The draws of a batch: penalties and bans on whole rows of logits, the few tokens among which a draw almost always falls,
+ * and the draw among these.
  *
  * A row is one thread's: what it gets depends on that row alone. */
+#include "prefix.h"
 #include "team.h"
-#include "vectors.h"
 
 #define CHUNK (4 * LANES)
 #define RUN 4096            /* Numbers summed in fp32 before they join a sum in double. */
 #define LOG_NOTHING (-80.0f) /* e^-80 is nothing beside 1. */
 
-enum { LIKELY, TYPICAL };
-
 /* Row i's ids are those from starts[i] to starts[i + 1]. */
 typedef struct {
-    int64_t num_rows, vocabulary, size; /* So many tokens of each row are wanted, in the order of `kinds`. */
-    const int64_t *kinds;               /* [num_rows] */
+    int64_t num_rows, vocabulary;
+    const spec *specs; /* [num_rows] */
     const int64_t *seen_starts, *seen, *moved_starts, *moved;
-    const float *temperatures;          /* [num_rows], 0 where no sums are wanted */
-    const float *limits;                /* [num_rows], what the highest logit must stay below */
-    const float *penalties;             /* [num_rows]: divide the logits of ids seen, or multiply them below 0 */
-    const float *moves;                 /* What is added to the logit of each moved id, in this order. */
+    const float *moves; /* What is added to the logit of each moved id, in this order. */
     const int64_t *banned;
-    int64_t num_banned;                 /* In every row. */
+    int64_t num_banned; /* In every row. */
 } request;
 
+/* [num_rows] each. */
 typedef struct {
-    int64_t *is_good; /* [num_rows], whether all logits were finite and the highest is within its limit at the end */
-    int64_t *ids;     /* [num_rows, size], the best first, of equals the lowest id first; 0 where none is left */
-    float *logits;    /* Theirs, -infinity where none is left. */
-    /* Where sums are wanted: of w = e^depth and of w * depth, where depth = logit / temperature - peak. */
-    double *peaks, *totals, *moments; /* [num_rows] */
+    int64_t *token_ids;  /* Of decided rows. */
+    int64_t *is_decided; /* Whether the few tokens tell the draw beyond doubt. */
+    int64_t *is_good;    /* Whether all logits were finite, and the highest is within its limit at the end. */
 } answer;
 
 /* What ranks a row's tokens. */
@@ -131,30 +126,36 @@ INLINED int64_t select(
     return found;
 }
 
-static void survey_row(const request *q, const answer *a, int64_t row, float *x, float *scratch) {
-    int64_t size = q->vocabulary, first_seen = q->seen_starts[row], *ids = a->ids + row * q->size;
-    float *logits = a->logits + row * q->size, *peaks = scratch + q->size, temperature = q->temperatures[row];
-    ranking likely = {LIKELY}, typical = {TYPICAL, temperature};
+static void draw_row(const request *r, const answer *a, int64_t row, float *x, float *scratch) {
+    const spec *q = r->specs + row;
+    int64_t size = r->vocabulary, first_seen = r->seen_starts[row], ids[MOST_TOKENS], *id = a->token_ids + row;
+    float *peaks = scratch, ranks[MOST_TOKENS];
     int64_t was_finite = is_finite(x, size);
-    penalize(x, q->seen + first_seen, q->seen_starts[row + 1] - first_seen, q->penalties[row], scratch);
-    for (int64_t i = q->moved_starts[row]; i < q->moved_starts[row + 1]; i++) x[q->moved[i]] += q->moves[i];
-    for (int64_t i = 0; i < q->num_banned; i++) x[q->banned[i]] = -INFINITY;
+    penalize(x, r->seen + first_seen, r->seen_starts[row + 1] - first_seen, q->penalty, scratch);
+    for (int64_t i = r->moved_starts[row]; i < r->moved_starts[row + 1]; i++) x[r->moved[i]] += r->moves[i];
+    for (int64_t i = 0; i < r->num_banned; i++) x[r->banned[i]] = -INFINITY;
+
+    ranking likely = {LIKELY};
     float highest = find_peaks(&likely, x, size, peaks);
-    a->is_good[row] = was_finite && fabsf(highest) < q->limits[row];
-    if (temperature > 0) {
-        typical.peak = a->peaks[row] = highest / temperature;
-        sum_weights(x, size, temperature, typical.peak, a->totals + row, a->moments + row);
-        typical.depth = a->moments[row] / a->totals[row];
+    a->is_good[row] = was_finite && fabsf(highest) < (float)q->limit;
+    a->is_decided[row] = *id = 0;
+    if (!a->is_good[row]) return;
+    int64_t wanted = min(size, q->kind == GREEDY ? 1 : MOST_TOKENS);
+    if (q->kind == GREEDY) {
+        select(&likely, x, size, peaks, wanted, ranks, ids);
+        *id = ids[0], a->is_decided[row] = 1;
+        return;
     }
-    int64_t found;
-    if (q->kinds[row] == LIKELY) {
-        found = select(&likely, x, size, peaks, q->size, scratch, ids);
-    } else {
-        find_peaks(&typical, x, size, peaks);
-        found = select(&typical, x, size, peaks, q->size, scratch, ids);
-    }
-    for (int64_t i = 0; i < found; i++) logits[i] = x[ids[i]];
-    for (int64_t i = found; i < q->size; i++) logits[i] = -INFINITY, ids[i] = 0;
+    prefix found;
+    sums all = {0};
+    float temperature = q->temperature, peak = highest / temperature;
+    if (q->kind == TYPICAL || needs_sums(q)) sum_weights(x, size, temperature, peak, &all.total, &all.moment);
+    ranking typical = {TYPICAL, temperature, peak, all.moment / all.total};
+    const ranking *by = q->kind == TYPICAL ? &typical : &likely;
+    if (q->kind == TYPICAL) find_peaks(by, x, size, peaks);
+    int64_t count = select(by, x, size, peaks, wanted, ranks, ids), is_whole = count < wanted || wanted == size;
+    fill(&found, q, peak, count, ids, x);
+    a->is_decided[row] = (q->kind == TYPICAL ? draw_from_typical : draw_from_likely)(&found, q, &all, is_whole, id);
 }
 
 static int64_t are_within(const int64_t *ids, int64_t count, int64_t vocabulary) {
@@ -164,14 +165,14 @@ static int64_t are_within(const int64_t *ids, int64_t count, int64_t vocabulary)
 }
 
 /* The logits [num_rows, vocabulary] have penalties and bans applied afterwards. The scratch [num_threads, scratch_size]
- * has room for a number for each id that a row has seen, and for `size` numbers and one for each chunk. Returns 0, and
- * does nothing, where an id is none of the vocabulary. */
-int64_t survey(
-    const request *q, const answer *a, float *logits, int64_t num_threads, float *scratch, int64_t scratch_size) {
-    if (!are_within(q->seen, q->seen_starts[q->num_rows], q->vocabulary)) return 0;
-    if (!are_within(q->moved, q->moved_starts[q->num_rows], q->vocabulary)) return 0;
+ * has room for a number for each id that a row has seen, and for one for each chunk. Returns 0, and does nothing, where an
+ * id is none of the vocabulary. */
+int64_t draw(
+    const request *r, const answer *a, float *logits, int64_t num_threads, float *scratch, int64_t scratch_size) {
+    if (!are_within(r->seen, r->seen_starts[r->num_rows], r->vocabulary)) return 0;
+    if (!are_within(r->moved, r->moved_starts[r->num_rows], r->vocabulary)) return 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-    for (int64_t row = 0; row < q->num_rows; row++)
-        survey_row(q, a, row, logits + row * q->vocabulary, scratch + omp_get_thread_num() * scratch_size);
+    for (int64_t row = 0; row < r->num_rows; row++)
+        draw_row(r, a, row, logits + row * r->vocabulary, scratch + omp_get_thread_num() * scratch_size);
     return 1;
 }

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -269,6 +270,30 @@ def test_the_rank_with_the_least_memory_decides_how_large_the_cache_is(folder, m
     assert split.num_blocks == 100 // BLOCK_SIZE
     [memory] = answered[-1]
     assert int(memory) == machine_bytes()
+
+
+def test_a_rank_that_does_not_listen_ends_with_the_worker_that_tells_it(folder):
+    ranks = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2)).ranks
+    os.kill(ranks.pids[0], signal.SIGSTOP)
+    failures: list[LostRankError] = []
+
+    def tell() -> None:
+        try:
+            ranks.tell(Command.HIDDEN, [0] * 1_000_000)  # More than a pipe holds.
+        except LostRankError as error:
+            failures.append(error)
+
+    engine = threading.Thread(target=tell, daemon=True)
+    engine.start()
+    engine.join(0.5)
+    assert engine.is_alive()
+    ending = threading.Thread(target=lambda: (ranks.kill(), ranks.close()), daemon=True)
+    ending.start()
+    ending.join(10)
+    engine.join(10)
+    assert not ending.is_alive()
+    assert len(failures) == 1
+    assert not ranks.lost.done()
 
 
 @pytest.fixture(scope="module", params=[{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bf16", "int8"])

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import oasst_training
 import psutil
@@ -175,9 +176,9 @@ def test_a_bad_option_is_named_in_a_sentence(arguments, sentence):
 class ScriptedWorker:
     """A worker on a scripted engine, in this process."""
 
-    def __init__(self, valkey_url: str, **settings) -> None:
+    def __init__(self, valkey_url: str, *, ranks=None, **settings) -> None:
         self.executor = ScriptedExecutor()
-        model = ServedModel(MODEL, make_engine(self.executor), make_intake())
+        model = ServedModel(MODEL, make_engine(self.executor), make_intake(), ranks)
         registry = CollectorRegistry()
         health = WorkerHealth(silence_limit_s=60)
         options = {"model": "none", "redis_url": valkey_url, "_cli_parse_args": False} | settings
@@ -238,6 +239,17 @@ def test_a_queue_that_does_not_answer_ends_the_start_with_a_line_that_says_so(ma
     scripted = make_scripted(redis_url=f"unix://{tmp_path}/nobody.sock", redis_wait_s=0)
     assert serve(scripted.worker, scripted.server) == 1
     assert capfd.readouterr().err.splitlines()[-1].startswith("oasst_worker: Redis: ")
+
+
+@pytest.mark.parametrize("is_stuck", [True, False])
+def test_ranks_are_killed_before_they_are_closed_if_the_engine_is_stuck(valkey_url, is_stuck):
+    calls: list[str] = []
+    ranks = SimpleNamespace(kill=lambda: calls.append("kill"), close=lambda: calls.append("close"))
+    scripted = ScriptedWorker(valkey_url, ranks=ranks)
+    scripted.worker._loop = SimpleNamespace(join=lambda timeout_s: not is_stuck)
+    assert scripted.worker.join_engine(0) is not is_stuck
+    assert calls == (["kill", "close"] if is_stuck else ["close"])
+    scripted.server.close()
 
 
 async def test_a_worker_shows_its_load_and_its_readiness(make_scripted, queue, valkey, capfd):

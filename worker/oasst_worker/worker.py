@@ -103,8 +103,11 @@ class Worker:
     def join_engine(self, timeout_s: float) -> bool:
         """Waits for the engine's thread to end, and ends the ranks it led; False if it is stuck in a step."""
         has_ended = self._loop.join(timeout_s)
-        if self._model.ranks is not None:
-            self._model.ranks.close()
+        ranks = self._model.ranks
+        if ranks is not None:
+            if not has_ended:  # It may be stuck in telling them, with their pipes locked.
+                ranks.kill()
+            ranks.close()
         return has_ended
 
     def _stop_on_signals(self, consumer: Consumer) -> None:

@@ -99,8 +99,14 @@ class RankProcesses:
         for rank in self._processes:
             self._write(rank, message)
 
+    def kill(self) -> None:
+        """No rank goes on. Whoever tells one that does not listen fails, instead of waiting for ever."""
+        self._is_closing = True
+        for process in self._processes.values():
+            process.kill()
+
     def close(self) -> None:
-        """No rank is left."""
+        """No rank is left. Nobody may be in the middle of telling them: else `kill` first."""
         self._is_closing = True
         for process in self._processes.values():
             with suppress(OSError):  # What was written last found nobody.

@@ -21,8 +21,6 @@ from oasst_worker.model.shortcuts import (
     draw_from_bucket,
     draw_from_likely,
     draw_from_typical,
-    find_likely,
-    find_typical,
     is_greedy,
     is_typical,
     largest_logit,
@@ -249,9 +247,8 @@ def _draw_group(logits: Tensor, rows: Sequence[SamplingRow], indices: list[int],
         return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
     params = [rows[index].params for index in indices]
     columns = Columns.of(params, [rows[index].uniform for index in indices], logits.device)
-    if is_typical(params[0]):
-        return draw_from_typical(find_typical(of_group, columns, size), columns)
-    return draw_from_likely(find_likely(of_group, columns, size), columns)
+    draw_from = draw_from_typical if is_typical(params[0]) else draw_from_likely
+    return draw_from(of_group, columns, size)
 
 
 def _draw_closely(logits: Tensor, rows: Sequence[SamplingRow], undecided: list[int], tried: Sequence[int]) -> list[int]:

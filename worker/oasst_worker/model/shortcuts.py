@@ -20,16 +20,12 @@ from oasst_worker.model.warpers import SamplingSpec
 
 __all__ = [
     "Columns",
-    "Survey",
     "draw_from_bucket",
     "draw_from_likely",
     "draw_from_typical",
-    "find_likely",
-    "find_typical",
     "is_greedy",
     "is_typical",
     "largest_logit",
-    "needs_sums",
 ]
 
 # Wider than the error of a sum of fp32 probabilities, ours or the plain path's.
@@ -77,22 +73,6 @@ class Columns:
         return self.typical_p < 1
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What is asked of whole rows of logits: their most likely or most typical tokens, and sums over all of them.
-
-    A token's depth is how far its score, logit / temperature, lies below the row's highest.
-    """
-
-    is_whole: bool  # No token is missing.
-    ids: Tensor  # [rows, size] int64, the most likely or most typical first
-    logits: Tensor  # [rows, size] fp32, theirs
-    # These where a row `needs_sums`, [rows, 1] float64: the highest score, the sums of w = e^depth and of w * depth.
-    peaks: Tensor
-    totals: Tensor
-    moments: Tensor
-
-
 def is_greedy(spec: SamplingSpec) -> bool:
     """The row takes its most likely token."""
     return spec.temperature < _COLDEST_TEMPERATURE
@@ -108,40 +88,9 @@ def is_typical(spec: SamplingSpec) -> bool:
     return spec.typical_p < 1 and not _is_cut(spec)
 
 
-def needs_sums(spec: SamplingSpec) -> bool:
+def _needs_sums(spec: SamplingSpec) -> bool:
     """The draw depends on what all tokens of the row weigh."""
     return not spec.top_k and (spec.top_p < 1 or not _is_cut(spec))
-
-
-def find_likely(logits: Tensor, columns: Columns, size: int) -> Survey:
-    """Finds the `size` most likely tokens of each row of `logits` [rows, vocab], where penalties and bans are in."""
-    size = min(size, logits.shape[1])
-    # Temperature keeps the order, so the prefix can be chosen before it.
-    best, ids = logits.topk(size)
-    highest = best[:, :1]
-    peaks = (highest / columns.temperature).double()
-    totals = torch.zeros_like(peaks)
-    wanting = [row for row, spec in enumerate(columns.specs) if needs_sums(spec)]
-    if wanting and size < logits.shape[1]:
-        is_all = len(wanting) == len(logits)
-        rows = slice(None) if is_all else to_device(wanting, torch.int64, logits.device)
-        scaled = logits[rows] / columns.temperature[rows]
-        totals[rows] = scaled.sub_(peaks[rows].float()).exp_().sum(dim=1, keepdim=True).double()
-    return Survey(size == logits.shape[1], ids, best, peaks, totals, torch.zeros_like(peaks))
-
-
-def find_typical(logits: Tensor, columns: Columns, size: int) -> Survey:
-    """The same of the most typical tokens: those whose information content is closest to the row's entropy."""
-    size = min(size, logits.shape[1])
-    scaled = logits / columns.temperature
-    peaks = scaled.amax(dim=1, keepdim=True)
-    # Measured from the peak, where fp32 is exact enough, however large the scores are.
-    depths = scaled.sub_(peaks).clamp_(min=_LOG_NOTHING)
-    weights = depths.exp()
-    totals = weights.sum(dim=1, keepdim=True).double()
-    moments = weights.mul_(depths).sum(dim=1, keepdim=True).double()
-    ids = depths.sub_((moments / totals).float()).abs_().topk(size, largest=False).indices
-    return Survey(size == logits.shape[1], ids, logits.gather(1, ids), peaks.double(), totals, moments)
 
 
 def draw_from_bucket(scores: Tensor, uniform: float) -> int | None:
@@ -233,16 +182,19 @@ class _Prefix:
         return token_ids.squeeze(1), (in_prefix & ~close & ~self.doubtful).squeeze(1)
 
 
-def draw_from_likely(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
-    """Draws from the most likely tokens, with any filters or none.
+def draw_from_likely(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
+    """Draws from the `size` most likely tokens of each row of `logits` [rows, vocab], with any filters or none.
 
     Returns token ids [rows] and which rows are decided [rows]; the ids of others mean nothing.
     """
-    size = found.ids.shape[1]
-    scores = found.logits / columns.temperature
-    prefix = _Prefix.of(scores, found.ids, peak=scores[:, :1].double())
+    size = min(size, logits.shape[1])
+    is_whole = size == logits.shape[1]
+    # Temperature keeps the order, so the prefix can be chosen before it.
+    best, ids = logits.topk(size)
+    scores = best / columns.temperature
+    prefix = _Prefix.of(scores, ids, peak=scores[:, :1].double())
     # No token outside the prefix has a higher score than this.
-    outside = torch.full_like(prefix.peak, -torch.inf) if found.is_whole else prefix.scores[:, -1:]
+    outside = torch.full_like(prefix.peak, -torch.inf) if is_whole else prefix.scores[:, -1:]
     has_top_k, has_top_p, has_min_p = columns.top_k > 0, columns.top_p < 1, columns.min_p > 0
 
     kth_score = prefix.scores.gather(1, (columns.top_k - 1).clamp(0, size - 1))
@@ -251,9 +203,10 @@ def draw_from_likely(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
     closed = (outside == -torch.inf) | (has_top_k & (columns.top_k <= size) & (kth_score > outside))
 
     total = prefix.total()
-    of_whole_row = [needs_sums(spec) for spec in columns.specs]
-    if any(of_whole_row) and not found.is_whole:
-        total = torch.where(to_device(of_whole_row, torch.bool, total.device)[:, None], found.totals, total)
+    if not is_whole and (wanting := [row for row, spec in enumerate(columns.specs) if _needs_sums(spec)]):
+        rows = slice(None) if len(wanting) == len(logits) else to_device(wanting, torch.int64, logits.device)
+        depths = (logits[rows] / columns.temperature[rows]).sub_(prefix.peak[rows].float())
+        total[rows] = depths.exp_().sum(dim=1, keepdim=True).double()
     prefix.keep_top_p(columns.top_p, total, where=has_top_p)
     prefix.keep_min_p(columns.min_p, where=has_min_p)
     closed |= ~has_top_k & (has_top_p | has_min_p) & (prefix.lowest_score() > outside)
@@ -268,11 +221,24 @@ def draw_from_likely(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
     return prefix.draw(columns.uniform, torch.where(closed, prefix.total(), total))
 
 
-def draw_from_typical(found: Survey, columns: Columns) -> tuple[Tensor, Tensor]:
-    """Draws from the most typical tokens, in rows without any other filter; returns the same."""
-    prefix = _Prefix.of(found.logits / columns.temperature, found.ids, found.peaks)
-    distances = prefix.distances(found.totals, found.totals.log() - found.moments / found.totals)
-    limit = prefix.keep_typical(distances, columns.typical_p, found.totals, where=columns.is_typical)
-    if not found.is_whole:
+def draw_from_typical(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:
+    """The same from the most typical tokens, in rows without any other filter.
+
+    These are the tokens whose information content is closest to the row's entropy.
+    """
+    size = min(size, logits.shape[1])
+    scaled = logits / columns.temperature
+    peaks = scaled.amax(dim=1, keepdim=True)
+    # Measured from the peak, where fp32 is exact enough, however large the scores are.
+    depths = scaled.sub_(peaks).clamp_(min=_LOG_NOTHING)
+    weights = depths.exp()
+    totals = weights.sum(dim=1, keepdim=True).double()
+    moments = weights.mul_(depths).sum(dim=1, keepdim=True).double()
+    ids = depths.sub_((moments / totals).float()).abs_().topk(size, largest=False).indices
+
+    prefix = _Prefix.of(logits.gather(1, ids) / columns.temperature, ids, peaks.double())
+    distances = prefix.distances(totals, totals.log() - moments / totals)
+    limit = prefix.keep_typical(distances, columns.typical_p, totals, where=columns.is_typical)
+    if size < logits.shape[1]:
         prefix.doubtful |= limit > distances.amax(dim=1, keepdim=True) - _DISTANCE_MARGIN
     return prefix.draw(columns.uniform, prefix.total())

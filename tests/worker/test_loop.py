@@ -209,6 +209,45 @@ def test_whoever_takes_is_told_once_for_many_reports(executor):
     assert told == [1]
 
 
+@pytest.mark.parametrize(("max_steps_ahead", "expected"), [(1000, [1, 16]), (8, [1, 5, 9, 13, 16])])
+def test_whoever_took_is_left_alone_but_for_firsts_and_lasts_and_a_loop_far_ahead(executor, max_steps_ahead, expected):
+    told: list[int] = []
+
+    def take() -> None:
+        told.append(executor.num_steps)
+        loop.take()
+
+    loop = EngineLoop(make_engine(executor), max_steps_ahead=max_steps_ahead)
+    loop.start(take, quiet_s=3600)
+    choice = choice_of("one")
+    loop.add(choice)
+    eventually(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 16)
+    loop.stop()
+    assert loop.join(timeout_s=10)
+    assert told == expected
+
+
+def test_a_step_that_ends_after_the_quiet_is_told_at_once(executor):
+    told: list[int] = []
+    now_s = 0.0
+    loop = EngineLoop(make_engine(executor), max_steps_ahead=1000, clock=lambda: now_s)
+
+    def take() -> None:
+        nonlocal now_s
+        told.append(executor.num_steps)
+        loop.take()
+        assert loop.take() == []  # Finding nothing begins no new quiet.
+        now_s += 1.0
+
+    loop.start(take, quiet_s=1.0)
+    choice = choice_of("one", max_new_tokens=4)
+    loop.add(choice)
+    eventually(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 4)
+    loop.stop()
+    assert loop.join(timeout_s=10)
+    assert told == [1, 2, 3, 4]
+
+
 def test_an_executor_that_fails_ends_the_thread_with_its_error(make_loop, executor):
     loop = make_loop()
     executor.failure = RuntimeError("CUDA error: device-side assert")

@@ -144,7 +144,7 @@ class Consumer:
         If the queue cannot be reached by then, the leases lapse and other workers go on all the same.
         """
         asyncio_loop = asyncio.get_running_loop()
-        self._loop.start(lambda: asyncio_loop.call_soon_threadsafe(self._news.set))
+        self._loop.start(lambda: asyncio_loop.call_soon_threadsafe(self._news.set), quiet_s=_PUSH_INTERVAL_S)
         self._note_more_room()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -306,10 +306,11 @@ class Consumer:
             while not self._closing.is_set():
                 await _wait_at_most(self._news, delay_s)
                 self._news.clear()
+                delay_s = self._renew_after_s / 4
                 if len(self._pushing) < self._claimer.num_shards:  # While none answers, the engine is held back.
                     for report in self._loop.take():
                         self._take(report)
-                delay_s = self._renew_after_s / 4
+                        delay_s = min(delay_s, _PUSH_INTERVAL_S)  # Until then the loop is quiet about most of the next.
                 for shard, jobs in self._jobs_to_push().items():
                     wait_s = self._push_delay_s(shard, jobs)
                     if wait_s:

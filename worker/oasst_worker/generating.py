@@ -1,6 +1,7 @@
 """A job that generates: its choices' tokens become its log."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1.job_pb2 import LogEntry
@@ -15,6 +16,27 @@ from oasst_worker.intake import ResumedChoice
 from oasst_worker.spans import JobSpans
 
 __all__ = ["GeneratingJob"]
+
+
+@dataclass(slots=True)
+class _Unlogged:
+    """What no item has carried yet of a choice."""
+
+    position: int  # Of the first token.
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[engine.TokenLogprob] = field(default_factory=list)
+
+    def delta(self, choice: int) -> Delta:
+        return Delta(
+            choice=choice,
+            position=self.position,
+            text="".join(self.texts),
+            token_ids=self.token_ids,
+            # The text of a single token is its own.
+            text_lengths=map(len, self.texts) if len(self.texts) > 1 else (),
+            logprobs=map(_wire_logprob, self.logprobs),
+        )
 
 
 class GeneratingJob(HeldJob):
@@ -37,7 +59,7 @@ class GeneratingJob(HeldJob):
         self._last_token_s: float | None = None
         # Generated so far, for each choice that still runs.
         self._num_tokens = {resumed.choice: resumed.num_logged_tokens for resumed in running}
-        self._deltas: dict[int, Delta] = {}  # Choice index -> what no item has carried yet.
+        self._unlogged: dict[int, _Unlogged] = {}  # By choice index.
         self._finishes = {resumed.choice.index: resumed.finish for resumed in choices if resumed.finish is not None}
 
     @property
@@ -58,7 +80,7 @@ class GeneratingJob(HeldJob):
 
     @property
     def has_news(self) -> bool:
-        return bool(self._deltas) or self.has_ended
+        return bool(self._unlogged) or self.has_ended
 
     def kv_tokens_expected(self, lookahead_tokens: int, *, block_size: int) -> int:
         job = self.claimed.job
@@ -102,23 +124,21 @@ class GeneratingJob(HeldJob):
         self._first_token_s = self._first_token_s or now_s
         self._last_token_s = now_s
         index = output.part.index
-        delta = self._deltas.setdefault(index, Delta(choice=index, position=position))
-        if delta.token_ids:  # From here on the text is not one token's alone.
-            if not delta.text_lengths:
-                delta.text_lengths.append(len(delta.text))
-            delta.text_lengths.append(len(output.text))
-        delta.text += output.text
-        delta.token_ids.append(token_id)
+        unlogged = self._unlogged.get(index)
+        if unlogged is None:
+            unlogged = self._unlogged[index] = _Unlogged(position)
+        unlogged.token_ids.append(token_id)
+        unlogged.texts.append(output.text)
         if output.logprob is not None:
-            delta.logprobs.append(_wire_logprob(output.logprob))
+            unlogged.logprobs.append(output.logprob)
 
     def _next_entry(self) -> LogEntry | None:
-        if not self._deltas:
+        if not self._unlogged:
             return None
-        num_tokens = sum(len(delta.token_ids) for delta in self._deltas.values())
-        entry = LogEntry(end_position=self._end_position + num_tokens, deltas=self._deltas.values())
-        self._deltas.clear()
-        return entry
+        num_tokens = sum(len(unlogged.token_ids) for unlogged in self._unlogged.values())
+        deltas = [unlogged.delta(index) for index, unlogged in self._unlogged.items()]
+        self._unlogged.clear()
+        return LogEntry(end_position=self._end_position + num_tokens, deltas=deltas)
 
     def _finished(self) -> Finished:
         finishes = [self._finishes[index] for index in sorted(self._finishes)]

@@ -45,6 +45,7 @@ class StepReport:
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
     num_drawn_tokens: int = 0
+    is_urgent: bool = False  # Holds the first or the last output of a part.
 
 
 class EngineLoop:
@@ -73,15 +74,20 @@ class EngineLoop:
         self._engine = engine
         self._max_steps_ahead = max_steps_ahead
         self._on_report: Callable[[], object] = lambda: None
+        self._quiet_s = 0.0
         self._clock = clock
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._parts: dict[str, Part] = {}  # Sequence id -> what the engine holds; this thread's own.
+        # This thread's own: sequence id -> what the engine holds; and the ids of those that gave no output yet.
+        self._parts: dict[str, Part] = {}
+        self._silent: set[str] = set()
         self._num_steps = 0
         self._step_in_progress: int | None = None
         # Guarded by `_changed`, which is notified whenever one of them changes.
         self._changed = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._reports: deque[StepReport] = deque()
+        self._taken_s = float("-inf")  # When some were taken last.
+        self._is_told = False  # The callback was called since.
         self._stopping = False
 
     @property
@@ -89,9 +95,14 @@ class EngineLoop:
         """The number of the step that is being computed now."""
         return self._step_in_progress
 
-    def start(self, on_report: Callable[[], object]) -> None:
-        """Turns begin. The engine's thread calls `on_report` when there are reports to take after there were none."""
+    def start(self, on_report: Callable[[], object], *, quiet_s: float = 0.0) -> None:
+        """Turns begin. The engine's thread calls `on_report` once when there are reports to take.
+
+        Whoever took some comes back after `quiet_s` by itself. Until then it is called only for urgent reports, or when
+        the loop has come half as far ahead as it may.
+        """
         self._on_report = on_report
+        self._quiet_s = quiet_s
         self.ended.set_running_or_notify_cancel()
         self._thread.start()
 
@@ -120,6 +131,9 @@ class EngineLoop:
         with self._changed:
             reports = list(self._reports)
             self._reports.clear()
+            self._is_told = False
+            if reports:
+                self._taken_s = self._clock()
             self._changed.notify()
         return reports
 
@@ -159,9 +173,12 @@ class EngineLoop:
 
     def _report(self, report: StepReport) -> None:
         with self._changed:
-            is_first = not self._reports
             self._reports.append(report)
-        if is_first:  # Whoever was told of an earlier one will find this one beside it.
+            is_far_ahead = 2 * len(self._reports) >= self._max_steps_ahead
+            is_due = report.is_urgent or is_far_ahead or report.ended_s - self._taken_s >= self._quiet_s
+            tells = is_due and not self._is_told  # Whoever was told of an earlier one will find this one beside it.
+            self._is_told = self._is_told or tells
+        if tells:
             self._on_report()
 
     def _admit(self, part: Part) -> None:
@@ -169,14 +186,16 @@ class EngineLoop:
             self._engine.add(part.sequence)
         except ValueError as error:
             refused = part.fail(PartError("INTERNAL", str(error)))
-            self._report(StepReport((refused,), ended_s=self._clock()))
+            self._report(StepReport((refused,), ended_s=self._clock(), is_urgent=True))
         else:
             self._parts[part.sequence.sequence_id] = part
+            self._silent.add(part.sequence.sequence_id)
 
     def _evict(self, part: Part) -> None:
         sequence_id = part.sequence.sequence_id
         if self._parts.get(sequence_id) is part:
             del self._parts[sequence_id]
+            self._silent.discard(sequence_id)
             self._engine.remove(sequence_id)
 
     def _step(self) -> StepReport:
@@ -190,14 +209,17 @@ class EngineLoop:
         batch = self._engine.last_batch
         num_decode_tokens = sum(chunk.decodes for chunk in batch.chunks)
         num_drafted_tokens = sum(len(chunk.drafts) for chunk in batch.chunks)
+        num_silent = len(self._silent)
+        read = tuple(self._read(outputs))
         return StepReport(
-            outputs=tuple(self._read(outputs)),
+            outputs=read,
             ended_s=ended_s,
             step_s=ended_s - started_s,
             num_sequences=len(batch.chunks),
             num_prefill_tokens=batch.num_tokens - num_decode_tokens - num_drafted_tokens,
             num_decode_tokens=num_decode_tokens,
             num_drawn_tokens=sum(isinstance(each, TokenOutput) and each.token_id is not None for each in outputs),
+            is_urgent=len(self._silent) < num_silent or any(output.has_ended for output in read),
         )
 
     def _read(self, outputs: Iterable[TokenOutput | ScoreOutput]) -> Iterator[PartOutput]:
@@ -214,6 +236,7 @@ class EngineLoop:
         except Exception:  # One part's text must not end the others'.
             logger.exception("reading an output failed sequence_id=%s", output.sequence_id)
             read = part.fail(PartError("INTERNAL", "what was computed could not be read"))
+        self._silent.discard(output.sequence_id)
         if read.has_ended:
             self._evict(part)
         return read

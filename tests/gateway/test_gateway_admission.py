@@ -200,16 +200,17 @@ async def test_a_request_that_has_its_place_is_not_refused_for_want_of_a_worker(
 async def test_a_gateway_with_enough_open_chats_has_some_room_for_those_that_were_accepted(
     model: ServedModel, valkey_url: str
 ) -> None:
-    async with start_gateway(model, valkey_url, max_open_chats=1) as gateway:
-        first = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
-        await first.read()
+    async with start_gateway(model, valkey_url, max_open_chats=4) as gateway:
+        streams = [gateway.chat.ChatStream(ask("Hello!", request_id=f"r-{index}")) for index in range(4)]
+        for stream in streams:
+            await stream.read()
         again = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
         assert (await again.read()).accepted.request_id == "r-1"
-        for request in (ask("Hello!", request_id="r-1"), ask("Hello!", request_id="r-2")):
+        for request in (ask("Hello!", request_id="r-1"), ask("Hello!", request_id="r-4")):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await gateway.chat.Chat(request)
             assert details_of(refused.value).reason == "TOO_MANY_CHATS"
-        for stream in (first, again):
+        for stream in (*streams, again):
             stream.cancel()
 
 

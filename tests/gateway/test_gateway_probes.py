@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -89,16 +88,12 @@ async def test_helm_test_shows_its_certificate_and_knows_the_gateways(
 ) -> None:
     authority = Authority(tmp_path)
     server, caller = authority.issue("server"), authority.issue("caller")
-    mounted = tmp_path / "mounted"
-    mounted.mkdir()
-    shutil.copy(authority.ca, mounted / "ca.crt")
     async with start_gateway(
         model, valkey_url, tls_cert=server.cert, tls_key=server.key, tls_client_ca=authority.ca
     ) as gateway:
-        environment = {"OASST_TLS": str(mounted), "OASST_SERVER_NAME": "127.0.0.1"}
+        environment = {"OASST_TLS": "true", "OASST_TLS_CA_FILE": str(authority.ca)}
         assert (await run_helm_test(gateway.listen, **environment))[0] == 1  # It shows none yet.
-        shutil.copy(caller.cert, mounted / "tls.crt")
-        shutil.copy(caller.key, mounted / "tls.key")
+        environment |= {"OASST_TLS_CERT_FILE": str(caller.cert), "OASST_TLS_KEY_FILE": str(caller.key)}
         exit_code, text = await run_helm_test(gateway.listen, **environment)
     assert exit_code == 0
     assert text.strip()

@@ -22,7 +22,7 @@ PROGRAMS = [
     program
     for page in (ROOT / "README.md", DOCS / "python.md")
     for program in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    if "\nwith " in program
+    if "\nwith " in program or "asyncio.run(" in program
 ]
 
 
@@ -46,8 +46,16 @@ def test_the_tour_is_true(step, environment, tmp_path):
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout
-    assert expected == "...\n" or result.stdout == expected
+    if "..." in expected:
+        parts = map(re.escape, re.split(r"\s*\.\.\.\s*", shape_of(expected)))
+        assert re.fullmatch(".*".join(parts), shape_of(result.stdout))
+    else:
+        assert result.stdout == expected
+
+
+def shape_of(text: str) -> str:
+    """The text with every number and every gap the same: both differ from run to run."""
+    return re.sub(r"\s+", " ", re.sub(r"\d[\d.:]*\d|\d", "0", text))
 
 
 def test_the_tour_has_something_to_show():
@@ -70,7 +78,7 @@ def test_the_programs_of_the_documentation_run(program, up, environment, tmp_pat
 
 
 def test_there_are_programs_in_the_documentation():
-    assert len(PROGRAMS) >= 4
+    assert len(PROGRAMS) >= 7
 
 
 def test_a_conversation_counts_its_tokens_as_the_service_does(up):

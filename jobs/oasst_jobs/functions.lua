@@ -53,7 +53,7 @@ local LOSS_FIELDS = {
   'lease_ms', 'poison_key',
 }
 local INDEX_FIELDS = {
-  'state', 'model', 'place', 'lane', 'tenant', 'weight', 'size', 'lease_ms', 'deadline_ms', 'retention_ms',
+  'state', 'model', 'place', 'lane', 'tenant', 'weight', 'size', 'lease_ms', 'deadline_ms', 'grace_ms', 'retention_ms',
 }
 local STATUS_FIELDS = { 'state', 'end_position', 'outcome', 'prompt_tokens', 'model' }
 local END_FIELDS = {
@@ -977,7 +977,7 @@ local function repair(shard, id)
   if not job.state then
     return false
   end
-  local leases, deadlines = key_of(shard, 'leases'), key_of(shard, 'deadlines')
+  local leases, deadlines, watched = key_of(shard, 'leases'), key_of(shard, 'deadlines'), key_of(shard, 'watched')
   local is_waiting, is_running = job.state == 'waiting', job.state == 'running'
   local ends = is_final(job.state)
   local repaired = false
@@ -1004,6 +1004,14 @@ local function repair(shard, id)
       redis.call('ZADD', deadlines, job.deadline_ms, id)
     else
       redis.call('ZREM', deadlines, id)
+    end
+  end
+  if (redis.call('ZSCORE', watched, id) ~= false) ~= (job.grace_ms ~= false and not ends) then
+    repaired = true
+    if job.grace_ms and not ends then
+      redis.call('ZADD', watched, shard.now_ms + WATCH_TTL_MS + job.grace_ms, id)
+    else
+      redis.call('ZREM', watched, id)
     end
   end
   if (redis.call('PTTL', job_key) >= 0) ~= ends then
@@ -1080,7 +1088,7 @@ local function reconcile(keys, args)
   end
 
   local models = redis.call('HKEYS', key_of(shard, 'waiting_tokens'))
-  for _, index in ipairs({ 'leases', 'deadlines' }) do
+  for _, index in ipairs({ 'leases', 'deadlines', 'watched' }) do
     repairs = repairs + drop_orphans(shard, index, num_keys, function(id)
       return redis.call('ZREM', key_of(shard, index), id)
     end)
@@ -1113,8 +1121,8 @@ local function dead(keys, args)
 end
 
 -- ARGV  1 job id
--- Returns 1 if the job was dead and waits again, with nothing charged and no deadline; else 0. This is the one way out
--- of a final state, and only a person takes it.
+-- Returns 1 if the job was dead and waits again, with nothing charged, no deadline, and no need to be watched; else 0.
+-- This is the one way out of a final state, and only a person takes it.
 local function revive(keys, args)
   local shard = open_shard(keys)
   local job = get_job(shard, args[1], LOSS_FIELDS)
@@ -1125,7 +1133,7 @@ local function revive(keys, args)
   redis.call('PERSIST', job_key)
   redis.call('PERSIST', key_of(shard, 'log', job.id))
   redis.call('DEL', job.poison_key)
-  redis.call('HDEL', job_key, 'charge', 'lost_leases', 'deadline_ms')
+  redis.call('HDEL', job_key, 'charge', 'lost_leases', 'deadline_ms', 'grace_ms')
   requeue(shard, job)
   return 1
 end

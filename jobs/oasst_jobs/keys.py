@@ -26,8 +26,8 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue, read
                                  by sweep. Gone when empty.
 `oasst:{0}:watched`              sorted set. Jobs that end when nobody watches them any more, by when that is (ms) if
-                                 nobody says otherwise. Written by enqueue, attach, keep_watching and unwatch, read by
-                                 sweep. Gone when empty.
+                                 nobody says otherwise. Written by enqueue, attach, keep_watching, unwatch and
+                                 reconcile, read by sweep. Gone when empty.
 `oasst:{0}:claim:<worker>`       string. The worker's last claim: its id, then the job ids. Written and read by claim.
                                  Goes after one lease.
 `oasst:{0}:wake:<model>`         list. At most one token: there is work. Written by enqueue, release, sweep and claim,

@@ -14,6 +14,7 @@ from oasst_jobs import (
     PushItem,
     PushStatus,
     QueueClient,
+    Reconciler,
     Submitter,
     Sweeper,
     SweepReport,
@@ -69,7 +70,7 @@ async def push(claimer: Claimer, claimed: ClaimedJob, start: int, stop: int, *, 
 async def kill_with(workers: Workers, submitter: Submitter, request_id: str) -> str:
     """The job kills three workers before its first token; its id. Each id has a prompt of its own."""
     job = make_job(request_id, prompt_tokens=len(request_id))
-    await submitter.submit(job, digest=b"digest", timeout_ms=None)
+    await submitter.submit(job, digest=b"digest", timeout_ms=None, grace_ms=1_000)
     job_id = job.job_id
     for loss in (1, 2, 3):
         [claimed] = await workers.start().claim(max_jobs=1, max_tokens=1000, is_idle=True)
@@ -200,6 +201,7 @@ async def test_the_dead_are_counted_listed_and_revived(submitter: Submitter, cli
     assert await client.revive(first) is True
     assert await client.revive(first) is False
     assert (await submitter.load()).dead_jobs == 1
+    assert await Reconciler(client, interval_s=0.0).walk() == 0  # Nobody watches it, and nobody needs to.
     [claimed] = await workers.start().claim(max_jobs=2, max_tokens=1000)
     assert (claimed.job_id, claimed.attempt, claimed.is_solo) == (first, 1, False)
 

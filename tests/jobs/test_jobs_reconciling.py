@@ -17,10 +17,15 @@ def root(client: QueueClient) -> str:
 
 
 async def submit(
-    submitter: Submitter, request_id: str, *, timeout_ms: int | None = None, tenant: str = "tenant"
+    submitter: Submitter,
+    request_id: str,
+    *,
+    timeout_ms: int | None = None,
+    grace_ms: int | None = None,
+    tenant: str = "tenant",
 ) -> str:
     job = make_job(request_id, tenant=tenant)
-    await submitter.submit(job, digest=b"digest", timeout_ms=timeout_ms)
+    await submitter.submit(job, digest=b"digest", timeout_ms=timeout_ms, grace_ms=grace_ms)
     return job.job_id
 
 
@@ -30,7 +35,8 @@ async def claim_ids(claimer: Claimer) -> list[str]:
 
 async def test_a_sound_queue_needs_no_repair(submitter: Submitter, claimer: Claimer, reconciler: Reconciler) -> None:
     for number in range(10):
-        await submit(submitter, str(number), timeout_ms=60_000 if number % 2 else None)
+        timeout_ms, grace_ms = 60_000 if number % 2 else None, 1_000 if number % 3 else None
+        await submit(submitter, str(number), timeout_ms=timeout_ms, grace_ms=grace_ms)
     claims = await claimer.claim(max_jobs=6, max_tokens=1000)
     await claimer.push([PushItem(claims[0].job_id, claims[0].fence, 0, make_entry(0, 1), finished(1))])
     await submitter.cancel(claims[1].job_id)
@@ -81,16 +87,26 @@ async def test_a_deadline_that_was_lost_is_watched_again(
     assert await redis_client.zscore(f"{root}:deadlines", job_id) > 0
 
 
+async def test_a_job_that_should_be_watched_is_so_again(
+    submitter: Submitter, reconciler: Reconciler, redis_client: redis.asyncio.Redis, root: str
+) -> None:
+    job_id = await submit(submitter, "watched", grace_ms=1_000)
+    await redis_client.delete(f"{root}:watched")
+    assert await reconciler.walk() == 1
+    assert await reconciler.walk() == 0
+    assert await redis_client.zscore(f"{root}:watched", job_id) > 0
+
+
 async def test_what_has_ended_is_in_no_index_and_goes_in_time(
     submitter: Submitter, reconciler: Reconciler, redis_client: redis.asyncio.Redis, root: str
 ) -> None:
     job_id = await submit(submitter, "ended")
     await submitter.cancel(job_id)
     await redis_client.persist(f"{root}:job:{job_id}")
-    for index in ("leases", "deadlines"):
+    for index in ("leases", "deadlines", "watched"):
         await redis_client.zadd(f"{root}:{index}", {job_id: 9e15})
     assert await reconciler.walk() == 1
-    assert await redis_client.exists(f"{root}:leases", f"{root}:deadlines") == 0
+    assert await redis_client.exists(f"{root}:leases", f"{root}:deadlines", f"{root}:watched") == 0
     assert await redis_client.pttl(f"{root}:job:{job_id}") > 0
 
 
@@ -103,7 +119,7 @@ async def test_a_job_that_has_not_ended_does_not_go(
     assert await redis_client.pttl(f"{root}:job:{job_id}") == -1
 
 
-@pytest.mark.parametrize("index", ["leases", "deadlines", f"waiting:{MODEL}"])
+@pytest.mark.parametrize("index", ["leases", "deadlines", "watched", f"waiting:{MODEL}"])
 async def test_an_index_entry_without_a_job_is_dropped(
     submitter: Submitter, reconciler: Reconciler, redis_client: redis.asyncio.Redis, root: str, index: str
 ) -> None:

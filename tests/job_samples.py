@@ -1,10 +1,22 @@
 """Jobs, log entries and outcomes as tests need them."""
 
+from collections.abc import AsyncIterator
+
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2, scoring_pb2
-from oasst_jobs import JOB_VERSION, job_id_for
+from oasst_jobs import JOB_VERSION, Subscription, job_id_for
 
-__all__ = ["MODEL", "failed", "finished", "make_entry", "make_job", "make_scores", "make_scoring_job", "text_of"]
+__all__ = [
+    "MODEL",
+    "failed",
+    "finished",
+    "make_entry",
+    "make_job",
+    "make_scores",
+    "make_scoring_job",
+    "news_of",
+    "text_of",
+]
 
 MODEL = "tiny-pythia"
 
@@ -67,6 +79,17 @@ def make_entry(start: int, stop: int) -> job_pb2.LogEntry:
 
 def text_of(entries: list[job_pb2.LogEntry]) -> str:
     return "".join(delta.text for entry in entries for delta in entry.deltas)
+
+
+async def news_of(subscription: Subscription) -> AsyncIterator[job_pb2.LogEntry | job_pb2.Outcome]:
+    """All that a reader is told, one by one. Nothing comes behind the outcome."""
+    while True:
+        taken = await subscription.take()
+        for news in taken:
+            yield news
+            if isinstance(news, job_pb2.Outcome):
+                assert news is taken[-1]
+                return
 
 
 def finished(completion_tokens: int = 0) -> job_pb2.Outcome:

@@ -7,7 +7,7 @@ has told everything, so it sees what it missed and has it read from the log:
     told <  start   something is missing: the log is read
     told >  start   the log was read meanwhile, or Redis has lost part of it: the log is read, which shows
 
-All reading of Redis happens in the inbox's own tasks; whoever iterates waits in memory only, and may be cancelled at
+All reading of Redis happens in the inbox's own tasks; whoever takes news waits in memory only, and may be cancelled at
 any time.
 """
 
@@ -37,9 +37,9 @@ _BATCHES_PER_TRIM = 1000
 
 
 class Subscription:
-    """One reader's view of one job: LogEntry after LogEntry without gap or repeat, then its Outcome, then the end.
+    """One reader's view of one job: LogEntry after LogEntry without gap or repeat, then its Outcome, and nothing more.
 
-    Reading, by iterating or by `take`, starts once the job has been submitted or attached to. A job that is gone,
+    Reading starts by the first `take`, once the job has been submitted or attached to. A job that is gone,
     because its retention is over or Redis lost it, ends with an Outcome that has failed as ABORTED with the reason
     JOB_LOST; one whose log is shorter than what was seen of it, with the reason STREAM_DIVERGED. One whose log cannot
     be read ends with an Outcome that has failed as INTERNAL with the reason UNREADABLE_LOG.
@@ -62,17 +62,6 @@ class Subscription:
         self._failure: Exception | None = None
         # Set when the reader has something to look at.
         self._called = asyncio.Event()
-
-    def __aiter__(self) -> "Subscription":
-        return self
-
-    async def __anext__(self) -> job_pb2.LogEntry | job_pb2.Outcome:
-        self._start_reading()
-        while not self._news:
-            if self.is_over:
-                raise StopAsyncIteration
-            await self._wait()
-        return self._news.popleft()
 
     async def take(self) -> list[job_pb2.LogEntry | job_pb2.Outcome]:
         """Everything that came since the last time, waiting for some. Nothing if the reader was called for nothing."""

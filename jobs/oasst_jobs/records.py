@@ -131,7 +131,7 @@ class LogSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """How much waits and runs in the whole shard, and on which workers."""
+    """How much waits and runs in a shard, or in all that answered, and on which workers."""
 
     # Jobs to be scored are not among these.
     waiting_jobs: int
@@ -145,11 +145,6 @@ class QueueLoad:
     # Jobs to be scored that wait, and their tokens.
     waiting_scoring_jobs: int = 0
     waiting_scoring_tokens: int = 0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens that all live workers together generated in each of the last seconds."""
-        return sum(status.tokens_per_second for status, _ in self.workers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Submitter:
     submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits())
     async with inbox.subscribe(job.job_id) as subscription:
         await submitter.submit(job, digest=digest, timeout_ms=60_000)
-        async for news in subscription: ...
+        for news in await subscription.take(): ...
     """
 
     def __init__(

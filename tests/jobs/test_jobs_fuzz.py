@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 import redis.asyncio
 import redis.exceptions
-from job_samples import MODEL, make_job
+from job_samples import MODEL, make_job, news_of
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2
 from oasst_jobs import (
@@ -165,14 +165,12 @@ async def read_whole(inbox: Inbox, submitter: Submitter, job: job_pb2.Job, timeo
     async with inbox.subscribe(job.job_id) as subscription:
         policy = POLICIES[job.tenant]
         await until_answered(lambda: submitter.submit(job, digest=b"digest", timeout_ms=timeout_ms, policy=policy))
-        async for news in subscription:
+        async for news in news_of(subscription):
             if isinstance(news, job_pb2.Outcome):
                 outcome = news
                 break
             assert news == entry_of(job.job_id, position, news.end_position)
             position = news.end_position
-        with pytest.raises(StopAsyncIteration):
-            await anext(subscription)
     if outcome.HasField("finished"):
         assert position == length_of(job.job_id)
     return outcome

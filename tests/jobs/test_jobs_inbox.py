@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import redis.asyncio
-from job_samples import MODEL, failed, finished, make_entry, make_job, text_of
+from job_samples import MODEL, failed, finished, make_entry, make_job, news_of, text_of
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     ClaimedJob,
@@ -44,7 +44,7 @@ async def running_inbox(
 
 async def collect(subscription: Subscription) -> News:
     async with asyncio.timeout(10):
-        return [news async for news in subscription]
+        return [news async for news in news_of(subscription)]
 
 
 async def submit(submitter: Submitter, request_id: str = "watched", *, timeout_ms: int | None = None) -> str:
@@ -91,11 +91,12 @@ async def test_each_entry_is_seen_as_soon_as_it_is_pushed(
     client: QueueClient, submitter: Submitter, claimer: Claimer
 ) -> None:
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(10):
+        news = news_of(subscription)
         await submit(submitter)
         claimed = await claim_one(claimer)
         for position in range(20):
             await push(claimer, claimed, position, position + 1)
-            assert await anext(subscription) == make_entry(position, position + 1)
+            assert await anext(news) == make_entry(position, position + 1)
 
 
 async def test_many_jobs_pushed_at_once_each_reach_their_own_reader(
@@ -196,10 +197,11 @@ async def test_a_gap_in_the_stream_is_filled_from_the_log(
 ) -> None:
     updates = client.shards[0].keys.updates("gateway-1")
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(10):
+        news = news_of(subscription)
         await submit(submitter)
         claimed = await claim_one(claimer)
         await push(claimer, claimed, 0, 1)
-        assert await anext(subscription) == make_entry(0, 1)
+        assert await anext(news) == make_entry(0, 1)
 
         # These two never reach the stream's reader: written and dropped in one transaction.
         await redis_client.rename(updates, "elsewhere")
@@ -212,7 +214,7 @@ async def test_a_gap_in_the_stream_is_filled_from_the_log(
             await lost.execute()
 
         await push(claimer, claimed, 5, 6, ends=True)
-        assert await collect(subscription) == [make_entry(1, 4), make_entry(4, 5), make_entry(5, 6), finished(6)]
+        assert [each async for each in news] == [make_entry(1, 4), make_entry(4, 5), make_entry(5, 6), finished(6)]
 
 
 async def _push_within(client: QueueClient, pipeline: redis.asyncio.client.Pipeline, item: PushItem) -> None:
@@ -292,16 +294,17 @@ async def test_a_stream_goes_on_after_the_server_was_killed_and_restarted(
     valkey, client: QueueClient, submitter: Submitter, claimer: Claimer, eventually
 ) -> None:
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(20):
+        news = news_of(subscription)
         await submit(submitter)
         claimed = await claim_one(claimer)
         await push(claimer, claimed, 0, 2)
-        assert await anext(subscription) == make_entry(0, 2)
+        assert await anext(news) == make_entry(0, 2)
         valkey.restart()
         # Pushed before the inbox has found its way back.
         await push(claimer, claimed, 2, 5)
-        assert await anext(subscription) == make_entry(2, 5)
+        assert await anext(news) == make_entry(2, 5)
         await push(claimer, claimed, 5, 6, ends=True)
-        assert await collect(subscription) == [make_entry(5, 6), finished(6)]
+        assert [each async for each in news] == [make_entry(5, 6), finished(6)]
 
 
 async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_the_log(
@@ -317,28 +320,30 @@ async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_t
         return "inbox lost its connection" in caplog.text
 
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(20):
+        news = news_of(subscription)
         await submit(submitter)
         claimed = await claim_one(claimer)
         await push(claimer, claimed, 0, 2)
-        assert await anext(subscription) == make_entry(0, 2)
+        assert await anext(news) == make_entry(0, 2)
         valkey.kill()
         await eventually(has_noticed)
         valkey.start()
         # The batch is gone before the inbox is back, and nothing more will come.
         await push(claimer, claimed, 2, 5, ends=True)
         await redis_client.delete(client.shards[0].keys.updates("gateway-1"))
-        assert await collect(subscription) == [make_entry(2, 5), finished(5)]
+        assert [each async for each in news] == [make_entry(2, 5), finished(5)]
 
 
 async def test_a_log_that_was_set_back_is_noticed_by_the_next_news(
     client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
 ) -> None:
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
+        news = news_of(subscription)
         await submit(submitter)
         claimed = await claim_one(claimer)
         await push(claimer, claimed, 0, 2)
         await push(claimer, claimed, 2, 9)
-        assert [await anext(subscription) for _ in range(2)] == [make_entry(0, 2), make_entry(2, 9)]
+        assert [await anext(news) for _ in range(2)] == [make_entry(0, 2), make_entry(2, 9)]
 
         # As after a failover to a replica that had not seen the second push.
         log = f"{client.shards[0].keys.root}:log:{JOB_ID}"
@@ -348,7 +353,7 @@ async def test_a_log_that_was_set_back_is_noticed_by_the_next_news(
         await redis_client.hset(f"{client.shards[0].keys.root}:job:{JOB_ID}", "end_position", 2)
 
         await push(claimer, claimed, 2, 3)
-        [outcome] = await collect(subscription)
+        [outcome] = [each async for each in news]
         assert outcome.failed.reason == "STREAM_DIVERGED"
 
 
@@ -356,11 +361,12 @@ async def test_a_job_that_redis_lost_ends_as_aborted(
     client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
 ) -> None:
     async with running_inbox(client, recheck_s=0.02) as inbox, inbox.subscribe(JOB_ID) as subscription:
+        news = news_of(subscription)
         await submit(submitter)
         await push(claimer, await claim_one(claimer), 0, 2)
-        assert await anext(subscription) == make_entry(0, 2)
+        assert await anext(news) == make_entry(0, 2)
         await redis_client.flushall()
-        [outcome] = await collect(subscription)
+        [outcome] = [each async for each in news]
         assert outcome.failed.reason == "JOB_LOST"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 import redis.exceptions
-from job_samples import MODEL, finished, make_entry, make_job
+from job_samples import MODEL, finished, make_entry, make_job, news_of
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     Claimer,
@@ -74,7 +74,7 @@ async def serve_one(gateway: QueueClient, worker: QueueClient, request_id: str) 
             [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
             push = PushItem(job.job_id, claimed.fence, 0, make_entry(0, 3), finished(3))
             assert await claimer.push([push]) == [PushStatus.OK]
-            assert [news async for news in subscription] == [make_entry(0, 3), finished(3)]
+            assert [news async for news in news_of(subscription)] == [make_entry(0, 3), finished(3)]
     finally:
         reading.cancel()
         await asyncio.wait([reading])

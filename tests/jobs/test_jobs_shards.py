@@ -106,7 +106,8 @@ async def test_places_and_limits_are_those_of_the_whole_queue(client: QueueClien
 
 async def test_a_worker_is_counted_once(client: QueueClient, claimer: Claimer) -> None:
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, tokens_per_second=5.0))
-    assert (await client.load()).tokens_per_s == 5.0
+    [(status, _)] = (await client.load()).workers
+    assert status.tokens_per_second == 5.0
 
 
 async def test_while_a_shard_is_away_jobs_of_the_others_are_claimed(

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO, random_prompts
 from bench.engine import generate_greedily
+from bench.prompt_logits import prompt_logits
 
 __all__ = ["AgreementRow", "agreement_table", "measure_agreement"]
 
@@ -127,7 +128,7 @@ def _log_probabilities(runner: ModelRunner, texts: list[list[int]], prompts: lis
     """Of every place behind a prompt, [places, vocab]."""
     return torch.cat(
         [
-            runner.prompt_logits(text)[len(prompt) - 1 : -1].log_softmax(dim=1)
+            prompt_logits(runner, text)[len(prompt) - 1 : -1].log_softmax(dim=1)
             for text, prompt in zip(texts, prompts, strict=True)
         ]
     )

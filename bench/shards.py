@@ -88,12 +88,12 @@ def _measure(
     for _ in range(rounds):
         of_alone = _prefill(alone, config, concurrent, context)
         of_split = _prefill(split, config, concurrent, context)
-        before = replace(split.traffic)
+        before = replace(split.model.traffic)
         while of_split.has_work():
             alone_s.append(_step(of_alone, threads=_RANKS))
             split_s.append(_step(of_split, threads=1))
-        num_exchanges += split.traffic.num_exchanges - before.num_exchanges
-        num_bytes += split.traffic.num_bytes - before.num_bytes
+        num_exchanges += split.model.traffic.num_exchanges - before.num_exchanges
+        num_bytes += split.model.traffic.num_bytes - before.num_bytes
     sums = config.num_layers * (1 if config.parallel_residual else 2) + 1
     fewest = concurrent * _ITEM_BYTES * (sums * config.hidden_size + -(-config.vocab_size // _RANKS))
     return ShardsRow(

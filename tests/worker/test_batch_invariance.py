@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,9 @@ from oasst_worker.model.linear import PackedLinear, PlainQuantizedLinear, build_
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerPlace, LayerRun, LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
-from oasst_worker.runtime.tensors import make_inputs
+from oasst_worker.runtime.tensors import make_inputs, make_rows
+
+from bench.prompt_logits import prompt_logits
 
 NUM_SEQUENCES = 32
 SHAPES = {
@@ -241,7 +244,7 @@ def test_a_generated_token_has_the_bits_it_would_have_in_a_prompt():
     jobs = {"0": (list(range(1, 150)), 20)}
     generated = run(model, jobs)[0]["0"]
     tokens = jobs["0"][0] + [int(row.argmax()) for row in generated[:-1]]
-    as_prompt = ModelRunner(model, num_blocks=16).prompt_logits(tokens)
+    as_prompt = prompt_logits(ModelRunner(model, num_blocks=16), tokens)
     assert torch.equal(as_prompt[-len(generated) :], torch.stack(generated))
 
 
@@ -250,9 +253,9 @@ class CrampedRunner(ModelRunner):
 
     num_batches = 0
 
-    def _forward(self, batch: Batch, **options) -> torch.Tensor:
+    def _forward(self, batch: Batch, *options) -> torch.Tensor:
         self.num_batches += 1
-        logits = super()._forward(batch, **options)
+        logits = super()._forward(batch, *options)
         if self.num_batches % 5 == 0 and len(batch.chunks) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
@@ -299,7 +302,7 @@ def test_all_layers_in_one_call_give_what_they_give_one_by_one(
     monkeypatch.setattr("oasst_worker.model.stack.CompiledLayers", refuse)
     one_by_one = make_model(dtype, make_attention, make_linear, **SHAPES[shape])
     assert not one_by_one.has_compiled_layers
-    logits, expected = (ModelRunner(model, num_blocks=16).prompt_logits(tokens) for model in (at_once, one_by_one))
+    logits, expected = (prompt_logits(ModelRunner(model, num_blocks=16), tokens) for model in (at_once, one_by_one))
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * expected.std().item())
 
 
@@ -310,7 +313,8 @@ def test_logits_have_the_same_bits_whether_the_model_is_one_call_or_layers_and_h
     model = make_model(dtype, make_linear=make_linear, **SHAPES[shape])
     sequence = Sequence("a", list(range(1, 40)), GenerationParams(1))
     sequence.blocks = [3, 0, 2]
-    inputs = make_inputs(Batch((Chunk(sequence, 0, 39),)), device=model.device, every_row=True)
+    rows = make_rows(Batch((Chunk(sequence, 0, 39),)))
+    inputs = replace(rows, drawing_rows=range(39)).to(model.device)
     at_once, in_two = (model.make_cache(4) for _ in range(2))
     expected = model.logits(model.hidden(inputs, in_two))
     assert torch.equal(model.forward(inputs, at_once), expected)

@@ -11,6 +11,8 @@ from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime.runner import ModelRunner
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from bench.prompt_logits import prompt_logits
+
 BASE = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -113,7 +115,7 @@ def test_logits_of_every_position_agree_within_1e_4_in_fp32(checkpoint, paths):
     for prompt in _prompts():
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0]
-        torch.testing.assert_close(runner.prompt_logits(prompt), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(prompt_logits(runner, prompt), expected, rtol=0, atol=1e-4)
 
 
 def test_greedy_tokens_equal_transformers_generate(checkpoint):
@@ -137,7 +139,7 @@ def test_greedy_tokens_equal_transformers_in_bf16_wherever_rounding_does_not_dec
             logits = rounded(torch.tensor([prompt + expected])).logits[0].float()
         best = logits.topk(2).values
         is_clear = best[:, 0] - best[:, 1] > 0.05 * best[:, 0].abs()
-        ours = runner.prompt_logits(prompt + expected).argmax(dim=1)
+        ours = prompt_logits(runner, prompt + expected).argmax(dim=1)
         assert torch.equal(ours[is_clear], logits.argmax(dim=1)[is_clear])
         num_compared += int(is_clear.sum())
         clear_from_start = [*is_clear[len(prompt) - 1 : -1].tolist(), False].index(False)

@@ -29,6 +29,8 @@ from oasst_worker.runtime.placement import (
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.settings import StartError, parse_device_memory, read_settings
 
+from bench.prompt_logits import prompt_logits
+
 CPU = torch.device("cpu")
 OPTIONS = RuntimeOptions(device="cpu", threads=1, kv_tokens=128, split="none")
 # The 12 B model: 23.7 GB of fp16, of which a layer is 0.63 GB and the ends are 1 GB.
@@ -272,7 +274,7 @@ def test_layers_over_devices_and_disk_give_the_bits_of_one_device(make_checkpoin
     assert "layers by device: 0-0 cpu, 1-2 cpu, 3-3 disk" in caplog.text
     alone = build_executor(folder, replace(OPTIONS, dtype=dtype, quantize=quantize))
     prompt = list(range(1, 50))
-    assert torch.equal(layered.prompt_logits(prompt), alone.prompt_logits(prompt))
+    assert torch.equal(prompt_logits(layered, prompt), prompt_logits(alone, prompt))
     assert generate(layered) == generate(alone)
 
 
@@ -343,5 +345,5 @@ def test_the_caches_dtype_reaches_the_cache(make_checkpoint, monkeypatch, name, 
     if dtype is FP8:
         monkeypatch.setattr(build, "_choose_kv_dtype", lambda *_: FP8)  # As on a GPU.
     runner = build_executor(make_checkpoint(), replace(OPTIONS, kv_dtype=name))
-    assert [cache.dtype for cache in runner._cache] == [dtype]
-    assert runner.prompt_logits([*range(1, 50)]).isfinite().all()
+    assert [cache.dtype for cache in runner.cache] == [dtype]
+    assert prompt_logits(runner, [*range(1, 50)]).isfinite().all()

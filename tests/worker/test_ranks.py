@@ -25,6 +25,8 @@ from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from bench.prompt_logits import prompt_logits
+
 SIZES = {
     "vocab_size": 322,  # Four ranks have unequal parts of it.
     "hidden_size": 64,
@@ -85,7 +87,7 @@ def test_logits_agree_with_one_process_within_1e_4(runners):
     alone, split = runners
     for length in (1, 17, 70):
         torch.testing.assert_close(
-            split.prompt_logits(prompt_of(length)), alone.prompt_logits(prompt_of(length)), rtol=0, atol=1e-4
+            prompt_logits(split, prompt_of(length)), prompt_logits(alone, prompt_of(length)), rtol=0, atol=1e-4
         )
 
 
@@ -96,8 +98,8 @@ def test_greedy_tokens_are_those_of_one_process(runners):
 
 def test_ranks_share_memory(runners):
     _, split = runners
-    assert split._model._model.ranks.memory is not None
-    assert split._model._model.has_compiled_layers
+    assert split.model._model.ranks.memory is not None
+    assert split.model._model.has_compiled_layers
     assert not list(split.ranks.meeting_file.parent.glob("*.memory"))  # It would outlive a worker that is killed.
 
 
@@ -105,21 +107,21 @@ def test_ranks_of_which_one_cannot_share_memory_exchange_by_gloo(folder, monkeyp
     monkeypatch.setenv("PATH", "")  # Our kernels are compiled already; the other finds no compiler.
     split = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2))
     with closing(split.ranks):
-        assert split._model._model.ranks.memory is None
+        assert split.model._model.ranks.memory is None
         assert generate(split) == generate(build_executor(folder, OPTIONS))
 
 
 def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(runners):
     _, split = runners
-    whole = split.prompt_logits(prompt_of(70))
-    assert torch.equal(split.prompt_logits(prompt_of(70)[:16])[:16], whole[:16])
+    whole = prompt_logits(split, prompt_of(70))
+    assert torch.equal(prompt_logits(split, prompt_of(70)[:16])[:16], whole[:16])
 
 
 def test_a_step_exchanges_one_sum_a_layer_and_one_for_each_end(runners):
     _, split = runners
-    config, traffic = split._model.config, split._model.traffic
+    config, traffic = split.model.config, split.model.traffic
     before = traffic.num_exchanges
-    split.prompt_logits(prompt_of(5))
+    prompt_logits(split, prompt_of(5))
     sums_of_a_layer = 1 if config.parallel_residual else 2
     assert traffic.num_exchanges - before == config.num_layers * sums_of_a_layer + 2
 
@@ -225,11 +227,11 @@ def test_a_bad_split_stops_before_a_process_is_started(folder):
 
 def test_a_killed_rank_is_noticed_at_once_and_fails_the_next_step(folder):
     runner = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2))
-    os.kill(runner.ranks.pids[0], signal.SIGKILL)
+    os.kill(runner.ranks._processes[1].pid, signal.SIGKILL)
     with pytest.raises(LostRankError, match="rank 1 of the model ended with exit code -9"):
         runner.ranks.lost.result(timeout=5)
     with pytest.raises(RuntimeError):
-        runner.prompt_logits(prompt_of(5))
+        prompt_logits(runner, prompt_of(5))
     runner.ranks.close()
 
 
@@ -274,7 +276,7 @@ def test_the_rank_with_the_least_memory_decides_how_large_the_cache_is(folder, m
 
 def test_a_rank_that_does_not_listen_ends_with_the_worker_that_tells_it(folder):
     ranks = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2)).ranks
-    os.kill(ranks.pids[0], signal.SIGSTOP)
+    os.kill(ranks._processes[1].pid, signal.SIGSTOP)
     failures: list[LostRankError] = []
 
     def tell() -> None:
@@ -306,8 +308,8 @@ def narrow_runners(request, folder) -> Iterator[tuple[ModelRunner, ModelRunner]]
 
 
 def test_in_fewer_bits_ranks_differ_from_one_process_no_more_than_that_does_from_fp32(folder, runners, narrow_runners):
-    exact = build_executor(folder, OPTIONS).prompt_logits(prompt_of(70))
-    alone, split = (runner.prompt_logits(prompt_of(70)) for runner in narrow_runners)
+    exact = prompt_logits(build_executor(folder, OPTIONS), prompt_of(70))
+    alone, split = (prompt_logits(runner, prompt_of(70)) for runner in narrow_runners)
     rounding = (alone - exact).square().mean().sqrt()
     assert (split - alone).square().mean().sqrt() < 1.5 * rounding
     assert (split - exact).square().mean().sqrt() < 1.5 * rounding
@@ -315,8 +317,8 @@ def test_in_fewer_bits_ranks_differ_from_one_process_no_more_than_that_does_from
 
 def test_in_fewer_bits_a_rows_bits_do_not_depend_on_the_rows_beside_it(narrow_runners):
     _, split = narrow_runners
-    whole = split.prompt_logits(prompt_of(70))
-    assert torch.equal(split.prompt_logits(prompt_of(70)[:16])[:16], whole[:16])
+    whole = prompt_logits(split, prompt_of(70))
+    assert torch.equal(prompt_logits(split, prompt_of(70)[:16])[:16], whole[:16])
 
 
 def test_scores_are_those_of_one_process(runners):

@@ -194,21 +194,21 @@ def test_logits_of_a_few_rows_are_in_memory_at_once(make_engine, monkeypatch):
 
     monkeypatch.setattr(runtime_scoring, "_ROWS_AT_ONCE", 7)
     most_rows = 0
-    to_logits = runner._model.logits
+    to_logits = runner.model.logits
 
     def count_rows(hidden):
         nonlocal most_rows
         most_rows = max(most_rows, len(hidden))
         return to_logits(hidden)
 
-    monkeypatch.setattr(runner._model, "logits", count_rows)
+    monkeypatch.setattr(runner.model, "logits", count_rows)
     assert score(engine, *(sequence_of(str(index), *item) for index, item in enumerate(items))) == expected
     assert most_rows == 7
 
 
 def test_an_item_whose_logits_are_not_finite_fails_alone(make_engine):
     engine, runner = make_engine()
-    runner._model._embedding[77] = torch.nan
+    runner.model._embedding[77] = torch.nan
     bad, good = sequence_of("bad", [1, 77, 3, 4], 1), sequence_of("good", [1, 2, 3, 4], 1)
     outputs = score(engine, bad, good)
     assert outputs["bad"].error == "the logits are not finite numbers"

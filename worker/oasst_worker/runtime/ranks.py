@@ -70,11 +70,6 @@ class RankProcesses:
             self._write(rank, json.dumps({**shared, "rank": rank}).encode() + b"\n")
             threading.Thread(target=self._watch, args=(rank,), name=f"rank-{rank}", daemon=True).start()
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the processes, in the order of ranks from 1 on."""
-        return [process.pid for process in self._processes.values()]
-
     def wait_until_ready(self) -> list[str]:
         """Every rank is ready for what comes next: to meet the others, then to be told what to compute.
 

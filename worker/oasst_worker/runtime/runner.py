@@ -13,18 +13,14 @@ from oasst_worker.engine import (
     Batch,
     Chunk,
     Computed,
-    GenerationParams,
     Launched,
     Sample,
     Scores,
-    Sequence,
 )
-from oasst_worker.engine.blocks import BlockPool
 from oasst_worker.model.attention import PREFILL_TILE
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.kernels import QUERIES
 from oasst_worker.model.neox import NeoX
-from oasst_worker.model.ranks import TrafficCount
 from oasst_worker.model.sampler import Draw, Sampler, SamplingRow, uniform_for
 from oasst_worker.runtime.buckets import DecodeBuckets
 from oasst_worker.runtime.launched import DrawnBatch, GivenTokens, UndrawnBatch, as_samples, within_memory
@@ -61,14 +57,14 @@ class ModelRunner:
         """
         config = model.config
         self.num_blocks = num_blocks
-        self._model = model
+        self.model = model
         self._sampler = Sampler(config.vocab_size, banned_token_ids, model.device)
         self._buckets: DecodeBuckets | None = None
         if max_decoding and isinstance(model, NeoX) and model.can_decode:
-            self._cache = model.make_cache(num_blocks + 1)
-            self._buckets = DecodeBuckets(model, self._cache, padding_block=num_blocks, max_sequences=max_decoding)
+            self.cache = model.make_cache(num_blocks + 1)
+            self._buckets = DecodeBuckets(model, self.cache, padding_block=num_blocks, max_sequences=max_decoding)
         else:
-            self._cache = model.make_cache(num_blocks)
+            self.cache = model.make_cache(num_blocks)
         self.is_position_exact = model.is_position_exact
         # Where a position's bits depend on itself alone a prompt may be cut anywhere; so many rows share loads.
         self.prefill_tile = QUERIES if model.is_position_exact else PREFILL_TILE
@@ -88,17 +84,12 @@ class ModelRunner:
     @property
     def is_row_exact(self) -> bool:
         """No sequence's bits depend on the rows beside its own."""
-        return self._model.is_row_exact
+        return self.model.is_row_exact
 
     @property
     def ranks(self) -> RankProcesses | None:
         """The other processes that compute the model, if it is split."""
-        return self._model.processes if isinstance(self._model, SplitModel) else None
-
-    @property
-    def traffic(self) -> TrafficCount:
-        """What this process gave the others so far."""
-        return self._model.traffic if isinstance(self._model, SplitModel) else TrafficCount()
+        return self.model.processes if isinstance(self.model, SplitModel) else None
 
     def execute(self, batch: Batch) -> Items[Sample | Scores]:
         """Keys and values of every chunk are in the cache.
@@ -132,7 +123,7 @@ class ModelRunner:
         drawn_ids = given.token_ids if given else None
         logits = self._buckets.logits(batch, drawn_ids) if self._buckets else None
         if logits is None:
-            logits = self._forward(batch, drawn_ids=drawn_ids)
+            logits = self._forward(batch, drawn_ids)
         elif self.looks_ahead:  # The next batch writes there, and a row may have to be looked at again.
             logits = logits.clone()
         draw = self._draw(batch, logits, drawn_ids)
@@ -140,12 +131,12 @@ class ModelRunner:
 
     def _compute_scoring(self, batch: Batch, targets: BatchTargets) -> Items[Sample | Scores]:
         """As `execute`; logits of all targets at once would take too much memory, so those that draw come first."""
-        inputs = make_inputs(batch, device=self._model.device)
-        hidden = self._model.hidden(inputs, self._cache)
+        inputs = make_inputs(batch, device=self.model.device)
+        hidden = self.model.hidden(inputs, self.cache)
         draws = any(chunk.draws for chunk in batch.chunks)
-        draw = self._draw(batch, self._model.logits(hidden[inputs.drawing_rows])) if draws else None
+        draw = self._draw(batch, self.model.logits(hidden[inputs.drawing_rows])) if draws else None
         samples = iter(as_samples(draw.wait()) if draw else ())
-        scores = iter(score_batch(targets, hidden, self._model.logits))
+        scores = iter(score_batch(targets, hidden, self.model.logits))
         results: list[Sample | Scores] = []
         for chunk in batch.chunks:
             if chunk.draws:
@@ -158,16 +149,9 @@ class ModelRunner:
         rows = [row for chunk in batch.chunks if chunk.draws for row in self._sampling_rows(chunk)]
         return self._sampler.launch(logits, rows, last_ids) if rows else None
 
-    def prompt_logits(self, token_ids: list[int]) -> Tensor:
-        """The logits after each token of a prompt, [tokens, vocab] fp32. The cache must be idle."""
-        sequence = Sequence("prompt", token_ids, GenerationParams(max_new_tokens=1))
-        BlockPool(self.num_blocks, BLOCK_SIZE).grow(sequence.blocks, len(token_ids))
-        chunk = Chunk(sequence, 0, len(token_ids))
-        return self._forward(Batch((chunk,)), every_row=True)
-
-    def _forward(self, batch: Batch, *, every_row: bool = False, drawn_ids: Tensor | None = None) -> Tensor:
-        inputs = make_inputs(batch, device=self._model.device, every_row=every_row, drawn_ids=drawn_ids)
-        return self._model.forward(inputs, self._cache)
+    def _forward(self, batch: Batch, drawn_ids: Tensor | None = None) -> Tensor:
+        inputs = make_inputs(batch, device=self.model.device, drawn_ids=drawn_ids)
+        return self.model.forward(inputs, self.cache)
 
     def _sampling_rows(self, chunk: Chunk) -> Iterator[SamplingRow]:
         """Of the chunk's last token, and of each draft as if those before it had been drawn."""
@@ -182,5 +166,5 @@ class ModelRunner:
                 uniform_for(params.seed, params.choice, position) if params.temperature else 0.0,
                 seen_ids=sequence.seen_ids + array("q", drafts) if drafts else sequence.seen_ids,
                 output_counts=Counter(counts) + Counter(drafts) if drafts and params.counts_tokens else counts,
-                banned_ids=() if may_end else (self._model.config.eos_token_id,),
+                banned_ids=() if may_end else (self.model.config.eos_token_id,),
             )

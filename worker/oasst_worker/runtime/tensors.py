@@ -8,16 +8,20 @@ from torch import Tensor
 from oasst_worker.engine import Batch
 from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs, StepRows
 
-__all__ = ["make_inputs"]
+__all__ = ["make_inputs", "make_rows"]
 
 
-def make_inputs(
-    batch: Batch, *, device: torch.device, every_row: bool = False, drawn_ids: Tensor | None = None
-) -> StepInputs:
-    """The step's rows, chunk under chunk. Logits are wanted of the rows that draw, or of `every_row`.
+def make_inputs(batch: Batch, *, device: torch.device, drawn_ids: Tensor | None = None) -> StepInputs:
+    """The step's rows on the device.
 
     `drawn_ids`, [rows] on the device, are the rows' tokens where the host does not know them yet.
     """
+    inputs = make_rows(batch).to(device)
+    return inputs if drawn_ids is None else replace(inputs, token_ids=drawn_ids, rows=None)
+
+
+def make_rows(batch: Batch) -> StepRows:
+    """The step's rows, chunk under chunk. Logits are wanted of those that draw."""
     token_ids: list[int] = []
     positions: list[int] = []
     cells: list[int] = []
@@ -32,9 +36,6 @@ def make_inputs(
         for position in range(chunk.start, chunk.start + chunk.num_tokens):
             positions.append(position)
             cells.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-        if every_row:
-            drawing_rows += range(first_row, len(token_ids))
-        elif chunk.draws:
+        if chunk.draws:
             drawing_rows += range(len(token_ids) - chunk.num_draws, len(token_ids))
-    inputs = StepRows(token_ids, positions, cells, spans, drawing_rows).to(device)
-    return inputs if drawn_ids is None else replace(inputs, token_ids=drawn_ids, rows=None)
+    return StepRows(token_ids, positions, cells, spans, drawing_rows)

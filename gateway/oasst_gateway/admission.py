@@ -126,12 +126,12 @@ class Admission:
         self._clock = clock
         self._draw_spread = draw_spread
         self._turn = asyncio.Semaphore(_SUBMISSIONS_AT_ONCE)
-        self._full: QueueFullError | None = None  # What the queue said when it was full last.
-        self._full_until_s = 0.0
+        # By tenant, for others may have a place: what the queue said when it was full last, and until when that counts.
+        self._full: dict[str, tuple[QueueFullError, float]] = {}
 
     def arrival_of(self, tenant: Tenant, request_id: str) -> Arrival:
         """A request of the tenant has come, with the id it brought, if any."""
-        return Arrival(self._submitter, job_id_for(tenant.name, request_id) if request_id else None)
+        return Arrival(self._submitter, tenant, job_id_for(tenant.name, request_id) if request_id else None)
 
     async def check_open(self, arrival: Arrival) -> None:
         """The queue may have a place. Costs next to nothing, so that a flood is turned away before it is read.
@@ -140,8 +140,8 @@ class Admission:
             RefusedError: it had none just now.
             QueueUnavailableError
         """
-        full = self._full
-        if full is not None and self._clock() < self._full_until_s and not await arrival.has_place():
+        full, until_s = self._full.get(arrival.tenant.name, (None, 0.0))
+        if full is not None and self._clock() < until_s and not await arrival.has_place():
             raise self._queue_full(full)
 
     async def submit(
@@ -177,7 +177,7 @@ class Admission:
                 max_tokens_ahead=outlook.max_tokens_ahead(remaining_s, own_tokens=job_size(prepared.job)),
             )
         except QueueFullError as error:
-            self._full, self._full_until_s = error, self._clock() + _STAYS_FULL_S
+            self._note_full(tenant, error)
             raise self._queue_full(error) from error
         except TenantFullError as error:
             message = f"this tenant's share of the queue is full: {error.waiting_jobs} of its requests wait"
@@ -185,6 +185,11 @@ class Admission:
         except TooMuchAheadError as error:
             message = f"{error.jobs_ahead} requests are ahead, which takes longer than this one's deadline allows"
             raise self._refused("DEADLINE_UNREACHABLE", message, error.tokens_ahead) from error
+
+    def _note_full(self, tenant: Tenant, error: QueueFullError) -> None:
+        now_s = self._clock()
+        self._full = {name: full for name, full in self._full.items() if now_s < full[1]}
+        self._full[tenant.name] = error, now_s + _STAYS_FULL_S
 
     def _queue_full(self, error: QueueFullError) -> RefusedError:
         message = f"the queue is full: {error.waiting_jobs} requests with {error.waiting_tokens} tokens wait"

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from oasst_jobs import Submitter
 
+from oasst_gateway.tenants import Tenant
+
 __all__ = ["Arrival"]
 
 
@@ -12,6 +14,7 @@ class Arrival:
     """A request that came. If its job is in the queue already, it has its place, and is not refused for want of one."""
 
     submitter: Submitter
+    tenant: Tenant
     job_id: str | None  # None if it brought no id: then it was never here.
     was_accepted: bool | None = None  # None until there was cause to ask.
 

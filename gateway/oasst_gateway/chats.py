@@ -120,7 +120,7 @@ class Chats:
         """
         check_watch(request, self._model.limits)
         job_id = self._find(request.request_id, request.resume_token, tenant)
-        async with self._open_requests.opened(Arrival(self._submitter, job_id, was_accepted=True)):
+        async with self._open_requests.opened(Arrival(self._submitter, tenant, job_id, was_accepted=True)):
             meter = ChatMeter(self._metrics, span, is_first=False)
             async with self._watches.open(job_id, after=request.after) as watch:
                 snapshot = await self._submitter.attach(job_id)

@@ -1,17 +1,21 @@
 """How many requests are open in this gateway: no more than it can serve, and none begins once it leaves."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from oasst_gateway.arrival import Arrival
 from oasst_gateway.errors import GatewayLeavingError, RefusedError
+from oasst_gateway.tenants import Tenant
 
 __all__ = ["OpenRequests"]
 
 _TOO_MANY_RETRY_S = 1.0
 # For each so many, one more may be open of a request that was accepted before: refused, its job would be given up.
 _REQUESTS_PER_RETURN = 4
+# For each so many, one more may be open of a tenant that has less than its share of them: no other keeps it out.
+_REQUESTS_PER_OTHER = 8
 
 
 class OpenRequests:
@@ -20,6 +24,10 @@ class OpenRequests:
     def __init__(self, most: int) -> None:
         self._most = most
         self._most_with_returns = most + -(-most // _REQUESTS_PER_RETURN)
+        self._most_with_others = most + -(-most // _REQUESTS_PER_OTHER)
+        # Of the tenants that have some open.
+        self._num_open: Counter[str] = Counter()
+        self._weights: dict[str, float] = {}
         self._scopes: set[asyncio.Timeout] = set()  # One for each that is open.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -34,13 +42,16 @@ class OpenRequests:
             RefusedError: if there are too many.
             QueueUnavailableError
         """
-        if len(self._scopes) >= self._most and not await self._may_return(arrival):
+        tenant = arrival.tenant
+        if len(self._scopes) >= self._most and not (self._is_below_share(tenant) or await self._may_return(arrival)):
             message = f"this gateway already has its {self._most} open chats"
             raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=_TOO_MANY_RETRY_S)
         if self._is_leaving:
             raise GatewayLeavingError
         scope = asyncio.timeout(None)
         self._scopes.add(scope)
+        self._num_open[tenant.name] += 1
+        self._weights[tenant.name] = tenant.weight
         self._idle.clear()
         try:
             async with scope:
@@ -51,6 +62,9 @@ class OpenRequests:
             raise
         finally:
             self._scopes.discard(scope)
+            self._num_open[tenant.name] -= 1
+            if not self._num_open[tenant.name]:
+                del self._num_open[tenant.name], self._weights[tenant.name]
             if not self._scopes:
                 self._idle.set()
 
@@ -71,6 +85,12 @@ class OpenRequests:
         """Those that are open end now, wherever they are, and their callers are sent elsewhere."""
         for scope in self._scopes:
             scope.reschedule(0)
+
+    def _is_below_share(self, tenant: Tenant) -> bool:
+        """Its part by weight, among all that have some open, is more than it has, and there is room for it."""
+        weights = self._weights | {tenant.name: tenant.weight}
+        share = self._most * tenant.weight / sum(weights.values())
+        return len(self._scopes) < self._most_with_others and self._num_open[tenant.name] < max(1, int(share))
 
     async def _may_return(self, arrival: Arrival) -> bool:
         # Looked at again behind the question: others came meanwhile.

@@ -127,7 +127,10 @@ class GatewaySettings(BaseSettings):
     )
     retention_s: float = Field(300.0, gt=0, description="How long a request and its answer stay after its end.")
     max_open_chats: int = Field(
-        1024, ge=1, description="Chats that may be open on each process; a quarter more if accepted before."
+        1024,
+        ge=1,
+        description="Chats that may be open on each process; an eighth more of tenants that have less than their share, "
+        "a quarter more if accepted before.",
     )
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")
     resume_secret: SecretStr | None = Field(

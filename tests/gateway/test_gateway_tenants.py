@@ -305,6 +305,41 @@ async def test_a_tenants_own_limit_refuses_that_tenant_alone(guarded: Gateway, a
         await guarded.chat.SubmitChat(ask("Hello!"), metadata=bearer(acme.key))
 
 
+async def test_a_tenant_that_fills_the_queue_keeps_no_other_out(
+    model: ServedModel, valkey_url: str, tenants_file: Path, acme: ApiKey, umbrella: ApiKey
+) -> None:
+    async with start_gateway(model, valkey_url, tenants=tenants_file, max_waiting_jobs=4) as gateway:
+        for _ in range(4):
+            await gateway.chat.SubmitChat(ask("Hello!"), metadata=bearer(acme.key))
+        for key, is_let_in in ((acme, False), (umbrella, True), (acme, False)):
+            call = gateway.chat.SubmitChat(ask("Hello!"), metadata=bearer(key.key))
+            if is_let_in:
+                await call
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert details_of(refused.value).reason == "QUEUE_FULL"
+
+
+async def test_a_tenant_that_has_all_chats_open_keeps_no_other_out(
+    model: ServedModel, valkey_url: str, tenants_file: Path, acme: ApiKey, umbrella: ApiKey
+) -> None:
+    async with start_gateway(model, valkey_url, tenants=tenants_file, max_open_chats=8) as gateway:
+        streams = [gateway.chat.ChatStream(ask("Hello!"), metadata=bearer(acme.key)) for _ in range(8)]
+        for stream in streams:
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.SubmitChat(ask("Hello!"), metadata=bearer(acme.key))
+        assert details_of(refused.value).reason == "TOO_MANY_CHATS"
+        other = gateway.chat.ChatStream(ask("Hello!"), metadata=bearer(umbrella.key))
+        assert (await other.read()).HasField("accepted")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:  # Not even of a tenant below its share.
+            await gateway.chat.SubmitChat(ask("Hello!"), metadata=bearer(umbrella.key))
+        assert details_of(refused.value).reason == "TOO_MANY_CHATS"
+        for stream in (*streams, other):
+            stream.cancel()
+
+
 async def test_a_tenants_weight_goes_with_its_jobs(
     guarded: Gateway, queue: QueueClient, acme: ApiKey, umbrella: ApiKey
 ) -> None:

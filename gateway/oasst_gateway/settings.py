@@ -129,7 +129,7 @@ class GatewaySettings(BaseSettings):
     max_open_chats: int = Field(
         1024,
         ge=1,
-        description="Chats that may be open on each process; an eighth more of tenants that have less than their share, "
+        description="Chats that may be open on each process; an eighth more of tenants below their share, "
         "a quarter more if accepted before.",
     )
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Largest request.")

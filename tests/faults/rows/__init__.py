@@ -45,6 +45,7 @@ ROWS: tuple[Row, ...] = (
     gateways.abandoned,
     callers.flood,
     callers.storm_of_retries,
+    callers.storm_in_a_full_queue,
     callers.run_out_of_time_in_the_queue,
     callers.cancel_all_at_once,
     service.replaced_by_the_next_release,

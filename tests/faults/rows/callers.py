@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from oasst_client import APIError, AsyncClient, OverloadedError, RetryPolicy, new_request_id
 from oasst_gateway.tenants import ApiKey, draw_api_key
@@ -20,11 +22,13 @@ __all__ = [
     "leave",
     "read_slowly",
     "run_out_of_time_in_the_queue",
+    "storm_in_a_full_queue",
     "storm_of_retries",
 ]
 
 # Who comes again without waiting comes so often at once.
 _STORMING = 16
+_AT_ONCE = RetryPolicy(max_attempts=1)
 
 
 @row(
@@ -123,32 +127,56 @@ async def flood(world: World) -> Evidence:
     is_timed=True,
 )
 async def storm_of_retries(world: World) -> Evidence:
-    load = world.load
+    async with _two_tenants(world, "max_waiting_requests = 8\n") as (polite, stormy):
+        return await _storm(world, polite, stormy, num_callers=2 * _STORMING)
+
+
+@row(
+    "25b",
+    "the same, by a tenant without a limit of its own: it fills the queue",
+    "another tenant's requests are not refused even once, and all finish, without a long pause",
+    shape=Shape(workers=1, worker_options=("--max-sequences", "16")),
+    is_timed=True,
+)
+async def storm_in_a_full_queue(world: World) -> Evidence:
+    async with _two_tenants(world, "", "--max-waiting-jobs", "16", retry=_AT_ONCE) as (polite, stormy):
+        return await _storm(world, polite, stormy, num_callers=3 * _STORMING)
+
+
+@asynccontextmanager
+async def _two_tenants(
+    world: World, limits: str, *gateway_options: str, retry: RetryPolicy | None = None
+) -> AsyncIterator[tuple[AsyncClient, AsyncClient]]:
+    """Callers of two tenants and of a gateway that knows both. The second has limits and comes again at once."""
     polite_key, stormy_key = draw_api_key(), draw_api_key()
     tenants = world.folder / "tenants.toml"
     # The world looks for requests of the tenant `default`.
-    tenants.write_text(_tenant("default", polite_key) + _tenant("stormy", stormy_key, "max_waiting_requests = 8\n"))
-    await world.start_gateway("guarded", "--tenants", str(tenants))
+    tenants.write_text(_tenant("default", polite_key) + _tenant("stormy", stormy_key, limits))
+    await world.start_gateway("guarded", "--tenants", str(tenants), *gateway_options)
     address = world.links["to guarded"].address
-    at_once = RetryPolicy(max_attempts=1)
     async with (
-        AsyncClient(address, api_key=polite_key.key) as polite,
-        AsyncClient(address, api_key=stormy_key.key, retry=at_once) as stormy,
+        AsyncClient(address, api_key=polite_key.key, retry=retry or RetryPolicy()) as polite,
+        AsyncClient(address, api_key=stormy_key.key, retry=_AT_ONCE) as stormy,
     ):
-        usual = load.ask_many(8, client=polite, num_tokens=100)
+        yield polite, stormy
+
+
+async def _storm(world: World, polite: AsyncClient, stormy: AsyncClient, *, num_callers: int) -> Evidence:
+    load = world.load
+    usual = load.ask_many(8, client=polite, num_tokens=100)
+    await load.ended()
+    outcomes: Counter[str] = Counter()
+    storm = [asyncio.create_task(_come_again_at_once(stormy, world, outcomes)) for _ in range(num_callers)]
+    try:
+        await until(lambda: outcomes["refused"] >= _STORMING, "the storm")
+        among = load.ask_many(8, client=polite, num_tokens=100)
+        await load.flows(among)
+        world.strike(f"a storm; {outcomes['refused']} were refused so far", min_flowing=8)
         await load.ended()
-        outcomes: Counter[str] = Counter()
-        storm = [asyncio.create_task(_come_again_at_once(stormy, world, outcomes)) for _ in range(2 * _STORMING)]
-        try:
-            await until(lambda: outcomes["refused"] >= _STORMING, "the storm")
-            among = load.ask_many(8, client=polite, num_tokens=100)
-            await load.flows(among)
-            world.strike(f"a storm; {outcomes['refused']} were refused so far", min_flowing=8)
-            await load.ended()
-        finally:
-            for caller in storm:
-                caller.cancel()
-            await asyncio.wait(storm)
+    finally:
+        for caller in storm:
+            caller.cancel()
+        await asyncio.wait(storm)
     require_ends(load.transcripts)
     if outcomes["failed"]:
         raise AssertionError(f"{outcomes['failed']} requests of the storm were neither answered nor refused")

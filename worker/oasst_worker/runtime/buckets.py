@@ -98,7 +98,7 @@ class DecodeBuckets:
         None for a batch that does anything else than decode, or has more sequences than the largest bucket.
         """
         num_rows = len(batch.chunks)
-        if num_rows > self._sizes[-1] or not all(_decodes(chunk) for chunk in batch.chunks):
+        if num_rows > self._sizes[-1] or not all(_fits(chunk) for chunk in batch.chunks):
             return None
         size = next(size for size in self._sizes if size >= num_rows)
         return self._bucket(size).compute(batch.chunks, token_ids)[:num_rows]
@@ -179,9 +179,9 @@ def _views(numbers: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return numbers[: 3 * size].view(3, size), numbers[3 * size :].view(size, -1)
 
 
-def _decodes(chunk: Chunk) -> bool:
+def _fits(chunk: Chunk) -> bool:
     """It is one generated token, and the next is drawn."""
-    return chunk.draws and chunk.num_tokens == 1 and chunk.start >= chunk.sequence.num_prompt_tokens
+    return chunk.decodes and chunk.draws and not chunk.drafts
 
 
 def _row_of(chunk: Chunk) -> tuple[int, int, int]:

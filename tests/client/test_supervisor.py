@@ -206,6 +206,20 @@ async def test_last_words_are_those_of_this_process_not_of_the_one_before(tmp_pa
     assert child.last_words() == ""
 
 
+async def test_last_words_are_kept_of_a_process_that_ends_before_its_start_is_known(tmp_path, monkeypatch):
+    start = asyncio.create_subprocess_exec
+
+    async def start_and_wait(*arguments, **options):
+        process = await start(*arguments, **options)
+        await process.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_wait)
+    child = await Child.start([sys.executable, "-c", "exit('no')"], environment={}, log=tmp_path / "log")
+    await child.wait()
+    assert child.last_words() == "no"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process die with its parent")
 def test_children_die_with_a_supervisor_that_is_killed(tmp_path):
     code = f"""

@@ -70,6 +70,7 @@ class Child:
         )
         try:
             with log.open("ab") as log_file:
+                log_start = log_file.tell()  # Before: what the process writes moves the place that it shares with us.
                 process = await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -79,7 +80,7 @@ class Child:
                     start_new_session=True,
                     preexec_fn=die_with_parent(),
                 )
-                return cls(process, output, log=log, log_start=log_file.tell())
+                return cls(process, output, log=log, log_start=log_start)
         finally:
             os.close(write_end)
 

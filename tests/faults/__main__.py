@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from faults.mutations import MUTATIONS, mutate
+from faults.load import FaultMissedError
+from faults.mutations import MUTATIONS, Mutation, mutate
 from faults.report import MutationSummary, Summary, mutation_table, table_of
 from faults.rows import ROWS
-from faults.runs import Outcome, Record, Run, run_all, runs_of
-from faults.table import Row, run_row
+from faults.runs import Outcome, Record, Run, run_all, run_until_met, runs_of
+from faults.table import Row
 
 _FAILED = Path("build/faults")
 _RECORD = _FAILED / "record.jsonl"
@@ -45,7 +46,7 @@ def main() -> int:
     tables = [table_of(summaries)] if summaries else []
     mutants: list[MutationSummary] = []
     if options.mutations or not options.rows:
-        mutants = _run_mutants(seeds)
+        mutants = run_mutants(MUTATIONS, seeds)
         tables.append(mutation_table(mutants))
     text = "\n\n".join(tables)
     print(text)
@@ -84,19 +85,23 @@ def _run(rows: Sequence[Row], seeds: Sequence[int], *, jobs: int, resume: bool) 
     return list(summaries.values())
 
 
-def _run_mutants(seeds: Sequence[int]) -> list[MutationSummary]:
+def run_mutants(mutations: Sequence[Mutation], seeds: Sequence[int]) -> list[MutationSummary]:
     """Each row whose guard is taken out, until it breaks."""
     mutants = []
-    for mutation in MUTATIONS:
+    for mutation in mutations:
         mutant = MutationSummary(mutation)
         with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
             packages = mutate(mutation, Path(folder))
-            while mutant.survived and mutant.num_runs < len(seeds):
-                mutant.num_runs += 1
+            for seed in seeds:
                 try:
-                    asyncio.run(run_row(mutation.row, seeds[mutant.num_runs - 1], packages=packages))
+                    asyncio.run(run_until_met(mutation.row, seed, [], packages=packages))
+                except FaultMissedError:
+                    continue  # The row did not get to where its guard is missing.
                 except AssertionError as error:
                     mutant.defect = str(error)
+                mutant.num_runs += 1
+                if not mutant.survived:
+                    break
         _tell(f"without {mutation.guard}: row {mutation.row.number} says: {mutant.defect or 'nothing'}")
         mutants.append(mutant)
     return mutants

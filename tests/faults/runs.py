@@ -13,7 +13,7 @@ from faults.load import FaultMissedError
 from faults.rows import ROWS
 from faults.table import Result, Row, run_row
 
-__all__ = ["Outcome", "Record", "Run", "run_all", "runs_of"]
+__all__ = ["Outcome", "Record", "Run", "run_all", "run_until_met", "runs_of"]
 
 # No row takes a quarter of it: what is not over by then hangs.
 _LIMIT_S = 300.0
@@ -109,19 +109,40 @@ def _run_beside(runs: Sequence[Run], jobs: int, keep_failed_in: Path) -> Iterato
 def _run(run: Run, keep_failed_in: Path) -> Outcome:
     row = next(row for row in ROWS if row.number == run.row)
     started_s = time.monotonic()
-    num_missed = 0
+    missed: list[FaultMissedError] = []
+    result, defect = None, ""
+    try:
+        result = asyncio.run(run_until_met(row, run.seed, missed, keep_failed_in=keep_failed_in))
+    except FaultMissedError as error:
+        defect = f"{error}, {len(missed)} times"
+    except Exception as error:
+        defect = _told(error)
+    return Outcome(run, time.monotonic() - started_s, result, defect, min(len(missed), _MOST_MISSED))
+
+
+async def run_until_met(
+    row: Row,
+    seed: int,
+    missed: list[FaultMissedError],
+    *,
+    keep_failed_in: Path | None = None,
+    packages: Path | None = None,
+) -> Result:
+    """As `run_row`, repeated while the fault meets too few streams; `missed` gets the error of each such run.
+
+    Raises:
+        FaultMissedError: if it never met them. That says nothing of the promise.
+        AssertionError: if the promise was broken.
+        TimeoutError: if the row hangs.
+    """
     while True:
-        result, defect = None, ""
         try:
-            result = asyncio.run(_run_in_time(row, run.seed, keep_failed_in))
+            async with asyncio.timeout(_LIMIT_S):
+                return await run_row(row, seed, keep_failed_in=keep_failed_in, packages=packages)
         except FaultMissedError as error:
-            if num_missed < _MOST_MISSED:
-                num_missed += 1
-                continue
-            defect = f"{error}, {num_missed + 1} times"
-        except Exception as error:
-            defect = _told(error)
-        return Outcome(run, time.monotonic() - started_s, result, defect, num_missed)
+            missed.append(error)
+            if len(missed) > _MOST_MISSED:
+                raise
 
 
 def _told(error: Exception) -> str:
@@ -129,8 +150,3 @@ def _told(error: Exception) -> str:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}"
-
-
-async def _run_in_time(row: Row, seed: int, keep_failed_in: Path) -> Result:
-    async with asyncio.timeout(_LIMIT_S):
-        return await run_row(row, seed, keep_failed_in=keep_failed_in)

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from metric_page import total_of
 
 START_S = 90
 STOP_S = 60
@@ -59,7 +61,12 @@ class UpProcess:
     def process_of(self, role: str) -> psutil.Process:
         """The process of this role that runs now."""
         module = {"worker": "oasst_worker", "gateway": "oasst_gateway", "valkey": "valkey-server"}[role]
-        return next(each for each in self.processes() if module in " ".join(each.cmdline()))
+        return next(each for each in self.processes() if module in _command_of(each))
+
+    def metric(self, role: str, name: str, **labels: str) -> float:
+        """The metric's value, summed over the processes of this role; their addresses outlive them."""
+        addresses = [each["metrics"] for each in self.summary["processes"] if each["role"] == role]
+        return sum(total_of(_page_at(address), name, **labels) for address in addresses)
 
     def stop(self, number: signal.Signals) -> int:
         """Its exit code after this signal."""
@@ -79,8 +86,20 @@ class UpProcess:
                 self.process.wait(timeout=STOP_S)
 
 
+def _command_of(process: psutil.Process) -> str:
+    """Empty once it is gone."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def _page_at(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+        return page.read().decode()
+
+
 def _kill(process: psutil.Process) -> None:
-    if process.is_running():
+    with suppress(psutil.NoSuchProcess):
         process.kill()
         process.wait()
 

@@ -1,14 +1,15 @@
 """Log-likelihoods through client, gateway, queue and worker: those of transformers, whatever dies meanwhile."""
 
 import random
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from oasst_cli.up.checkpoint import demo_checkpoint
 from oasst_client import AsyncClient, Client, InvalidArgumentError, ItemScore, ScoreItem
 from transformers import GPTNeoXForCausalLM
+from waiting import wait_until
 
 LONGEST = 2049  # One more than the model has positions.
 
@@ -97,8 +98,10 @@ def test_a_score_is_the_same_alone_and_beside_chats(client):
 def test_a_worker_killed_in_the_middle_changes_no_score(up, client):
     items = random_items(400, seed=4)
     undisturbed = client.score(items, token_logprobs=True)
-    killer = threading.Timer(0.3, up.process_of("worker").kill)
-    killer.start()
-    while "worker-0 was ended by SIGKILL" not in up.stderr():
-        assert client.score(items, token_logprobs=True) == undisturbed
-    killer.join()
+    with ThreadPoolExecutor(1) as caller:
+        disturbed = caller.submit(client.score, items, token_logprobs=True)
+        wait_until(lambda: client.load().running_requests > 0)
+        up.process_of("worker").kill()
+        assert disturbed.result(timeout=60) == undisturbed
+    # The worker that came in its place has seen no other call.
+    assert up.metric("worker", "oasst_worker_claimed_jobs_total") > 0

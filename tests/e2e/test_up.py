@@ -12,6 +12,7 @@ import psutil
 import pytest
 from oasst_cli.up.checkpoint import demo_checkpoint
 from oasst_client import Client
+from waiting import wait_until
 
 MEME = (
     "A meme is an idea, a joke or a habit that spreads from person to person by being copied and changed. "
@@ -79,8 +80,9 @@ def test_a_gateway_of_several_processes_has_one_address_and_one_page_and_leaves_
 def test_a_signal_while_it_starts_leaves_nothing_either(start_up, number):
     up = start_up()
     # Itself, the queue, and at least one that waits for it.
-    while len(family := up.processes()) < 3:
-        assert up.process.poll() is None, up.stderr()
+    wait_until(lambda: up.process.poll() is not None or len(up.processes()) >= 3)
+    assert up.process.poll() is None, up.stderr()
+    family = up.processes()
     assert up.stop(number) == 0
     assert not any(process.is_running() for process in family)
     assert list(up.temporary.iterdir()) == []

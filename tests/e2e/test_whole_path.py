@@ -3,12 +3,19 @@
 import asyncio
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 
 import pytest
-from oasst_client import AsyncClient, AsyncConversation, Client, Conversation, FinishReason, InvalidArgumentError
+from oasst_client import (
+    AsyncClient,
+    AsyncConversation,
+    Client,
+    Completion,
+    Conversation,
+    FinishReason,
+    InvalidArgumentError,
+)
+from waiting import wait_until
 
 MEME = (
     "A meme is an idea, a joke or a habit that spreads from person to person by being copied and changed. "
@@ -20,7 +27,7 @@ COINED = (
 )
 SEEDED = {"max_new_tokens": 40, "ignore_eos": True, "seed": 11, "temperature": 3.0}
 # Long enough that what happens to it in the middle happens in the middle.
-LONG = SEEDED | {"max_new_tokens": 600}
+LONG = SEEDED | {"max_new_tokens": 1900}
 
 
 @pytest.fixture
@@ -29,13 +36,11 @@ def client(up):
         yield client
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    """Other processes are waited for; there is no event of theirs to wait on."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not so after {timeout_s} s")
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def undisturbed(up) -> Completion:
+    """The long answer when nothing happens to it."""
+    with Client(up.address) as client:
+        return client.chat("Tell me about the Moon.", **LONG)
 
 
 def test_a_conversation_gets_the_demo_models_sentences(client):
@@ -100,11 +105,20 @@ def test_choices_of_one_request_differ_by_their_number_alone(client):
     assert both.choices[0].token_ids != both.choices[1].token_ids
 
 
-def test_leaving_a_stream_frees_the_worker(client):
-    with client.stream("Tell me about the Moon.", **LONG | {"max_new_tokens": 1900}) as stream:
+def test_leaving_a_stream_frees_the_worker(up, client):
+    def num_cancelled() -> float:
+        return up.metric("worker", "oasst_worker_jobs_total", outcome="cancelled")
+
+    def num_drawn() -> float:
+        return up.metric("worker", "oasst_worker_generated_tokens_total")
+
+    cancelled_before, drawn_before = num_cancelled(), num_drawn()
+    with client.stream("Tell me about the Moon.", **LONG) as stream:
         next(iter(stream))
-    wait_until(lambda: client.load().running_requests == 0, timeout_s=10)
-    wait_until(lambda: client.load().workers[0].running_sequences == 0, timeout_s=10)
+    wait_until(lambda: num_cancelled() == cancelled_before + 1)
+    wait_until(lambda: client.load().running_requests == 0)
+    wait_until(lambda: client.load().workers[0].running_sequences == 0)
+    assert num_drawn() - drawn_before < LONG["max_new_tokens"] / 2
 
 
 def test_a_refused_request_names_the_field(client):
@@ -142,8 +156,7 @@ def test_the_summary_names_every_process(up):
     assert up.address == processes["gateway"]["listen"]
 
 
-def test_a_worker_killed_in_the_middle_of_an_answer_leaves_no_gap_and_no_repeat(up, client):
-    undisturbed = client.chat("Tell me about the Moon.", **LONG)
+def test_a_worker_killed_in_the_middle_of_an_answer_leaves_no_gap_and_no_repeat(up, client, undisturbed):
     worker = up.process_of("worker")
     with client.stream("Tell me about the Moon.", **LONG) as stream:
         texts = iter(stream)
@@ -154,6 +167,7 @@ def test_a_worker_killed_in_the_middle_of_an_answer_leaves_no_gap_and_no_repeat(
     assert stream.completion().token_ids == undisturbed.token_ids
     assert "".join(seen) == undisturbed.text
     assert up.process_of("worker").pid != worker.pid
+    assert up.metric("worker", "oasst_worker_resumed_jobs_total") == 1
     assert "worker-0 was ended by SIGKILL" in up.stderr()
 
 
@@ -163,8 +177,7 @@ def test_a_gateway_killed_comes_back_at_its_address(up, client):
     assert client.chat("What is a meme?", temperature=0).text == MEME
 
 
-def test_a_queue_server_killed_in_the_middle_of_an_answer_loses_nothing(up, client):
-    undisturbed = client.chat("Tell me about the Moon.", **LONG)
+def test_a_queue_server_killed_in_the_middle_of_an_answer_loses_nothing(up, client, undisturbed):
     with client.stream("Tell me about the Moon.", **LONG) as stream:
         next(iter(stream))
         assert client.load().running_requests == 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
+from metric_page import total_of
 
 __all__ = ["ServiceProcess"]
 
@@ -105,10 +105,4 @@ class ServiceProcess:
 
     async def metric(self, name: str, **labels: str) -> float:
         """The sum over the metric's samples that carry these labels."""
-        page = await self.get("/metrics")
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return total_of(await self.get("/metrics"), name, **labels)

@@ -154,3 +154,13 @@ def test_attention_that_needs_more_than_tensors_runs_without_buckets(make_checkp
     model = NeoX(config, load_weights(folder, config, dtype=torch.float32), make_attention=PlainAttention)
     assert not model.can_decode
     generate(RecordingRunner(model, max_decoding=8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_graphs_compute_what_plain_launches_do(make_checkpoint, caplog):
+    folder = make_checkpoint()
+    config = load_config(folder)
+    model = NeoX(config, load_weights(folder, config, dtype=torch.float16, device=torch.device("cuda")))
+    runner = ModelRunner(model, num_blocks=40, max_decoding=8)
+    runner.make_buckets()
+    assert runner._buckets is not None, caplog.text

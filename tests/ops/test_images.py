@@ -160,8 +160,8 @@ def test_the_folder_of_models_is_in_the_checkout() -> None:
     """Docker makes a missing one, for root: nobody else could put a model there."""
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     for name in ("gateway", "worker"):
-        assert services[name]["volumes"] == ["../models:/models:ro"]
-    assert (ROOT / "models" / ".gitignore").exists()
+        assert services[name]["volumes"] == ["./models:/models:ro"]
+    assert (ROOT / "docker" / "models" / ".gitignore").exists()
 
 
 def test_compose_names_exact_images_the_charts_own_among_them_and_takes_digests_instead() -> None:

@@ -119,10 +119,10 @@ def test_the_next_worker_goes_on_in_the_same_trace(service):
     with (
         Client(serving["listen"]) as client,
         trace.use_span(trace.NonRecordingSpan(CALLER)),
-        client.stream("Tell me about owls.", max_new_tokens=400, ignore_eos=True, seed=1) as stream,
+        client.stream("Tell me about owls.", max_new_tokens=1900, ignore_eos=True, seed=1) as stream,
     ):
         texts = iter(stream)
-        for _ in range(20):
+        for _ in range(3):
             next(texts)
         service.spans(lambda spans: named(spans, "queue"))
         first.kill()
@@ -136,5 +136,5 @@ def test_the_next_worker_goes_on_in_the_same_trace(service):
     assert (queue.instance, chat.instance) == ("first", "second")
     assert queue.parent_id == chat.parent_id == submit.span_id
     assert chat.attributes["oasst.job.attempt"] == 2
-    assert 20 <= chat.attributes["oasst.job.resumed_tokens"] < 400
-    assert completion.usage.completion_tokens == 400
+    assert 3 <= chat.attributes["oasst.job.resumed_tokens"] < 1900
+    assert completion.usage.completion_tokens == 1900

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.peers.asking import Answer, PeerError, PeerProcess
+from bench.turns import PAUSE_S, rotated
 
 __all__ = ["Cell", "Figure", "Missing", "agreement", "measure_cell"]
 
 Tokens = list[list[int]]
 
 WARM_UP_TOKENS = 8
-# Threads of the system before keep a processor busy for a while after its answer.
-PAUSE_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def measure_cell(
     answers: dict[str, list[Answer]] = {system: [] for system in systems}
     failed: dict[str, str] = {}
     for number in range(-1, rounds):
-        for system in _rotated(list(systems), number):
+        for system in rotated(list(systems), number):
             if system in failed:
                 continue
             time.sleep(PAUSE_S)
@@ -98,8 +97,3 @@ def _figure(cell: Cell, system: str, answers: Sequence[Answer], reference: Token
         statistics.median(answer.cpu_seconds for answer in answers),
         min(agreement(answer.tokens, reference) for answer in answers),
     )
-
-
-def _rotated(names: list[str], number: int) -> list[str]:
-    first = number % len(names) if names else 0
-    return names[first:] + names[:first]

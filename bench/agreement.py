@@ -19,10 +19,13 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO, random_prompts
-from bench.engine import generate_greedily
+from bench.greedy import generate_greedily
+from bench.options import Measured, Options
 from bench.prompt_logits import prompt_logits
 
-__all__ = ["AgreementRow", "agreement_table", "measure_agreement"]
+__all__ = ["AgreementRow", "agreement_table", "measure", "measure_agreement"]
+
+_MOST_NEW_TOKENS = 64
 
 _DIALOGUES = DEMO.parent / "dialogues.jsonl"
 _KV_TOKENS = 16384
@@ -64,6 +67,17 @@ class AgreementRow:
     same_best: float  # Share of places with the same most likely token, reading fp32's text.
     first_difference: float  # Mean tokens before the first that differs; all of them where none does.
     divergence: float  # Mean Kullback-Leibler divergence from fp32's probabilities, nats, reading fp32's text.
+
+
+def measure(options: Options) -> Measured:
+    """Takes no times, so that one round tells all."""
+    new_tokens = min(options.new_tokens, _MOST_NEW_TOKENS)
+    rows = [
+        row
+        for name, folder in options.checkpoints()
+        for row in measure_agreement(name, folder, prompt_tokens=options.prompt_tokens, new_tokens=new_tokens)
+    ]
+    return rows, [agreement_table(rows)]
 
 
 def measure_agreement(

@@ -4,7 +4,6 @@ import asyncio
 import statistics
 import tempfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from oasst_worker.model.config import load_config
 from oasst_worker.runtime import RuntimeOptions, build_executor
 from tokenizers import Tokenizer
 
-from bench.checkpoints import DEMO, random_checkpoint, random_prompts
-from bench.path import complete_with_demo_tokenizer, running_stack
+from bench.checkpoints import DEMO, complete_with_demo_tokenizer, random_checkpoint, random_prompts
+from bench.services import running_stack, steps_of
 from bench.simulation import Arrival, Chat, Simulated, StepLaw, WorkerShape, poisson_arrivals, simulate, work_of
 
 SIMULATED_S = 120.0
@@ -113,9 +112,9 @@ def _measured_rows(folder: Path, rates: Sequence[float]) -> list[str]:
             arrivals = poisson_arrivals(
                 rate, MEASURED_S, prompt_tokens=MEASURED_PROMPTS, output_tokens=MEASURED_OUTPUTS, seed=2
             )
-            before = _steps_of(worker["metrics"])
+            before = steps_of(worker["metrics"])
             measured = asyncio.run(_send(stack["addresses"][0], arrivals, vocabulary))
-            num_steps, seconds = (now - then for now, then in zip(_steps_of(worker["metrics"]), before, strict=True))
+            num_steps, seconds = (now - then for now, then in zip(steps_of(worker["metrics"]), before, strict=True))
             alone = _simulate_here(arrivals, law)
             told = _simulate_here(arrivals, _stretch(law, arrivals, mean_step_s=seconds / num_steps))
             rows += _compare(rate, measured, alone, told, mean_step_s=seconds / num_steps)
@@ -123,7 +122,7 @@ def _measured_rows(folder: Path, rates: Sequence[float]) -> list[str]:
 
 
 def _simulate_here(arrivals: Sequence[Arrival], law: StepLaw) -> Simulated:
-    shape = WorkerShape(law, kv_tokens=65536, max_sequences=MAX_SEQUENCES)
+    shape = WorkerShape(law, kv_tokens=65536, max_sequences=MAX_SEQUENCES, is_on_cpu=True)
     return simulate(arrivals, shape, num_workers=1)
 
 
@@ -133,14 +132,6 @@ def _stretch(law: StepLaw, arrivals: Sequence[Arrival], *, mean_step_s: float) -
     for _ in range(8):
         factor *= mean_step_s / _simulate_here(arrivals, lambda work: factor * law(work)).mean_step_s  # noqa: B023
     return lambda work: factor * law(work)
-
-
-def _steps_of(metrics_address: str) -> tuple[float, float]:
-    """How many steps the worker has taken, and the seconds they took in all."""
-    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("oasst_worker_step_seconds_"))
-    return float(values["oasst_worker_step_seconds_count"]), float(values["oasst_worker_step_seconds_sum"])
 
 
 def fit_law(folder: Path) -> StepLaw:

@@ -1,11 +1,11 @@
 """The checkpoints that are measured: the demo, and random weights in the shapes of Pythia models."""
 
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-__all__ = ["DEMO", "SHAPES", "random_checkpoint", "random_prompts"]
+__all__ = ["DEMO", "SHAPES", "complete_with_demo_tokenizer", "random_checkpoint", "random_prompts"]
 
 DEMO = Path(__file__).parent.parent / "training" / "oasst_training" / "demo"
 
@@ -22,6 +22,9 @@ def random_checkpoint(shape: str, folder: Path, *, dtype: torch.dtype = torch.fl
     """A checkpoint of random weights of this shape in `folder`, made once, in files of at most 500 MB."""
     path = folder / shape
     if not (path / "config.json").exists():
+        # Seconds to import: most who want the demo need none of it.
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
         torch.manual_seed(0)
         sizes = SHAPES[shape]
         config = GPTNeoXConfig(
@@ -35,6 +38,13 @@ def random_checkpoint(shape: str, folder: Path, *, dtype: torch.dtype = torch.fl
         )
         GPTNeoXForCausalLM(config).to(dtype).save_pretrained(path, max_shard_size="500MB")
     return path
+
+
+def complete_with_demo_tokenizer(folder: Path) -> None:
+    """`folder` has a tokenizer: the demo's, where it had none."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).exists():
+            shutil.copy(DEMO / name, folder / name)
 
 
 def random_prompts(count: int, length: int, vocab_size: int, *, seed: int = 0) -> list[list[int]]:

@@ -15,7 +15,9 @@ import oasst_client
 from packaging.requirements import Requirement
 from rich.table import Table
 
-__all__ = ["ClientRow", "client_table", "measure_client"]
+from bench.options import Measured, Options
+
+__all__ = ["ClientRow", "client_table", "measure"]
 
 _OURS = "oasst-serve"
 
@@ -30,7 +32,12 @@ class ClientRow:
     read_delay_s: float
 
 
-def measure_client(rounds: int) -> ClientRow:
+def measure(options: Options) -> Measured:
+    row = _measure(options.rounds)
+    return [row], [client_table(row)]
+
+
+def _measure(rounds: int) -> ClientRow:
     """Medians over the rounds; compiled modules are in place, as they are after a first run."""
     _cpu_s("import oasst_client")
     times = [_cpu_s("import oasst_client") - _cpu_s("pass") for _ in range(rounds)]

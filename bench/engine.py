@@ -1,25 +1,29 @@
 """The engine alone against transformers, same weights, prompts, lengths; greedy; generated tokens per second."""
 
 import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
-from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
+from oasst_worker.engine import EngineConfig
+from oasst_worker.runtime import RuntimeOptions, build_executor
 from rich.table import Table
 from transformers import GPTNeoXForCausalLM
 
 from bench.checkpoints import random_prompts
+from bench.greedy import generate_greedily
+from bench.options import Measured, Options
 from bench.peers.answering import Generate
+from bench.peers.measure import agreement
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
+from bench.turns import Ratio, paired_ratio, take_turns, timed
 
-__all__ = ["OURS", "EngineRow", "compare_systems", "engine_table", "generate_greedily", "measure_engine"]
+__all__ = ["OURS", "EngineRow", "compare_systems", "engine_table", "measure"]
 
 OURS = "oasst-serve"
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -29,61 +33,47 @@ class EngineRow:
     checkpoint: str
     concurrent: int
     tokens_per_s: dict[str, float]
-    same_tokens: dict[str, float]  # Share of generated tokens equal to ours.
-
-    def ratio(self, peer: str) -> float:
-        return self.tokens_per_s[OURS] / self.tokens_per_s[peer]
+    ratios: dict[str, Ratio]  # Of ours to each peer's.
+    same_tokens: dict[str, float]  # Share of generated tokens before a sequence's first difference from ours.
 
 
-def measure_engine(
-    name: str, folder: Path, concurrencies: list[int], *, prompt_tokens: int, new_tokens: int, rounds: int
-) -> list[EngineRow]:
-    systems = _systems(folder, max(concurrencies), prompt_tokens + new_tokens)
-    vocab_size = GPTNeoXForCausalLM.config_class.from_pretrained(folder).vocab_size
-    prompts = [random_prompts(concurrent, prompt_tokens, vocab_size) for concurrent in concurrencies]
-    return [compare_systems(name, systems, of_cell, new_tokens=new_tokens, rounds=rounds) for of_cell in prompts]
+def measure(options: Options) -> Measured:
+    rows = [row for name, folder in options.checkpoints() for row in _measure_checkpoint(name, folder, options)]
+    return rows, [engine_table(rows)]
 
 
 def compare_systems(
     name: str, systems: Mapping[str, Generate], prompts: list[list[int]], *, new_tokens: int, rounds: int
 ) -> EngineRow:
-    """The systems in turn, ours among them, each answering all prompts at once."""
-    for generate in systems.values():
-        generate(prompts, 4)  # Warms up.
-    generated: dict[str, list[list[int]]] = {}
-    seconds: dict[str, list[float]] = {system: [] for system in systems}
-    for _ in range(rounds):
-        for system, generate in systems.items():
-            start = time.perf_counter()
-            generated[system] = generate(prompts, new_tokens)
-            seconds[system].append(time.perf_counter() - start)
-            if [len(of_one) for of_one in generated[system]] != [new_tokens] * len(prompts):
+    """The systems in turn, ours among them, each answering all prompts at once.
+
+    Raises:
+        RuntimeError: a system generated another number of tokens, so that the work would not be equal.
+    """
+
+    def turn_of(system: str) -> Callable[[int], tuple[float, list[list[int]]]]:
+        def take(number: int) -> tuple[float, list[list[int]]]:
+            num_tokens = new_tokens if number >= 0 else min(_WARM_UP_TOKENS, new_tokens)
+            seconds, tokens = timed(lambda: systems[system](prompts, num_tokens))
+            if [len(of_one) for of_one in tokens] != [num_tokens] * len(prompts):
                 raise RuntimeError(f"{system} generated another number of tokens: the work would not be equal")
+            return seconds, tokens
+
+        return take
+
+    turns = take_turns({system: turn_of(system) for system in systems}, rounds)
+    seconds = {system: [took_s for took_s, _ in of_one] for system, of_one in turns.items()}
+    ours = [tokens for _, tokens in turns[OURS]]
     return EngineRow(
         name,
         len(prompts),
         {system: len(prompts) * new_tokens / statistics.median(times) for system, times in seconds.items()},
-        {system: _share_equal(tokens, generated[OURS]) for system, tokens in generated.items()},
+        {system: paired_ratio(times, seconds[OURS]) for system, times in seconds.items() if system != OURS},
+        {
+            system: min(agreement(tokens, our) for (_, tokens), our in zip(of_one, ours, strict=True))
+            for system, of_one in turns.items()
+        },
     )
-
-
-def generate_greedily(
-    runner: ModelRunner, config: EngineConfig, prompts: list[list[int]], new_tokens: int
-) -> tuple[list[list[int]], float]:
-    """The engine alone: what it generates for each prompt, and the seconds to its first token."""
-    engine = Engine(runner, config)
-    start = time.perf_counter()
-    first_s = 0.0
-    for number, prompt in enumerate(prompts):
-        params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        engine.add(Sequence(str(number), prompt, params))
-    tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
-    while engine.has_work():
-        for output in engine.step():
-            first_s = first_s or time.perf_counter() - start
-            if output.token_id is not None:
-                tokens[output.sequence_id].append(output.token_id)
-    return list(tokens.values()), first_s
 
 
 def engine_table(rows: list[EngineRow], dtype: str = "fp32") -> Table:
@@ -99,10 +89,25 @@ def engine_table(rows: list[EngineRow], dtype: str = "fp32") -> Table:
             row.checkpoint,
             str(row.concurrent),
             *(f"{row.tokens_per_s[system]:.0f}" for system in (OURS, *peers)),
-            *(f"{row.ratio(peer):.2f}" for peer in peers),
+            *(str(row.ratios[peer]) for peer in peers),
             f"{min(row.same_tokens.values()):.1%}",
         )
     return table
+
+
+def _measure_checkpoint(name: str, folder: Path, options: Options) -> list[EngineRow]:
+    systems = _systems(folder, max(options.concurrent), options.prompt_tokens + options.new_tokens)
+    vocab_size = GPTNeoXForCausalLM.config_class.from_pretrained(folder).vocab_size
+    return [
+        compare_systems(
+            name,
+            systems,
+            random_prompts(concurrent, options.prompt_tokens, vocab_size),
+            new_tokens=options.new_tokens,
+            rounds=options.rounds,
+        )
+        for concurrent in options.concurrent
+    ]
 
 
 def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Generate]:
@@ -125,8 +130,3 @@ def _systems(folder: Path, max_sequences: int, max_tokens: int) -> dict[str, Gen
             reference, max_sequences=max_sequences, max_tokens=max_tokens
         ),
     }
-
-
-def _share_equal(tokens: list[list[int]], ours: list[list[int]]) -> float:
-    pairs = [pair for of_one, our in zip(tokens, ours, strict=True) for pair in zip(of_one, our, strict=True)]
-    return sum(first == second for first, second in pairs) / len(pairs)

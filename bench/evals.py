@@ -1,7 +1,6 @@
 """Scoring for evaluations: the harness's model `oasst-grpc` on a whole service, against its own model `hf`."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,15 @@ from oasst_cli.eval.model import OasstLM
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from bench.checkpoints import DEMO, random_prompts
-from bench.path import complete_with_demo_tokenizer, running_stack
+from bench.checkpoints import DEMO, complete_with_demo_tokenizer, random_prompts
+from bench.options import Measured, Options
+from bench.services import running_stack
+from bench.turns import Ratio, paired_ratio, take_turns, timed
 
-__all__ = ["EvalsRow", "evals_table", "measure_evals"]
+__all__ = ["EvalsRow", "evals_table", "measure"]
 
+# Requests to score, as many as a checkpoint does in seconds.
+_NUM_REQUESTS = {"demo": 64, "160m": 16}
 _CONTEXT_TOKENS = 256
 _CONTINUATION_TOKENS = 8
 _CHOICES = 4
@@ -35,6 +38,7 @@ class EvalsRow:
     num_requests: int
     ours_s: float
     theirs_s: dict[int, float]  # By batch size.
+    ratios: dict[int, Ratio]  # Of each of these to ours.
     largest_difference: float  # Between two log-likelihoods.
     same_greedy: bool
 
@@ -43,47 +47,17 @@ class EvalsRow:
         return min(self.theirs_s, key=lambda size: self.theirs_s[size])
 
     @property
-    def ratio(self) -> float:
-        return self.theirs_s[self.best_batch_size] / self.ours_s
+    def ratio(self) -> Ratio:
+        return self.ratios[self.best_batch_size]
 
 
-def measure_evals(name: str, folder: Path, *, num_requests: int, rounds: int) -> list[EvalsRow]:
-    """Requests that share their context by fours, as multiple choices do, and requests that share nothing."""
-    complete_with_demo_tokenizer(folder)
-    vocab_size = Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab_size()
-    theirs = HFLM(str(folder), tokenizer=str(DEMO), device="cpu", dtype="float32")
-
-    def with_batches_of(size: int) -> Callable[[Requests], Any]:
-        def score(requests: Requests) -> Any:
-            theirs.batch_size_per_gpu = size
-            return theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-
-        return score
-
-    rows = []
-    with running_stack(folder) as stack:
-        ours = OasstLM(stack["addresses"][0])
-        systems: dict[Any, Callable[[Requests], Any]] = {
-            "ours": lambda requests: ours._loglikelihood_tokens(requests, disable_tqdm=True),
-            **{size: with_batches_of(size) for size in _BATCH_SIZES},
-        }
-        for kind, choices in ((f"{_CHOICES} choices each", _CHOICES), ("all apart", 1)):
-            seconds: dict[Any, list[float]] = {}
-            differences, flags = [], []
-            for round_number in range(rounds + 1):
-                # Never the same twice: the worker would use again what it computed before.
-                requests = _requests(num_requests, choices, vocab_size, seed=100 * choices + round_number)
-                answers = {}
-                for system, score in systems.items():
-                    start = time.perf_counter()
-                    answers[system] = score(requests)
-                    seconds.setdefault(system, []).append(time.perf_counter() - start)
-                for (logprob, is_greedy), (expected, is_expected) in zip(answers["ours"], answers[1], strict=True):
-                    differences.append(abs(logprob - expected))
-                    flags.append(is_greedy == is_expected)
-            median = {system: statistics.median(times[1:]) for system, times in seconds.items()}  # The first warms up.
-            rows.append(EvalsRow(name, kind, num_requests, median.pop("ours"), median, max(differences), all(flags)))
-    return rows
+def measure(options: Options) -> Measured:
+    rows = [
+        row
+        for name, folder in options.checkpoints()
+        for row in _measure_checkpoint(name, folder, num_requests=_NUM_REQUESTS[name], rounds=options.rounds)
+    ]
+    return rows, [evals_table(rows)]
 
 
 def evals_table(rows: list[EvalsRow]) -> Table:
@@ -99,11 +73,65 @@ def evals_table(rows: list[EvalsRow]) -> Table:
             f"{row.ours_s:.2f} s",
             f"{row.theirs_s[row.best_batch_size]:.2f} s",
             str(row.best_batch_size),
-            f"{row.ratio:.2f}",
+            str(row.ratio),
             f"{row.largest_difference:.0e}",
             "same" if row.same_greedy else "NOT THE SAME",
         )
     return table
+
+
+def _measure_checkpoint(name: str, folder: Path, *, num_requests: int, rounds: int) -> list[EvalsRow]:
+    """Requests that share their context by fours, as multiple choices do, and requests that share nothing."""
+    complete_with_demo_tokenizer(folder)
+    vocab_size = Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab_size()
+    theirs = HFLM(str(folder), tokenizer=str(DEMO), device="cpu", dtype="float32")
+
+    def with_batches_of(size: int) -> Callable[[Requests], Any]:
+        def score(requests: Requests) -> Any:
+            theirs.batch_size_per_gpu = size
+            return theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+
+        return score
+
+    rows = []
+    with running_stack(folder) as stack:
+        ours = OasstLM(stack["addresses"][0])
+        scorers: dict[int | None, Callable[[Requests], Any]] = {
+            None: lambda requests: ours._loglikelihood_tokens(requests, disable_tqdm=True),
+            **{size: with_batches_of(size) for size in _BATCH_SIZES},
+        }
+        for kind, choices in ((f"{_CHOICES} choices each", _CHOICES), ("all apart", 1)):
+            # Never the same twice: the worker would use again what it computed before.
+            requests = {
+                number: _requests(num_requests, choices, vocab_size, seed=100 * choices + 1 + number)
+                for number in range(-1, rounds)
+            }
+            turns = take_turns(
+                {
+                    system: lambda number, score=score, requests=requests: timed(lambda: score(requests[number]))
+                    for system, score in scorers.items()
+                },
+                rounds,
+            )
+            seconds = {system: [took_s for took_s, _ in of_one] for system, of_one in turns.items()}
+            pairs = [
+                pair
+                for (_, answers), (_, expected) in zip(turns[None], turns[1], strict=True)
+                for pair in zip(answers, expected, strict=True)
+            ]
+            rows.append(
+                EvalsRow(
+                    name,
+                    kind,
+                    num_requests,
+                    statistics.median(seconds[None]),
+                    {size: statistics.median(seconds[size]) for size in _BATCH_SIZES},
+                    {size: paired_ratio(seconds[size], seconds[None]) for size in _BATCH_SIZES},
+                    max(abs(logprob - expected) for (logprob, _), (expected, _) in pairs),
+                    all(is_greedy == is_expected for (_, is_greedy), (_, is_expected) in pairs),
+                )
+            )
+    return rows
 
 
 def _requests(number: int, choices: int, vocab_size: int, *, seed: int) -> Requests:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from oasst_cli.plan.roofline import Card, Link, Machine, ModelShape, StepWork
-from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.model.attention import FP8, build_attention
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
@@ -36,12 +36,15 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from bench.checkpoints import VOCAB_SIZE, random_prompts
-from bench.engine import OURS, EngineRow, compare_systems, engine_table, generate_greedily
+from bench.engine import OURS, EngineRow, compare_systems, engine_table
+from bench.greedy import generate_greedily
+from bench.interference import UNPACED
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
+from bench.profile import fastest
+from bench.simulation import work_of
 
 STEP_TOKENS = 8192
-UNPACED = 1e6
 
 
 @dataclass(frozen=True)
@@ -397,13 +400,8 @@ def _decode_steps(
     for _ in range(steps):
         start = time.perf_counter()
         engine.step()
-        measured.append((time.perf_counter() - start, _work_of(engine.last_batch)))
+        measured.append((time.perf_counter() - start, work_of(engine.last_batch)))
     return measured
-
-
-def _work_of(batch: Batch) -> StepWork:
-    attended = sum(chunk.end for chunk in batch.chunks)
-    return StepWork(batch.num_tokens, len(batch.chunks), attended, attended)
 
 
 def _prefill_s(model: NeoX, length: int) -> float:
@@ -440,15 +438,13 @@ def _if_it_fits(what: str, measure: Callable[..., Any], *arguments: Any) -> Any:
     return None
 
 
-def _fastest(call: Callable[[], Any], device: torch.device, times: int = 12) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
+def _fastest(call: Callable[[], Any], device: torch.device) -> float:
+    def call_to_the_end() -> None:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+
+    return fastest(call_to_the_end)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime.build import RuntimeOptions, open_share
 from rich.table import Table
 
-__all__ = ["LoadingRow", "loading_table", "measure_loading"]
+from bench.checkpoints import random_checkpoint
+from bench.options import Measured, Options
+from bench.turns import Ratio, paired_ratio, rotated
+
+__all__ = ["LoadingRow", "loading_table", "measure"]
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -30,35 +35,38 @@ class LoadingRow:
     size_gb: float  # Of the weight files.
     seconds: float
     read_seconds: float  # Plainly reading the files, in the same state.
+    share: Ratio  # Of the rate of plain reading.
     peak_gb: float  # By how much the process grew, at most.
     largest_file_gb: float
 
-    @property
-    def share(self) -> float:
-        """Of the rate of plain reading."""
-        return self.read_seconds / self.seconds
+
+def measure(options: Options) -> Measured:
+    with tempfile.TemporaryDirectory(prefix="oasst-bench-") as folder:
+        rows = _measure(random_checkpoint("1b", Path(folder), dtype=torch.bfloat16), options.rounds)
+    return rows, [loading_table(rows)]
 
 
-def measure_loading(folder: Path, rounds: int) -> list[LoadingRow]:
+def _measure(folder: Path, rounds: int) -> list[LoadingRow]:
     """A checkpoint of bf16, loaded as such; plain reading and each way in turn, each in a process of its own."""
     files = sorted(folder.glob("*.safetensors"))
     sizes = [file.stat().st_size / 1e9 for file in files]
     rows = []
     for is_cached in (False, True):
         measured: dict[Callable[[Path], float], list[tuple[float, float]]] = {way: [] for way in (_read, *_WAYS)}
-        for _ in range(rounds):
-            for way, figures in measured.items():
+        for number in range(rounds):
+            for way in rotated(list(measured), number):
                 if not is_cached:
                     _drop(files)
-                figures.append(_in_a_process(way, folder))
-        read_s = statistics.median(seconds for seconds, _ in measured[_read])
+                measured[way].append(_in_a_process(way, folder))
+        seconds = {way: [took_s for took_s, _ in figures] for way, figures in measured.items()}
         rows += [
             LoadingRow(
                 name,
                 is_cached,
                 sum(sizes),
-                statistics.median(seconds for seconds, _ in measured[way]),
-                read_s,
+                statistics.median(seconds[way]),
+                statistics.median(seconds[_read]),
+                paired_ratio(seconds[_read], seconds[way]),
                 max(peak for _, peak in measured[way]) / 1e9,
                 max(sizes),
             )
@@ -78,7 +86,7 @@ def loading_table(rows: list[LoadingRow]) -> Table:
             f"{row.seconds:.1f}",
             f"{row.size_gb / row.seconds:.2f}",
             f"{row.size_gb / row.read_seconds:.2f}",
-            f"{row.share:.2f}",
+            str(row.share),
             f"{row.peak_gb:.2f}",
         )
     return table
@@ -102,13 +110,29 @@ def _memory(name: str) -> int:
 
 
 def _read(folder: Path) -> float:
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    """By as many threads as the loader copies with; the system is told of every file before, as the loader tells it."""
+    num_threads = torch.get_num_threads()
     start = time.perf_counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
+    descriptors = [os.open(file, os.O_RDONLY) for file in sorted(folder.glob("*.safetensors"))]
+    try:
+        for descriptor in descriptors:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        with ThreadPoolExecutor(num_threads) as pool:
+            for descriptor in descriptors:
+                list(pool.map(lambda part, file=descriptor: _read_part(file, part, num_threads), range(num_threads)))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
     return time.perf_counter() - start
+
+
+def _read_part(descriptor: int, part: int, num_parts: int) -> None:
+    """This one of so many equal parts of a file."""
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    size = os.fstat(descriptor).st_size
+    place, end = size * part // num_parts, size * (part + 1) // num_parts
+    while place < end:
+        place += os.preadv(descriptor, [buffer[: end - place]], place)
 
 
 def _load_tensors(folder: Path) -> float:

@@ -1,19 +1,11 @@
 """The whole path (client, gateway, queue, worker) against the engine alone, same checkpoint, prompts and tokens."""
 
 import asyncio
-import itertools
-import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from oasst_client import AsyncClient
 from oasst_worker.engine import EngineConfig
@@ -22,12 +14,18 @@ from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from bench.checkpoints import DEMO, random_prompts
-from bench.engine import generate_greedily
+from bench.checkpoints import complete_with_demo_tokenizer, random_prompts
+from bench.greedy import generate_greedily
+from bench.options import Measured, Options
+from bench.services import running_stack
+from bench.turns import Ratio, paired_ratio, take_turns
 
-__all__ = ["PathRow", "complete_with_demo_tokenizer", "measure_path", "path_table", "running_stack"]
+__all__ = ["PathRow", "measure", "path_table"]
 
-MODEL_NAME = "measured"
+_FIRST_TOKENS_A_ROUND = 5
+
+# What one side did with some prompts: tokens, seconds for all of them, seconds to the first one.
+Answered = tuple[list[list[int]], float, float]
 
 
 @dataclass(frozen=True)
@@ -36,75 +34,15 @@ class PathRow:
     streams: int
     path_tokens_per_s: float
     engine_tokens_per_s: float
+    ratio: Ratio
     path_first_token_s: float  # Of one stream on an idle stack.
     engine_first_token_s: float
-    same_tokens: bool
-
-    @property
-    def ratio(self) -> float:
-        return self.path_tokens_per_s / self.engine_tokens_per_s
+    same_tokens: bool  # In every round.
 
 
-@contextmanager
-def running_stack(model: Path, **environment: str) -> Iterator[dict[str, Any]]:
-    """`oasst up` serves this model, its environment ours and this; what it says of itself."""
-    command = [sys.executable, "-m", "oasst_cli", "up", "--json", "--listen", "127.0.0.1:0", "--model", str(model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                raise RuntimeError(f"the stack did not start: exit code {process.wait()}")
-            yield json.loads(line)
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def measure_path(name: str, folder: Path, *, streams: int, prompt_tokens: int, new_tokens: int, rounds: int) -> PathRow:
-    """`folder` needs no tokenizer of its own: the demo's stands in, and both sides draw only tokens it knows."""
-    complete_with_demo_tokenizer(folder)
-    tokenizer_size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    config = load_config(folder)
-    banned = _never_drawn(folder, config.vocab_size)
-    runner = build_executor(
-        folder, RuntimeOptions(device="cpu", dtype="float32", max_sequences=streams), banned_token_ids=banned
-    )
-
-    seeds = itertools.count()
-
-    def new_prompts(number: int) -> list[list[int]]:
-        """Never the same twice: the worker would use again what it computed before."""
-        return random_prompts(number, prompt_tokens, tokenizer_size, seed=next(seeds))
-
-    times: dict[str, list[float]] = {"path": [], "engine": [], "path first": [], "engine first": []}
-    with running_stack(folder, OASST_WORKER_SPECULATE="0") as stack:  # Nor does the engine guess.
-        address = stack["addresses"][0]
-        warm_up = new_prompts(streams)
-        asyncio.run(_through_the_path(address, warm_up, 4))
-        _through_the_engine(runner, warm_up, 4, config.max_positions)
-        for _ in range(rounds):
-            prompts = new_prompts(streams)
-            path_tokens, seconds, _ = asyncio.run(_through_the_path(address, prompts, new_tokens))
-            times["path"].append(seconds)
-            engine_tokens, seconds, _ = _through_the_engine(runner, prompts, new_tokens, config.max_positions)
-            times["engine"].append(seconds)
-            for _ in range(5):
-                prompt = new_prompts(1)
-                _, _, first = asyncio.run(_through_the_path(address, prompt, 2))
-                times["path first"].append(first)
-                _, _, first = _through_the_engine(runner, prompt, 2, config.max_positions)
-                times["engine first"].append(first)
-    median = {key: statistics.median(values) for key, values in times.items()}
-    num_tokens = streams * new_tokens
-    return PathRow(
-        name,
-        streams,
-        num_tokens / median["path"],
-        num_tokens / median["engine"],
-        median["path first"],
-        median["engine first"],
-        path_tokens == engine_tokens,
-    )
+def measure(options: Options) -> Measured:
+    rows = [_measure_checkpoint(name, folder, options) for name, folder in options.checkpoints()]
+    return rows, [path_table(rows)]
 
 
 def path_table(rows: list[PathRow]) -> Table:
@@ -117,7 +55,7 @@ def path_table(rows: list[PathRow]) -> Table:
             str(row.streams),
             f"{row.path_tokens_per_s:.0f}",
             f"{row.engine_tokens_per_s:.0f}",
-            f"{row.ratio:.2f}",
+            str(row.ratio),
             f"{row.path_first_token_s * 1e3:.1f} ms",
             f"{row.engine_first_token_s * 1e3:.1f} ms",
             "yes" if row.same_tokens else "NO",
@@ -125,10 +63,53 @@ def path_table(rows: list[PathRow]) -> Table:
     return table
 
 
-async def _through_the_path(
-    address: str, prompts: list[list[int]], new_tokens: int
-) -> tuple[list[list[int]], float, float]:
-    """Tokens, seconds for all of them, seconds to the first one."""
+def _measure_checkpoint(name: str, folder: Path, options: Options) -> PathRow:
+    """`folder` needs no tokenizer of its own: the demo's stands in, and both sides draw only tokens it knows."""
+    complete_with_demo_tokenizer(folder)
+    tokenizer_size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    config = load_config(folder)
+    streams = max(options.concurrent)
+    banned = _never_drawn(folder, config.vocab_size)
+    runner = build_executor(
+        folder, RuntimeOptions(device="cpu", dtype="float32", max_sequences=streams), banned_token_ids=banned
+    )
+
+    def compare(
+        address: str, count: int, new_tokens: int, rounds: int, *, first_seed: int
+    ) -> tuple[list[Answered], list[Answered]]:
+        """What path and engine did in each round with so many prompts."""
+
+        def prompts(number: int) -> list[list[int]]:
+            # Never the same in two rounds: the worker would use again what it computed before.
+            return random_prompts(count, options.prompt_tokens, tokenizer_size, seed=first_seed + number)
+
+        sides: dict[str, Callable[[int], Answered]] = {
+            "path": lambda number: asyncio.run(_through_the_path(address, prompts(number), new_tokens)),
+            "engine": lambda number: _through_the_engine(runner, prompts(number), new_tokens, config.max_positions),
+        }
+        answered = take_turns(sides, rounds)
+        return answered["path"], answered["engine"]
+
+    with running_stack(folder, OASST_WORKER_SPECULATE="0") as stack:  # Nor does the engine guess.
+        address = stack["addresses"][0]
+        path, engine = compare(address, streams, options.new_tokens, options.rounds, first_seed=1)
+        rounds = _FIRST_TOKENS_A_ROUND * options.rounds
+        path_first, engine_first = compare(address, 1, 2, rounds, first_seed=1_000_000)
+    path_s, engine_s = ([seconds for _, seconds, _ in side] for side in (path, engine))
+    num_tokens = streams * options.new_tokens
+    return PathRow(
+        name,
+        streams,
+        num_tokens / statistics.median(path_s),
+        num_tokens / statistics.median(engine_s),
+        paired_ratio(engine_s, path_s),
+        statistics.median(first_s for _, _, first_s in path_first),
+        statistics.median(first_s for _, _, first_s in engine_first),
+        all(one[0] == other[0] for one, other in zip([*path, *path_first], [*engine, *engine_first], strict=True)),
+    )
+
+
+async def _through_the_path(address: str, prompts: list[list[int]], new_tokens: int) -> Answered:
     async with AsyncClient(address) as client:
         await client.models()  # The connection is up.
         start = time.perf_counter()
@@ -147,10 +128,7 @@ async def _through_the_path(
         return list(tokens), time.perf_counter() - start, first[0]
 
 
-def _through_the_engine(
-    runner: ModelRunner, prompts: list[list[int]], new_tokens: int, max_positions: int
-) -> tuple[list[list[int]], float, float]:
-    """Tokens, seconds for all of them, seconds to the first one."""
+def _through_the_engine(runner: ModelRunner, prompts: list[list[int]], new_tokens: int, max_positions: int) -> Answered:
     start = time.perf_counter()
     config = EngineConfig(eos_token_id=0, max_positions=max_positions, max_sequences=len(prompts))
     tokens, first_s = generate_greedily(runner, config, prompts, new_tokens)
@@ -162,10 +140,3 @@ def _never_drawn(folder: Path, vocab_size: int) -> list[int]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     control = [token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     return [*(id_ for id_ in control if id_ != 0), *range(tokenizer.get_vocab_size(), vocab_size)]
-
-
-def complete_with_demo_tokenizer(folder: Path) -> None:
-    """`folder` has a tokenizer: the demo's, where it had none."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).exists():
-            shutil.copy(DEMO / name, folder / name)

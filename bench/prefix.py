@@ -1,20 +1,24 @@
 """Reuse of prompts: what looking for it costs where nothing is found, and what it saves where something is."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from oasst_worker.engine import Batch, Engine, EngineConfig, Executor, GenerationParams, Sample, Sequence
+from oasst_worker.engine import Engine, EngineConfig, Executor, GenerationParams, Sequence
 from oasst_worker.model.config import load_config
 from oasst_worker.runtime import RuntimeOptions, build_executor
 from rich.table import Table
 
 from bench.checkpoints import random_prompts
+from bench.executors import EmptyExecutor
+from bench.options import Measured, Options
+from bench.turns import Ratio, paired_ratio, take_turns, timed
 
-__all__ = ["PrefixRow", "measure_prefix", "prefix_table"]
+__all__ = ["PrefixRow", "measure", "prefix_table"]
 
+_PROMPTS = 4
 _CHOICES = 4
 
 
@@ -25,49 +29,18 @@ class PrefixRow:
     checkpoint: str
     prompt_tokens: int
     without_s: float  # Reuse switched off.
-    no_hit_s: float  # Prompts nobody had before.
-    all_hit_s: float  # The same prompts again.
-    lookup_s: float  # What reuse adds to the engine's own time, measured without a model.
-    one_choice_s: float
-    choices_s: float  # One prompt, four choices.
+    no_hit: Ratio  # Prompts nobody had before; of the time without reuse, as the next two.
+    all_hit: Ratio  # The same prompts again.
+    lookup: float  # What reuse adds to the engine's own time, measured without a model.
+    choices: Ratio  # One prompt with four choices; of the time with one.
 
 
-def measure_prefix(name: str, folder: Path, *, prompts: int, prompt_tokens: int, rounds: int) -> PrefixRow:
-    """Prefills `prompts` prompts one after another, with one token generated for each."""
-    model = load_config(folder)
-    kv_tokens = 2 * prompts * (prompt_tokens + 64)
-    runner = build_executor(folder, RuntimeOptions(device="cpu", dtype="float32", kv_tokens=kv_tokens))
-    config = EngineConfig(model.eos_token_id, model.max_positions, step_tokens=2 * prompt_tokens + 64)
-    reusing, forgetting = Engine(runner, config), Engine(_Forgetting(runner, prompt_tokens + 1), config)
-    idle = _Idle(runner.num_blocks, runner.block_size)
-    idle_reusing, idle_forgetting = Engine(idle, config), Engine(_Forgetting(idle, prompt_tokens + 1), config)
-    per_round = prompts + 1
-    drawn = random_prompts((rounds + 1) * per_round, prompt_tokens, model.vocab_size)
-    seconds: dict[str, list[float]] = {}
-    for start in range(0, len(drawn), per_round):
-        *asked, last = drawn[start : start + per_round]
-        runs = {
-            "without": lambda asked=asked: _prefill(forgetting, asked),
-            "no hit": lambda asked=asked: _prefill(reusing, asked),
-            "all hit": lambda asked=asked: _prefill(reusing, asked),
-            "idle without": lambda asked=asked: _prefill(idle_forgetting, asked),
-            "idle no hit": lambda asked=asked: _prefill(idle_reusing, asked),
-            "one choice": lambda last=last: _generate_choices(reusing, last, 1, salt=b"one"),
-            "choices": lambda last=last: _generate_choices(reusing, last, _CHOICES, salt=b"choices"),
-        }
-        for kind, run in runs.items():
-            seconds.setdefault(kind, []).append(_timed(run))
-    median = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}  # The first round warms up.
-    return PrefixRow(
-        name,
-        prompt_tokens,
-        without_s=median["without"],
-        no_hit_s=median["no hit"],
-        all_hit_s=median["all hit"],
-        lookup_s=median["idle no hit"] - median["idle without"],
-        one_choice_s=median["one choice"],
-        choices_s=median["choices"],
-    )
+def measure(options: Options) -> Measured:
+    rows = [
+        _measure_checkpoint(name, folder, prompt_tokens=options.prefix_tokens, rounds=options.rounds)
+        for name, folder in options.checkpoints()
+    ]
+    return rows, [prefix_table(rows)]
 
 
 def prefix_table(rows: list[PrefixRow]) -> Table:
@@ -80,12 +53,66 @@ def prefix_table(rows: list[PrefixRow]) -> Table:
             row.checkpoint,
             str(row.prompt_tokens),
             f"{row.without_s * 1e3:.1f} ms",
-            f"{row.no_hit_s / row.without_s:.3f}",
-            f"{row.all_hit_s / row.without_s:.3f}",
-            f"{row.lookup_s / row.without_s:.2%}",
-            f"{row.choices_s / row.one_choice_s:.2f}",
+            f"{row.no_hit:.3f}",
+            f"{row.all_hit:.3f}",
+            f"{row.lookup:.2%}",
+            str(row.choices),
         )
     return table
+
+
+def _measure_checkpoint(name: str, folder: Path, *, prompt_tokens: int, rounds: int) -> PrefixRow:
+    """Prefills some prompts one after another, with one token generated for each."""
+    model = load_config(folder)
+    kv_tokens = 2 * _PROMPTS * (prompt_tokens + 64)
+    runner = build_executor(folder, RuntimeOptions(device="cpu", dtype="float32", kv_tokens=kv_tokens))
+    config = EngineConfig(model.eos_token_id, model.max_positions, step_tokens=2 * prompt_tokens + 64)
+    reusing, forgetting = Engine(runner, config), Engine(_Forgetting(runner, prompt_tokens + 1), config)
+    idle = EmptyExecutor(runner.num_blocks)
+    idle_reusing, idle_forgetting = Engine(idle, config), Engine(_Forgetting(idle, prompt_tokens + 1), config)
+
+    def prompts(number: int) -> list[list[int]]:
+        """New ones for each round: the last is for the choices."""
+        return random_prompts(_PROMPTS + 1, prompt_tokens, model.vocab_size, seed=1 + number)
+
+    def prefill(*engines: Engine) -> Callable[[int], list[float]]:
+        def take(number: int) -> list[float]:
+            asked = prompts(number)[:-1]
+            return [timed(partial(_prefill, engine, asked))[0] for engine in engines]
+
+        return take
+
+    def choose(count: int) -> Callable[[int], list[float]]:
+        def take(number: int) -> list[float]:
+            prompt = prompts(number)[-1]
+            return [timed(partial(_generate_choices, reusing, prompt, count, salt=str(count).encode()))[0]]
+
+        return take
+
+    turns = take_turns(
+        {
+            "without": prefill(forgetting),
+            "with": prefill(reusing, reusing),  # No hits, then all.
+            "idle without": prefill(idle_forgetting),
+            "idle with": prefill(idle_reusing),
+            "one choice": choose(1),
+            "choices": choose(_CHOICES),
+        },
+        rounds,
+    )
+    without_s = [took_s for [took_s] in turns["without"]]
+    idle_without_s, idle_with_s = (
+        statistics.median(took_s for [took_s] in turns[name]) for name in ("idle without", "idle with")
+    )
+    return PrefixRow(
+        name,
+        prompt_tokens,
+        statistics.median(without_s),
+        no_hit=paired_ratio([no_hit_s for no_hit_s, _ in turns["with"]], without_s),
+        all_hit=paired_ratio([all_hit_s for _, all_hit_s in turns["with"]], without_s),
+        lookup=(idle_with_s - idle_without_s) / statistics.median(without_s),
+        choices=paired_ratio([took_s for [took_s] in turns["choices"]], [took_s for [took_s] in turns["one choice"]]),
+    )
 
 
 class _Forgetting:
@@ -98,19 +125,6 @@ class _Forgetting:
         self.num_blocks = executor.num_blocks
         self.block_size = executor.block_size
         self.prefill_tile = prefill_tile
-
-
-@dataclass(frozen=True)
-class _Idle:
-    """Computes nothing: what is left is the engine's own time."""
-
-    num_blocks: int
-    block_size: int
-    prefill_tile: int = 1
-    is_position_exact: bool = True
-
-    def execute(self, batch: Batch) -> list[Sample]:
-        return [Sample(0) for chunk in batch.chunks if chunk.draws]
 
 
 def _prefill(engine: Engine, prompts: list[list[int]]) -> None:
@@ -131,9 +145,3 @@ def _generate_choices(engine: Engine, prompt: list[int], count: int, salt: bytes
 def _run_to_end(engine: Engine) -> None:
     while engine.has_work():
         engine.step()
-
-
-def _timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

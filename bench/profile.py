@@ -3,7 +3,7 @@
 The floor of a step is the longer of two: reading all weights of the linear layers and the KV cache once, at the rate at
 which PyTorch's dot product was just seen to read here; and the products' arithmetic, at the rate of its best square
 product. A better way to read passes 100 %.
-Times are minima over the steps: other processes only ever add to a step.
+Times are minima over the steps of all rounds: other processes only ever add to a step.
 """
 
 import time
@@ -26,8 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.checkpoints import random_prompts
+from bench.options import Measured, Options
+from bench.turns import timed
 
-__all__ = ["ProfileRow", "Roofline", "measure_profile", "measure_roofline", "profile_table", "roofline_table"]
+__all__ = ["ProfileRow", "Roofline", "fastest", "measure", "profile_table", "roofline_table"]
+
+_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -74,24 +78,36 @@ class ProfileRow:
         return self.floor_ms / self.step_ms
 
 
-def measure_roofline() -> Roofline:
+def measure(options: Options) -> Measured:
+    roofline = _measure_roofline()
+    rows = [
+        row for name, folder in options.checkpoints() for row in _measure_checkpoint(name, folder, roofline, options)
+    ]
+    return [roofline, *rows], [roofline_table(roofline), profile_table(rows)]
+
+
+def fastest(call: Callable[[], Any], times: int = 12) -> float:
+    """Seconds of so many calls' fastest."""
+    return min(timed(call)[0] for _ in range(times))
+
+
+def _measure_roofline() -> Roofline:
     block = torch.zeros(2**27)  # 512 MiB: more than a cache that is one's own.
-    read_s = _fastest(lambda: torch.dot(block, block))
+    read_s = fastest(lambda: torch.dot(block, block))
     square = torch.randn(2048, 2048)
     as_bf16, as_int8 = square.bfloat16(), square.to(torch.int8)
     seconds = {
-        "fp32": _fastest(lambda: square @ square),
-        "bf16": _fastest(lambda: as_bf16 @ as_bf16),
-        "int8": _fastest(lambda: torch._int_mm(as_int8, as_int8)),
+        "fp32": fastest(lambda: square @ square),
+        "bf16": fastest(lambda: as_bf16 @ as_bf16),
+        "int8": fastest(lambda: torch._int_mm(as_int8, as_int8)),
     }
     operations = 2 * len(square) ** 3
     return Roofline(block.nbytes / read_s / 1e9, {kind: operations / one / 1e9 for kind, one in seconds.items()})
 
 
-def measure_profile(
-    name: str, folder: Path, roofline: Roofline, concurrencies: list[int], *, context: int, steps: int = 24
-) -> list[ProfileRow]:
+def _measure_checkpoint(name: str, folder: Path, roofline: Roofline, options: Options) -> list[ProfileRow]:
     """Every path at every number of sequences."""
+    context, rounds = options.prompt_tokens, options.rounds
     config = load_config(folder)
     rows = []
     for path, numbers in PATHS.items():
@@ -101,10 +117,10 @@ def measure_profile(
         served = NeoX(config, weights, numbers.make_linear, make_attention)
         make_timed = clock.linears(numbers.make_linear, config.vocab_size)
         apart = NeoX(config, weights, make_timed, clock.attention(make_attention))
-        for concurrent in concurrencies:
-            step_s = min(_decode_steps(served, concurrent, context, steps))
+        for concurrent in options.concurrent:
+            step_s = min(_decode_steps(served, concurrent, context, rounds))
             floor_s = _floor_s(config, roofline, numbers, concurrent, context)
-            operators = _operators_ms(apart, clock, concurrent, context, steps)
+            operators = _operators_ms(apart, clock, concurrent, context, rounds)
             rows.append(ProfileRow(name, path, concurrent, context, step_s * 1e3, operators, floor_s * 1e3))
     return rows
 
@@ -178,13 +194,18 @@ class _TimedAttention:
         return self._clock.time("attention", self._attention.prepare(inputs))
 
 
-def _decode_steps(model: NeoX, concurrent: int, context: int, steps: int) -> Iterator[float]:
-    """The seconds of each of so many steps that decode and do nothing else."""
-    blocks = concurrent * (-(-(context + steps) // BLOCK_SIZE) + 1)
+def _decode_steps(model: NeoX, concurrent: int, context: int, rounds: int) -> Iterator[float]:
+    """The seconds of each step of so many rounds that decodes and does nothing else."""
+    blocks = concurrent * (-(-(context + _STEPS) // BLOCK_SIZE) + 1)
     runner = ModelRunner(model, num_blocks=blocks)
+    for _ in range(rounds):
+        yield from _decode_once(runner, model, concurrent, context)
+
+
+def _decode_once(runner: ModelRunner, model: NeoX, concurrent: int, context: int) -> Iterator[float]:
     config = EngineConfig(0, model.config.max_positions, max_sequences=concurrent, step_tokens=concurrent * context)
     engine = Engine(runner, config)
-    params = GenerationParams(max_new_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+    params = GenerationParams(max_new_tokens=_STEPS + 1, temperature=0.0, ignore_eos=True)
     for number, prompt in enumerate(random_prompts(concurrent, context, model.config.vocab_size)):
         engine.add(Sequence(str(number), prompt, params))
     engine.step()  # Prefills all of them.
@@ -194,10 +215,10 @@ def _decode_steps(model: NeoX, concurrent: int, context: int, steps: int) -> Ite
         yield time.perf_counter() - start
 
 
-def _operators_ms(model: NeoX, clock: _Clock, concurrent: int, context: int, steps: int) -> dict[str, float]:
+def _operators_ms(model: NeoX, clock: _Clock, concurrent: int, context: int, rounds: int) -> dict[str, float]:
     """The fastest step's, with what is neither of them as the rest."""
     fastest, operators = float("inf"), {}
-    running = _decode_steps(model, concurrent, context, steps)
+    running = _decode_steps(model, concurrent, context, rounds)
     while True:
         clock.seconds = {}
         step_s = next(running, None)
@@ -215,12 +236,3 @@ def _floor_s(config: NeoXConfig, roofline: Roofline, numbers: Numbers, concurren
     cache_bytes = config.num_layers * kv_bytes(config, numbers.cache) * context * concurrent
     read_s = (weights * numbers.weight_bytes + cache_bytes) / roofline.read_gb_s / 1e9
     return max(read_s, 2 * weights * concurrent / roofline.matrix_gflop_s[numbers.products] / 1e9)
-
-
-def _fastest(call: Callable[[], Any], times: int = 12) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

@@ -6,10 +6,12 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import redis.asyncio
 from oasst.jobs.v1 import job_pb2
@@ -31,7 +33,12 @@ from oasst_jobs import (
 )
 from rich.table import Table
 
-__all__ = ["ClaimRow", "MemoryRow", "PollRow", "PushRow", "QueueFigures", "measure_queue", "queue_table"]
+from bench.options import Measured, Options
+from bench.turns import median_of
+
+__all__ = ["ClaimRow", "MemoryRow", "PollRow", "PushRow", "QueueFigures", "WakeRow", "measure", "queue_table"]
+
+_STREAMS = (1, 8, 32, 128)
 
 _MODEL = "measured"
 _PROMPT_TOKENS = 128
@@ -78,18 +85,32 @@ class PollRow:
 
 
 @dataclass(frozen=True)
+class WakeRow:
+    """From the begin of a submit to the end of an idle worker's claim, milliseconds."""
+
+    median_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
 class QueueFigures:
+    """Medians of the rounds."""
+
     server: str
     pushes: list[PushRow]
     claims: list[ClaimRow]
     memory: MemoryRow
     polls: list[PollRow]
-    claimed_after_ms: dict[str, float]  # From the begin of a submit to the end of an idle worker's claim.
+    wake: WakeRow
 
 
-def measure_queue(*, streams: tuple[int, ...], waiting_jobs: tuple[int, ...], rounds: int) -> QueueFigures:
-    """Medians of so many rounds. A million waiting jobs take a minute to submit, and 1.5 GB."""
-    return asyncio.run(_measure(streams, waiting_jobs, rounds))
+_Row = TypeVar("_Row")
+
+
+def measure(options: Options) -> Measured:
+    """A million waiting jobs take a minute to submit in each round, and 1.5 GB."""
+    figures = asyncio.run(_measure(options.waiting, options.rounds))
+    return [figures], [queue_table(figures)]
 
 
 def queue_table(figures: QueueFigures) -> Table:
@@ -107,22 +128,26 @@ def queue_table(figures: QueueFigures) -> Table:
     for poll in figures.polls:
         table.add_row(f"idle gateway, {poll.workers} workers known", f"{poll.gateway_us:.0f} us/s")
         table.add_row(f"idle worker, {poll.workers} workers known", f"{poll.worker_us:.0f} us/s")
-    for name, value_ms in figures.claimed_after_ms.items():
-        table.add_row(f"submit to claim by an idle worker, {name}", f"{value_ms:.1f} ms")
+    table.add_row("submit to claim by an idle worker, median", f"{figures.wake.median_ms:.1f} ms")
+    table.add_row("submit to claim by an idle worker, 99th percentile", f"{figures.wake.p99_ms:.1f} ms")
     return table
 
 
-async def _measure(streams: tuple[int, ...], waiting_jobs: tuple[int, ...], rounds: int) -> QueueFigures:
+async def _measure(waiting_jobs: Sequence[int], rounds: int) -> QueueFigures:
     async with _fresh_queue() as queue:
         server = await queue.version()
     return QueueFigures(
         server,
-        pushes=[await _median_push(number, rounds) for number in streams],
-        claims=await _claims(waiting_jobs),
-        memory=await _memory(),
-        polls=[await _polls(workers) for workers in (_IDLE_PROCESSES, 20 * _IDLE_PROCESSES)],
-        claimed_after_ms=await _claimed_after_ms(),
+        pushes=[await _median(rounds, partial(_pushes, number)) for number in _STREAMS],
+        claims=await _claims(waiting_jobs, rounds),
+        memory=await _median(rounds, _memory),
+        polls=[await _median(rounds, partial(_polls, workers)) for workers in (_IDLE_PROCESSES, 20 * _IDLE_PROCESSES)],
+        wake=await _median(rounds, _wake),
     )
+
+
+async def _median(rounds: int, measure_once: Callable[[], Awaitable[_Row]]) -> _Row:
+    return median_of([await measure_once() for _ in range(rounds)])
 
 
 class _Queue:
@@ -205,24 +230,17 @@ async def _wait_for(client: redis.asyncio.Redis) -> None:
                 return
 
 
-async def _median_push(streams: int, rounds: int) -> PushRow:
+async def _pushes(streams: int) -> PushRow:
     steps = max(20, 4000 // streams)
-    rows = []
-    for _ in range(rounds):
-        async with _fresh_queue() as queue:
-            await queue.submit(streams)
-            claims = await queue.claimer.claim(max_jobs=streams, max_tokens=2**50)
-            await _push(queue, claims, 0, 10)  # Warms up.
-            server_s, worker_s = await queue.server_s(), time.process_time()
-            await _push(queue, claims, 10, 10 + steps)
-            server_s, worker_s = await queue.server_s() - server_s, time.process_time() - worker_s
-            tokens = streams * steps
-            rows.append(PushRow(streams, server_s / tokens * 1e6, worker_s / tokens * 1e6))
-    return PushRow(
-        streams,
-        statistics.median(row.server_us_per_token for row in rows),
-        statistics.median(row.worker_us_per_token for row in rows),
-    )
+    async with _fresh_queue() as queue:
+        await queue.submit(streams)
+        claims = await queue.claimer.claim(max_jobs=streams, max_tokens=2**50)
+        await _push(queue, claims, 0, 10)  # Warms up.
+        server_s, worker_s = await queue.server_s(), time.process_time()
+        await _push(queue, claims, 10, 10 + steps)
+        server_s, worker_s = await queue.server_s() - server_s, time.process_time() - worker_s
+    tokens = streams * steps
+    return PushRow(streams, server_s / tokens * 1e6, worker_s / tokens * 1e6)
 
 
 async def _push(queue: _Queue, claims: list[ClaimedJob], first: int, last: int) -> None:
@@ -242,7 +260,13 @@ def _entry(position: int) -> job_pb2.LogEntry:
     return job_pb2.LogEntry(end_position=position + 1, deltas=[delta])
 
 
-async def _claims(waiting_jobs: tuple[int, ...]) -> list[ClaimRow]:
+async def _claims(waiting_jobs: Sequence[int], rounds: int) -> list[ClaimRow]:
+    """Few jobs wait first, then more on the same server."""
+    rows_of_rounds = [await _claim_among(waiting_jobs) for _ in range(rounds)]
+    return [median_of(rows) for rows in zip(*rows_of_rounds, strict=True)]
+
+
+async def _claim_among(waiting_jobs: Sequence[int]) -> list[ClaimRow]:
     rows = []
     async with _fresh_queue() as queue:
         num_waiting = 0
@@ -318,7 +342,7 @@ async def _cost_us(queue: _Queue, poll: Callable[[int], Awaitable[None]]) -> flo
     return (await queue.server_s() - before_s) / (_IDLE_SECONDS * _IDLE_PROCESSES) * 1e6
 
 
-async def _claimed_after_ms() -> dict[str, float]:
+async def _wake() -> WakeRow:
     """A worker without work waits; jobs come one at a time."""
     times_ms = []
     async with _fresh_queue() as queue:
@@ -332,5 +356,4 @@ async def _claimed_after_ms() -> dict[str, float]:
             if len(await queue.claimer.claim(max_jobs=1, max_tokens=2**50)) != 1:
                 raise RuntimeError("the worker was woken for nothing")
             times_ms.append((time.perf_counter() - started_s) * 1e3)
-    ranked = sorted(times_ms)
-    return {"median": statistics.median(ranked), "99th percentile": ranked[len(ranked) * 99 // 100]}
+    return WakeRow(statistics.median(times_ms), statistics.quantiles(times_ms, n=100, method="inclusive")[98])

@@ -2,7 +2,6 @@
 
 import random
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import GPTNeoXForCausalLM
 
-from bench.path import complete_with_demo_tokenizer, running_stack
+from bench.checkpoints import complete_with_demo_tokenizer
+from bench.options import Measured, Options
+from bench.services import running_stack
+from bench.turns import Ratio, paired_ratio, take_turns, timed
 
-__all__ = ["ScoringRow", "measure_scoring", "score_in_batches", "scoring_table"]
+__all__ = ["ScoringRow", "measure", "score_in_batches", "scoring_table"]
 
 BATCH_SIZES = (1, 4, 16)
 
@@ -83,6 +85,7 @@ class ScoringRow:
     task: str
     ours: float
     transformers: dict[int, float]  # By batch size.
+    ratios: dict[int, Ratio]  # Of ours to each of these.
     largest_difference: float  # Between two log-likelihoods of an item.
 
     @property
@@ -90,22 +93,13 @@ class ScoringRow:
         return max(self.transformers, key=lambda size: self.transformers[size])
 
     @property
-    def ratio(self) -> float:
-        return self.ours / self.transformers[self.best_batch_size]
+    def ratio(self) -> Ratio:
+        return self.ratios[self.best_batch_size]
 
 
-def measure_scoring(name: str, folder: Path, *, context_tokens: int, rounds: int) -> list[ScoringRow]:
-    """`folder` needs no tokenizer of its own. Contexts have half to one and a half times `context_tokens`.
-
-    Raises:
-        RuntimeError: the two sides do not give the same scores, so that times would compare nothing.
-    """
-    complete_with_demo_tokenizer(folder)
-    num_ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with running_stack(folder) as stack, Client(stack["addresses"][0]) as client:
-        draws = (_Draw(task, model, num_ids, context_tokens) for task in TASKS)
-        return [_measure(name, draw, client, rounds) for draw in draws]
+def measure(options: Options) -> Measured:
+    rows = [row for name, folder in options.checkpoints() for row in _measure_checkpoint(name, folder, options)]
+    return rows, [scoring_table(rows)]
 
 
 def scoring_table(rows: list[ScoringRow]) -> Table:
@@ -119,7 +113,7 @@ def scoring_table(rows: list[ScoringRow]) -> Table:
             f"{row.ours:.1f}",
             f"{row.transformers[row.best_batch_size]:.1f}",
             str(row.best_batch_size),
-            f"{row.ratio:.2f}",
+            str(row.ratio),
             f"{row.largest_difference:.0e}",
         )
     return table
@@ -151,32 +145,43 @@ def score_in_batches(model: GPTNeoXForCausalLM, items: Sequence[ScoreItem], batc
     return [scores[index] for index in range(len(items))]
 
 
-def _measure(name: str, draw: _Draw, client: Client, rounds: int) -> ScoringRow:
-    systems: dict[int | None, Callable[[Sequence[ScoreItem]], list[ItemScore]]] = {None: client.score}
+def _measure_checkpoint(name: str, folder: Path, options: Options) -> list[ScoringRow]:
+    """`folder` needs no tokenizer of its own. Contexts have half to one and a half times the prompt's tokens.
+
+    Raises:
+        RuntimeError: the two sides do not give the same scores, so that times would compare nothing.
+    """
+    complete_with_demo_tokenizer(folder)
+    num_ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with running_stack(folder) as stack, Client(stack["addresses"][0]) as client:
+        draws = (_Draw(task, model, num_ids, options.prompt_tokens) for task in TASKS)
+        return [_measure_task(name, draw, client, options.rounds) for draw in draws]
+
+
+def _measure_task(name: str, draw: _Draw, client: Client, rounds: int) -> ScoringRow:
+    # New items for each round: the worker would use again what it computed before.
+    items = {number: draw.items(seed=number) for number in range(-1, rounds)}
+    scorers: dict[int | None, Callable[[Sequence[ScoreItem]], list[ItemScore]]] = {None: client.score}
     for batch_size in BATCH_SIZES:
-        systems[batch_size] = lambda items, size=batch_size: score_in_batches(draw.model, items, size)
-    seconds: dict[int | None, list[float]] = {system: [] for system in systems}
-    largest_difference = 0.0
-    warm_up = draw.items(seed=-1)[:4]
-    for score in systems.values():
-        score(warm_up)
-    for round_ in range(rounds):
-        # New ones for each round: the worker would use again what it computed before.
-        items = draw.items(seed=round_)
-        scores = {}
-        for system, score in systems.items():
-            start = time.perf_counter()
-            scores[system] = score(items)
-            seconds[system].append(time.perf_counter() - start)
-        for batch_size in BATCH_SIZES:
-            largest_difference = max(largest_difference, _largest_difference(scores[None], scores[batch_size]))
-    rates = {system: len(items) / statistics.median(times) for system, times in seconds.items()}
+        scorers[batch_size] = lambda items, size=batch_size: score_in_batches(draw.model, items, size)
+    turns = take_turns(
+        {system: lambda number, score=score: timed(lambda: score(items[number])) for system, score in scorers.items()},
+        rounds,
+    )
+    seconds = {system: [took_s for took_s, _ in of_one] for system, of_one in turns.items()}
+    rates = {system: len(items[0]) / statistics.median(times) for system, times in seconds.items()}
     return ScoringRow(
         name,
         draw.task.name,
         ours=rates[None],
         transformers={batch_size: rates[batch_size] for batch_size in BATCH_SIZES},
-        largest_difference=largest_difference,
+        ratios={batch_size: paired_ratio(seconds[batch_size], seconds[None]) for batch_size in BATCH_SIZES},
+        largest_difference=max(
+            _largest_difference(ours, theirs)
+            for batch_size in BATCH_SIZES
+            for (_, ours), (_, theirs) in zip(turns[None], turns[batch_size], strict=True)
+        ),
     )
 
 

@@ -13,8 +13,9 @@ from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from rich.table import Table
 
 from bench.checkpoints import random_prompts
+from bench.options import Measured, Options
 
-__all__ = ["ShardsRow", "measure_shards", "shards_table"]
+__all__ = ["ShardsRow", "measure", "shards_table"]
 
 _RANKS = 2
 _STEPS = 16
@@ -35,21 +36,27 @@ class ShardsRow:
     overhead: float  # Of the ranks' time over one process's, from pairs of steps. An ideal split has 1.
 
 
-def measure_shards(name: str, folder: Path, concurrencies: list[int], *, context: int, rounds: int) -> list[ShardsRow]:
+def measure(options: Options) -> Measured:
+    rows = [row for name, folder in options.checkpoints() for row in _measure_checkpoint(name, folder, options)]
+    return rows, [shards_table(rows)]
+
+
+def _measure_checkpoint(name: str, folder: Path, options: Options) -> list[ShardsRow]:
     """Two ranks of one thread each beside one process of two, step by step in turn."""
+    concurrencies, context, rounds = options.concurrent, options.prompt_tokens, options.rounds
     config = load_config(folder)
-    options = RuntimeOptions(
+    runtime = RuntimeOptions(
         device="cpu",
         dtype="float32",
         threads=_RANKS,
         max_sequences=max(concurrencies),
         kv_tokens=max(concurrencies) * (context + 2 * _STEPS),
     )
-    split = build_executor(folder, replace(options, split="tensor", num_ranks=_RANKS))
+    split = build_executor(folder, replace(runtime, split="tensor", num_ranks=_RANKS))
     if split.ranks is None:
         raise RuntimeError("the model is not split")
     with closing(split.ranks):
-        alone = build_executor(folder, replace(options, split="none"))
+        alone = build_executor(folder, replace(runtime, split="none"))
         return [_measure(name, config, alone, split, concurrent, context, rounds) for concurrent in concurrencies]
 
 

@@ -1,7 +1,7 @@
 """A discrete-event simulation of workers behind the queue: the real engine and scheduler, a clock instead of a model.
 
 Steps last as long as a law says: the roofline of a card, or what was measured. The queue's policy is the one tenant's:
-first come, first served, and a worker claims what it has room for, as `oasst_worker.consumer` does.
+first come, first served. A worker claims what it has room for, in blocks of KV cache, as `oasst_worker.consumer` does.
 """
 
 import heapq
@@ -13,18 +13,27 @@ from dataclasses import dataclass, field
 from oasst_cli.plan.roofline import StepWork
 from oasst_worker import engine
 from oasst_worker.engine import Engine, EngineConfig, GenerationParams
-from oasst_worker.engine.batch import Batch, Sample
+from oasst_worker.engine.batch import Batch
 
-__all__ = ["Arrival", "Chat", "Simulated", "StepLaw", "WorkerShape", "poisson_arrivals", "simulate", "work_of"]
+from bench.executors import EmptyExecutor
+
+__all__ = [
+    "Arrival",
+    "Chat",
+    "Simulated",
+    "StepLaw",
+    "WorkerShape",
+    "kv_tokens_expected",
+    "poisson_arrivals",
+    "simulate",
+    "work_of",
+]
 
 StepLaw = Callable[[StepWork], float]
 
-# As the worker's own: oasst_worker.runtime.runner and oasst_worker.consumer.
-_BLOCK_SIZE = 16
-_PREFILL_TILE = 64
+_BLOCK_SIZE = EmptyExecutor.block_size
+# As oasst_worker.consumer has it.
 _LOOKAHEAD_TOKENS = 64
-
-_ANY_TOKEN = 7
 _NEVER = -1
 
 
@@ -80,6 +89,7 @@ class WorkerShape:
     kv_tokens: int
     max_sequences: int = 64
     step_tokens: int = 512
+    is_on_cpu: bool = False  # Which says how a prompt may be cut.
 
 
 def poisson_arrivals(
@@ -126,26 +136,14 @@ def work_of(batch: Batch) -> StepWork:
         num_tokens=batch.num_tokens,
         num_sequences=len(chunks),
         cached_tokens=sum(chunk.end for chunk in chunks),
-        attended_tokens=sum(chunk.num_tokens * (chunk.start + chunk.end) / 2 for chunk in chunks),
+        attended_tokens=sum(chunk.num_tokens * (chunk.start + 1 + chunk.end) / 2 for chunk in chunks),
     )
 
 
-@dataclass
-class _TimedExecutor:
-    """Computes nothing, but says how long it would have taken."""
-
-    law: StepLaw
-    num_blocks: int
-    block_size: int = _BLOCK_SIZE
-    prefill_tile: int = _PREFILL_TILE
-    is_position_exact: bool = True
-    last_step_s: float = 0.0
-    spent_s: float = 0.0
-
-    def execute(self, batch: Batch) -> list[Sample]:
-        self.last_step_s = self.law(work_of(batch))
-        self.spent_s += self.last_step_s
-        return [Sample(_ANY_TOKEN) for chunk in batch.chunks if chunk.draws]
+def kv_tokens_expected(prompt_tokens: int, output_tokens: int, *, max_new_tokens: int) -> int:
+    """As `oasst_worker.generating.GeneratingJob.kv_tokens_expected`, of one choice: whole blocks, and one kept free."""
+    num_tokens = prompt_tokens + min(output_tokens + _LOOKAHEAD_TOKENS, max_new_tokens)
+    return (-(-num_tokens // _BLOCK_SIZE) + 1) * _BLOCK_SIZE
 
 
 @dataclass
@@ -156,15 +154,20 @@ class _Worker:
 
     def __post_init__(self) -> None:
         shape = self.shape
-        self._executor = _TimedExecutor(shape.law, shape.kv_tokens // _BLOCK_SIZE)
+        self._last_step_s = self._spent_s = 0.0
+        executor = EmptyExecutor(shape.kv_tokens // _BLOCK_SIZE, spend=self._spend, is_on_cpu=shape.is_on_cpu)
         config = EngineConfig(
             eos_token_id=_NEVER,
             max_positions=shape.kv_tokens,
             max_sequences=shape.max_sequences,
             step_tokens=shape.step_tokens,
         )
-        self._engine = Engine(self._executor, config, clock=lambda: self._executor.spent_s)
+        self._engine = Engine(executor, config, clock=lambda: self._spent_s)
         self._sequences: dict[str, engine.Sequence] = {}
+
+    def _spend(self, batch: Batch) -> None:
+        self._last_step_s = self.shape.law(work_of(batch))
+        self._spent_s += self._last_step_s
 
     def has_work(self) -> bool:
         return self._engine.has_work()
@@ -185,17 +188,19 @@ class _Worker:
     def _fits(self, arrival: Arrival) -> bool:
         if not self._chats:
             return True
-        expected = sum(
-            sequence.num_prompt_tokens
-            + min(sequence.num_output_tokens + _LOOKAHEAD_TOKENS, sequence.params.max_new_tokens)
+        held = sum(
+            kv_tokens_expected(
+                sequence.num_prompt_tokens, sequence.num_output_tokens, max_new_tokens=sequence.params.max_new_tokens
+            )
             for sequence in self._sequences.values()
         )
-        return arrival.size <= self.shape.kv_tokens - expected
+        # The last block may be all but empty, and another is kept free.
+        return arrival.size + 2 * _BLOCK_SIZE <= self.shape.kv_tokens - held
 
     def step(self, now_s: float, ended: list[Chat]) -> float:
         """One step of the engine; how long it took."""
         outputs = self._engine.step()
-        step_s = self._executor.last_step_s
+        step_s = self._last_step_s
         ended_s = now_s + step_s
         for output in outputs:
             chat = self._chats[output.sequence_id]

@@ -7,7 +7,6 @@
 
 import json
 import statistics
-import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +19,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO
+from bench.options import Measured, Options
+from bench.turns import Ratio, paired_ratio, take_turns, timed
 
-__all__ = ["SpeculationRow", "measure_speculation", "read_chats", "speculation_table"]
+__all__ = ["SpeculationRow", "measure", "read_chats", "speculation_table"]
 
 _SPECULATE = 8
 
@@ -43,13 +44,10 @@ class SpeculationRow:
     concurrent: int
     without_s: float
     with_s: float
-    same_tokens: bool
+    gain: Ratio  # Of the first to the second.
+    same_tokens: bool | None  # In every round. None where tokens are recorded, whatever the model says.
     tokens_per_step: float  # Of one sequence, with guessing.
     accepted_share: float  # Of tokens guessed.
-
-    @property
-    def gain(self) -> float:
-        return self.without_s / self.with_s
 
 
 def read_chats(report: Path, *, sampling: str = "greedy", longest: int = 256) -> list[Chat]:
@@ -75,7 +73,37 @@ def read_chats(report: Path, *, sampling: str = "greedy", longest: int = 256) ->
     return [chat for chat in chats if len(chat.answer_ids) >= longest // 2]
 
 
-def measure_speculation(name: str, folder: Path, chats: list[Chat], *, rounds: int) -> list[SpeculationRow]:
+def measure(options: Options) -> Measured:
+    if options.answers is None:
+        raise SystemExit("speculation is measured on recorded answers: --answers FILE, a report of oasst-model-eval")
+    chats = read_chats(options.answers)
+    rows = [
+        row
+        for name, folder in options.checkpoints()
+        for row in _measure_checkpoint(name, folder, chats, rounds=options.rounds)
+    ]
+    return rows, [speculation_table(rows)]
+
+
+def speculation_table(rows: list[SpeculationRow]) -> Table:
+    table = Table(title=f"Guessing up to {_SPECULATE} tokens ahead, fp32: time without it / time with it")
+    headings = ("checkpoint", "answers", "concurrent", "gain", "tokens a step", "guesses right", "same tokens")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            row.answers,
+            str(row.concurrent),
+            str(row.gain),
+            f"{row.tokens_per_step:.2f}",
+            f"{row.accepted_share:.0%}",
+            {None: "-", True: "yes", False: "NO"}[row.same_tokens],
+        )
+    return table
+
+
+def _measure_checkpoint(name: str, folder: Path, chats: list[Chat], *, rounds: int) -> list[SpeculationRow]:
     """One stream after another, then 8 and 32 at once, by the recorded answers; and one stream by its own."""
     model = load_config(folder)
     runner = build_executor(folder, RuntimeOptions(device="cpu", dtype="float32"))
@@ -92,41 +120,32 @@ def measure_speculation(name: str, folder: Path, chats: list[Chat], *, rounds: i
             speculate: _Run(executor, EngineConfig(model.eos_token_id, model.max_positions, speculate=speculate))
             for speculate in (0, _SPECULATE)
         }
-        for _ in range(rounds):
-            for run in runs.values():
-                run.generate(asked, concurrent)
-        without, guessing = runs[0], runs[_SPECULATE]
+        turns = take_turns(
+            {
+                speculate: lambda number, run=run, asked=asked, concurrent=concurrent: timed(
+                    lambda: run.generate(asked, concurrent, number)
+                )
+                for speculate, run in runs.items()
+            },
+            rounds,
+        )
+        without_s, with_s = ([took_s for took_s, _ in turns[speculate]] for speculate in (0, _SPECULATE))
+        pairs = zip(turns[0], turns[_SPECULATE], strict=True)
+        guessing = runs[_SPECULATE]
         rows.append(
             SpeculationRow(
                 name,
                 answers,
                 concurrent,
-                without_s=statistics.median(without.seconds),
-                with_s=statistics.median(guessing.seconds),
-                same_tokens=without.tokens == guessing.tokens,
+                statistics.median(without_s),
+                statistics.median(with_s),
+                paired_ratio(without_s, with_s),
+                all(tokens == others for (_, tokens), (_, others) in pairs) if executor is runner else None,
                 tokens_per_step=guessing.num_tokens / guessing.num_draws,
                 accepted_share=guessing.num_accepted / max(1, guessing.num_drafted),
             )
         )
     return rows
-
-
-def speculation_table(rows: list[SpeculationRow]) -> Table:
-    table = Table(title=f"Guessing up to {_SPECULATE} tokens ahead, fp32: time without it / time with it")
-    headings = ("checkpoint", "answers", "concurrent", "gain", "tokens a step", "guesses right", "same tokens")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.checkpoint,
-            row.answers,
-            str(row.concurrent),
-            f"{row.gain:.2f}",
-            f"{row.tokens_per_step:.2f}",
-            f"{row.accepted_share:.0%}",
-            "yes" if row.same_tokens else "NO",
-        )
-    return table
 
 
 class _Recorded:
@@ -150,12 +169,10 @@ class _Recorded:
 
 
 class _Run:
-    """An engine, and what it took so far."""
+    """An engine, and what it did so far."""
 
     def __init__(self, executor: ModelRunner | _Recorded, config: EngineConfig) -> None:
         self._engine = Engine(executor, config)
-        self.seconds: list[float] = []
-        self.tokens: dict[str, list[int | None]] = {}
         self.num_tokens = 0
         self.num_draws = 0  # Steps, counted for each sequence apart.
 
@@ -167,26 +184,24 @@ class _Run:
     def num_accepted(self) -> int:
         return self._engine.num_accepted_tokens
 
-    def generate(self, chats: dict[str, Chat], concurrent: int) -> None:
-        """All answers, so many at once."""
+    def generate(self, chats: dict[str, Chat], concurrent: int, number: int) -> dict[str, list[int | None]]:
+        """All answers of this round, so many at once."""
         waiting = iter(chats.items())
-        self.tokens = {}
-        started_s = time.perf_counter()
+        tokens: dict[str, list[int | None]] = {}
         for name, chat in islice(waiting, concurrent):
-            self._add(name, chat)
+            self._add(name, chat, number)
         while self._engine.has_work():
             outputs = self._engine.step()
             self.num_tokens += len(outputs)
             self.num_draws += len({output.sequence_id for output in outputs})
             for output in outputs:
-                self.tokens.setdefault(output.sequence_id, []).append(output.token_id)
+                tokens.setdefault(output.sequence_id, []).append(output.token_id)
                 if output.finish is not None:
                     for name, chat in islice(waiting, 1):
-                        self._add(name, chat)
-        self.seconds.append(time.perf_counter() - started_s)
+                        self._add(name, chat, number)
+        return tokens
 
-    def _add(self, name: str, chat: Chat) -> None:
+    def _add(self, name: str, chat: Chat, number: int) -> None:
         params = GenerationParams(len(chat.answer_ids), temperature=0.0, ignore_eos=True)
         # Salted by the round: no prompt is there already.
-        salt = f"{len(self.seconds)} {name}".encode()
-        self._engine.add(Sequence(name, chat.prompt_ids, params, salt=salt))
+        self._engine.add(Sequence(name, chat.prompt_ids, params, salt=f"{number} {name}".encode()))

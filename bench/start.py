@@ -10,9 +10,10 @@ import psutil
 from rich.table import Table
 
 from bench.checkpoints import DEMO
-from bench.path import running_stack
+from bench.options import Measured, Options
+from bench.services import running_stack
 
-__all__ = ["StartRow", "measure_start", "start_table"]
+__all__ = ["StartRow", "measure", "start_table"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,12 @@ class StartRow:
     resident_mib: dict[str, float]  # By process, idle on the demo checkpoint.
 
 
-def measure_start(rounds: int) -> StartRow:
+def measure(options: Options) -> Measured:
+    row = _measure(options.rounds)
+    return [row], [start_table(row)]
+
+
+def _measure(rounds: int) -> StartRow:
     first_tokens, stops = [], []
     for _ in range(rounds):
         first, stopped = _start_once()

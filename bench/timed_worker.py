@@ -8,39 +8,28 @@ import time
 
 from oasst_worker.__main__ import main
 from oasst_worker.detokenizer import Detokenizer
-from oasst_worker.engine import Batch, Engine, EngineConfig, Sample
+from oasst_worker.engine import Engine, EngineConfig
 from oasst_worker.intake import Intake, ModelFacts
 from oasst_worker.served_model import ServedModel
 from oasst_worker.settings import WorkerSettings
 from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO
-
-MODEL = "measured"
+from bench.executors import EmptyExecutor
+from bench.services import MODEL
 
 _FIRST_WORD = 1000
 _WORDS = 100
 _POSITIONS = 2048
 
 
-class TimedExecutor:
-    """Every batch takes as long as every other."""
-
-    block_size = 16
-    prefill_tile = 16
-    is_position_exact = True
-
-    def __init__(self, step_s: float, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._step_s = step_s
-
-    def execute(self, batch: Batch) -> list[Sample]:
-        time.sleep(self._step_s)
-        return [Sample(_FIRST_WORD + chunk.end % _WORDS) for chunk in batch.chunks if chunk.draws]
-
-
 def load_model(settings: WorkerSettings, step_s: float) -> ServedModel:
-    executor = TimedExecutor(step_s, num_blocks=settings.max_sequences * _POSITIONS // TimedExecutor.block_size)
+    """Every batch takes as long as every other."""
+    executor = EmptyExecutor(
+        settings.max_sequences * _POSITIONS // EmptyExecutor.block_size,
+        spend=lambda _: time.sleep(step_s),
+        draw=lambda chunk: _FIRST_WORD + chunk.end % _WORDS,
+    )
     tokens = {"max_sequences": settings.max_sequences, "step_tokens": settings.step_tokens}
     engine = Engine(executor, EngineConfig(eos_token_id=0, max_positions=_POSITIONS, **tokens))
     facts = ModelFacts(

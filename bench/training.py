@@ -29,11 +29,13 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PrinterCallback, Tra
 from transformers import Trainer as TheirTrainer
 
 from bench.checkpoints import DEMO, SHAPES, VOCAB_SIZE
+from bench.options import Measured, Options
+from bench.turns import Ratio, paired_ratio, rotated
 
-__all__ = ["OURS", "THEIRS", "TRAINED_SHAPES", "TrainingRow", "measure_training", "training_table"]
+__all__ = ["OURS", "THEIRS", "TrainingRow", "measure", "training_table"]
 
 OURS, THEIRS = "oasst-train", "transformers Trainer"
-TRAINED_SHAPES = ("demo", "70m")
+_TRAINED_SHAPES = ("demo", "70m")
 _WARM_UP_STEPS = 2
 _ROWS_PER_MICRO_BATCH = 4
 # Lengths of questions and answers, in tokens.
@@ -49,25 +51,30 @@ class TrainingRow:
     tokens_per_s: dict[str, float]  # Without padding.
     peak_mib: dict[str, float]
     last_loss: dict[str, float]
-
-    @property
-    def ratio(self) -> float:
-        return self.tokens_per_s[OURS] / self.tokens_per_s[THEIRS]
+    ratio: Ratio  # Of our tokens per second to theirs.
 
 
-def measure_training(shape: str, *, steps: int, rounds: int) -> TrainingRow:
+def measure(options: Options) -> Measured:
+    rows = [_measure(shape, steps=options.training_steps, rounds=options.rounds) for shape in _TRAINED_SHAPES]
+    return rows, [training_table(rows)]
+
+
+def _measure(shape: str, *, steps: int, rounds: int) -> TrainingRow:
     """The systems take turns, round by round."""
     runs: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
-    for _ in range(rounds):
-        for system, results in runs.items():
+    for number in range(rounds):
+        for system in rotated([OURS, THEIRS], number):
             command = [sys.executable, "-m", "bench.training", system, shape, str(steps)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-            results.append(json.loads(output.splitlines()[-1]))
+            runs[system].append(json.loads(output.splitlines()[-1]))
 
     def medians(figure: str) -> dict[str, float]:
         return {system: statistics.median(result[figure] for result in results) for system, results in runs.items()}
 
-    row = TrainingRow(shape, medians("tokens_per_s"), medians("peak_mib"), medians("last_loss"))
+    ours, theirs = ([result["tokens_per_s"] for result in runs[system]] for system in (OURS, THEIRS))
+    row = TrainingRow(
+        shape, medians("tokens_per_s"), medians("peak_mib"), medians("last_loss"), paired_ratio(ours, theirs)
+    )
     if abs(row.last_loss[OURS] - row.last_loss[THEIRS]) > 1e-3:
         raise RuntimeError(f"the losses differ, {row.last_loss}: the work would not be equal")
     return row
@@ -82,7 +89,7 @@ def training_table(rows: list[TrainingRow]) -> Table:
             row.shape,
             f"{row.tokens_per_s[OURS]:.0f}",
             f"{row.tokens_per_s[THEIRS]:.0f}",
-            f"{row.ratio:.2f}",
+            str(row.ratio),
             f"{row.peak_mib[OURS]:.0f} MiB",
             f"{row.peak_mib[THEIRS]:.0f} MiB",
         )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.checkpoints import DEMO
-from bench.path import running_stack
+from bench.services import running_stack
 from observe.dashboards import DASHBOARDS, Panel
 from observe.load import call_for
 from observe.pictures import Answers, draw

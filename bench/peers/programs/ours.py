@@ -1,13 +1,12 @@
 """oasst-serve's engine alone."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from oasst_worker.engine import EngineConfig
 from oasst_worker.model.config import load_config
 from oasst_worker.runtime import RuntimeOptions, build_executor
 
-from bench.engine import generate_greedily
+from bench.greedy import generate_greedily
 from bench.peers.answering import Generate, Setup, serve
 
 
@@ -28,16 +27,12 @@ def load(setup: Setup) -> Generate:
 
 
 def _options(setup: Setup) -> RuntimeOptions:
-    quantize = {"quantize": "int8"} if setup.dtype == "int8" else {}
-    unknown = quantize.keys() - {field.name for field in fields(RuntimeOptions)}
-    if unknown:
-        raise NotImplementedError("oasst-serve has no int8 weights yet")
     return RuntimeOptions(
         device="cpu",
         dtype="float32" if setup.dtype == "fp32" else "bfloat16",
         threads=setup.threads,
         max_sequences=setup.max_sequences,
-        **quantize,
+        quantize="int8" if setup.dtype == "int8" else None,
     )
 
 

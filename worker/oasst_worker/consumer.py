@@ -354,7 +354,8 @@ class Consumer:
     async def _push(self, shard: int, jobs: Sequence[HeldJob]) -> None:
         """The queue has heard what is new of these jobs and that they are still ours; what is lost is dropped."""
         started_s = self._clock()
-        tries = _tries([job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs])
+        items = [job.next_item(now_s=started_s, renew_after_s=self._renew_after_s) for job in jobs]
+        tries = _tries(items)
         failpoints.reach("worker.pushing")
         try:
             statuses = await self._reach("push", lambda: self._claimer.push(next(tries)), give_up=self._closing)
@@ -365,12 +366,12 @@ class Consumer:
         if statuses is None:
             return
         self._metrics.push_seconds.observe(self._clock() - started_s)
-        for job, status in zip(jobs, statuses, strict=True):
+        for job, item, status in zip(jobs, items, statuses, strict=True):
             if self._jobs.get(job.job_id) is not job:
                 continue  # Claimed anew meanwhile.
             if status is not PushStatus.OK:
                 self._drop(job, status)
-            elif job.has_ended:
+            elif item.outcome is not None:  # It may have ended since: that goes with the next item.
                 self._finish(job)
 
     def _finish(self, job: HeldJob) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,6 +39,11 @@ KILL_AFTER_S = 45.0
 RATE_INTERVAL = "15s"
 STEP_S = 1.0
 
+# Of the calls, at most.
+MOST_BROKEN = 0.1
+BROKEN = ("INTERNAL", "UNAVAILABLE")
+EXPORTER_TIMEOUT_S = 30.0
+
 # Panels that show nothing while all goes well.
 QUIET_PANELS = {"Calls that failed"}
 
@@ -46,7 +52,7 @@ def observe_run() -> None:
     """Prints what was found, and leaves the dashboards' pictures under docs/.
 
     Raises:
-        SystemExit: if a rule does not evaluate, a panel stays empty or metrics are malformed.
+        SystemExit: if a rule does not evaluate, a panel stays empty, metrics are malformed or too many calls break.
     """
     console = Console(width=120)
     with ExitStack() as stack:
@@ -55,9 +61,10 @@ def observe_run() -> None:
         exporter = Target(stack.enter_context(_running_exporter(service["redis_url"])), "valkey")
         prometheus = stack.enter_context(running_prometheus([*targets, exporter], rules=RULES, release=RELEASE))
         start_s = time.time()
-        asyncio.run(_load(service))
+        ends = asyncio.run(_load(service))
         span = (start_s, time.time())
         faults = [
+            *_faults_of_calls(ends, console),
             *_faults_of_rules(prometheus, console),
             *_faults_of_dashboards(prometheus, console, span),
             *(fault for target in targets for fault in _faults_of_metrics(target)),
@@ -69,12 +76,13 @@ def observe_run() -> None:
         sys.exit(1)
 
 
-async def _load(service: dict[str, Any]) -> None:
-    """Callers call, and a worker dies."""
+async def _load(service: dict[str, Any]) -> Counter[str]:
+    """Callers call, and a worker dies; how many calls ended how."""
     worker = next(each for each in service["processes"] if each["role"] == "worker")
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(call_for(service["addresses"], LOAD_S, callers=CALLERS))
+        calls = tasks.create_task(call_for(service["addresses"], LOAD_S, callers=CALLERS))
         tasks.create_task(_kill_after(KILL_AFTER_S, worker["pid"]))
+    return calls.result()
 
 
 async def _kill_after(seconds: float, pid: int) -> None:
@@ -85,6 +93,14 @@ async def _kill_after(seconds: float, pid: int) -> None:
 def _scrape(target: Target) -> bytes:
     with urllib.request.urlopen(f"http://{target.address}/metrics", timeout=10) as response:
         return bytes(response.read())
+
+
+def _faults_of_calls(ends: Counter[str], console: Console) -> Iterator[str]:
+    told = ", ".join(f"{number} {code}" for code, number in ends.most_common())
+    console.print(f"{ends.total()} calls ended: {told}")
+    num_broken = sum(ends[code] for code in BROKEN)
+    if num_broken > MOST_BROKEN * ends.total():
+        yield f"{num_broken} of {ends.total()} calls broke"
 
 
 def _faults_of_rules(prometheus: Prometheus, console: Console) -> Iterator[str]:
@@ -147,14 +163,28 @@ def _scrape_table(prometheus: Prometheus, span: tuple[float, float]) -> Table:
 
 @contextmanager
 def _running_exporter(redis_url: str) -> Iterator[str]:
-    """redis_exporter watches this server; the address it is scraped at.
+    """redis_exporter watches this server and answers; the address it is scraped at.
 
     Raises:
-        RuntimeError: if it is not installed.
+        RuntimeError: if it is not installed, or does not answer.
     """
     name = shutil.which("prometheus-redis-exporter") or shutil.which("redis_exporter")
     if name is None:
         raise RuntimeError("there is no redis_exporter: apt-get install prometheus-redis-exporter")
     address = f"127.0.0.1:{free_port()}"
-    with running([name, "-redis.addr", redis_url, "-web.listen-address", address]):
+    with running([name, "-redis.addr", redis_url, "-web.listen-address", address]) as process:
+        _await_metrics(Target(address, "valkey"), process)
         yield address
+
+
+def _await_metrics(target: Target, process: subprocess.Popen[bytes]) -> None:
+    give_up_s = time.monotonic() + EXPORTER_TIMEOUT_S
+    while True:
+        try:
+            _scrape(target)
+        except OSError as error:
+            if process.poll() is not None or time.monotonic() > give_up_s:
+                raise RuntimeError("redis_exporter does not answer") from error
+            time.sleep(0.1)
+        else:
+            return

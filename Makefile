@@ -49,8 +49,8 @@ train-demo: .venv/dev     ## Train the demo checkpoint by its recipe, serve it, 
 	$(BIN)/python -m oasst_training.train_demo --work-dir build/demo
 	printf 'What is a meme?\nAnd who coined the word?\n' | $(BIN)/oasst up --chat
 
-bench: .venv/dev          ## Measure engine, whole path, scoring and start; prints ratios
-	$(BIN)/python -m bench
+bench: .venv/dev          ## Measure every part, or PARTS="engine path" ROUNDS=1
+	$(BIN)/python -m bench $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 bench-peers: .venv/dev    ## Measure beside other systems; SHAPES=160m DTYPES=int8 SYSTEMS= CONCURRENT=8 ROUNDS=1
 	$(BIN)/python -m bench.peers $(if $(SHAPES),--shapes $(SHAPES)) $(if $(DTYPES),--dtypes $(DTYPES)) \

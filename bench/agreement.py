@@ -3,25 +3,25 @@
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from oasst_worker.engine import EngineConfig
+from oasst_worker.engine import Batch, Chunk, EngineConfig, GenerationParams, Sequence
 from oasst_worker.model.attention import FP8, PlainAttention
 from oasst_worker.model.config import load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
+from oasst_worker.runtime.tensors import make_rows
 from rich.table import Table
 from tokenizers import Tokenizer
 
 from bench.checkpoints import DEMO, random_prompts
 from bench.greedy import generate_greedily
 from bench.options import Measured, Options
-from bench.prompt_logits import prompt_logits
 
 __all__ = ["AgreementRow", "agreement_table", "measure", "measure_agreement"]
 
@@ -142,10 +142,19 @@ def _log_probabilities(runner: ModelRunner, texts: list[list[int]], prompts: lis
     """Of every place behind a prompt, [places, vocab]."""
     return torch.cat(
         [
-            prompt_logits(runner, text)[len(prompt) - 1 : -1].log_softmax(dim=1)
+            _logits(runner, text)[len(prompt) - 1 : -1].log_softmax(dim=1)
             for text, prompt in zip(texts, prompts, strict=True)
         ]
     )
+
+
+def _logits(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:
+    """Behind each token, [tokens, vocab]: an engine tells only what it draws. The runner's cache must be idle."""
+    sequence = Sequence("text", token_ids, GenerationParams(max_new_tokens=1))
+    sequence.blocks += range(-(-len(token_ids) // BLOCK_SIZE))
+    rows = make_rows(Batch((Chunk(sequence, 0, len(token_ids)),)))
+    every_row = replace(rows, drawing_rows=range(len(token_ids)))
+    return runner.model.forward(every_row.to(runner.device), runner.cache)
 
 
 def _equal_at_first(expected: list[int], given: list[int]) -> int:

@@ -1,12 +1,18 @@
 """The simulation of workers behind the queue, with the real scheduler."""
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
+from oasst.jobs.v1.job_pb2 import Job
+from oasst.v1.generation_pb2 import GenerationLimits
 from oasst_cli.plan.capacity import Load, make_plan
 from oasst_cli.plan.roofline import CARDS, Machine, StepWork
+from oasst_worker.consumer import _LOOKAHEAD_TOKENS
+from oasst_worker.generating import GeneratingJob
 
-from bench.simulation import Arrival, WorkerShape, poisson_arrivals, simulate
+from bench.executors import EmptyExecutor
+from bench.simulation import Arrival, WorkerShape, kv_tokens_expected, poisson_arrivals, simulate
 
 
 def ten_ms(work: StepWork) -> float:
@@ -32,6 +38,16 @@ def test_what_does_not_fit_the_cache_waits_in_the_queue() -> None:
     arrivals = [Arrival(0.0, 64, 64) for _ in range(2)]
     result = simulate(arrivals, WorkerShape(ten_ms, kv_tokens=192), num_workers=1)
     assert sorted(round(chat.claimed_s, 2) for chat in result.chats) == [0.0, 0.64]
+
+
+@pytest.mark.parametrize("output_tokens", [0, 1, 40, 99])
+@pytest.mark.parametrize("prompt_tokens", [1, 16, 300])
+def test_a_simulated_worker_keeps_as_much_cache_as_a_real_one(prompt_tokens: int, output_tokens: int) -> None:
+    job = Job(prompt_token_ids=range(prompt_tokens), limits=GenerationLimits(max_new_tokens=100))
+    real = SimpleNamespace(claimed=SimpleNamespace(job=job), _num_tokens={"choice": output_tokens})
+    block_size = EmptyExecutor.block_size
+    expected = GeneratingJob.kv_tokens_expected(real, _LOOKAHEAD_TOKENS, block_size=block_size)
+    assert kv_tokens_expected(prompt_tokens, output_tokens, max_new_tokens=100) == expected
 
 
 def test_two_workers_serve_twice_as_much() -> None:

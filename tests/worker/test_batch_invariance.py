@@ -15,8 +15,7 @@ from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerPlace, LayerRun, LayerWeights, NeoXWeights
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.tensors import make_inputs, make_rows
-
-from bench.prompt_logits import prompt_logits
+from prompt_logits import prompt_logits
 
 NUM_SEQUENCES = 32
 SHAPES = {

@@ -9,9 +9,8 @@ from oasst_worker.model.linear import PlainLinear, build_linear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime.runner import ModelRunner
+from prompt_logits import prompt_logits
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-from bench.prompt_logits import prompt_logits
 
 BASE = {
     "vocab_size": 320,

@@ -28,8 +28,7 @@ from oasst_worker.runtime.placement import (
 )
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.settings import StartError, parse_device_memory, read_settings
-
-from bench.prompt_logits import prompt_logits
+from prompt_logits import prompt_logits
 
 CPU = torch.device("cpu")
 OPTIONS = RuntimeOptions(device="cpu", threads=1, kv_tokens=128, split="none")

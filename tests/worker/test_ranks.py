@@ -23,9 +23,8 @@ from oasst_worker.runtime.memory import machine_bytes
 from oasst_worker.runtime.ranks import Command, LostRankError, RankProcesses, SplitModel, pack_rows, unpack_rows
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
+from prompt_logits import prompt_logits
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-from bench.prompt_logits import prompt_logits
 
 SIZES = {
     "vocab_size": 322,  # Four ranks have unequal parts of it.

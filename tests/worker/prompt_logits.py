@@ -1,4 +1,4 @@
-"""What a runner's model says behind every token of a text, which no request asks for: figures and tests do."""
+"""What a runner's model says behind every token of a text, which no request asks for: an oracle of tests."""
 
 from dataclasses import replace
 

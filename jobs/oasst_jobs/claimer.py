@@ -18,7 +18,7 @@ __all__ = ["Claimer"]
 # The sweep takes a lease that ends later than this for one made by a clock that jumped (MAX_LEASE_MS).
 _MAX_LEASE_MS = 120_000
 
-# A shard that did not answer rests for so many times as long as that took to see.
+# A shard that did not answer twice rests for so many times as long as that took to see.
 _REST = 5
 
 # More choices than any job has.
@@ -56,6 +56,8 @@ class Claimer:
         # Names the next claim from each shard. It stays while a claim's answer is missing, so that the next call asks
         # for the same jobs again instead of leaving them to their leases.
         self._claim_ids = [secrets.token_hex(8) for _ in client.shards]
+        # When that claim was asked for first; None before.
+        self._asked_s: list[float | None] = [None for _ in client.shards]
         # Where the next claim begins: every shard comes first in its turn.
         self._first_shard = 0
         # A shard that did not answer is left alone for a while, so that one that hangs does not hide the others.
@@ -91,8 +93,11 @@ class Claimer:
         Jobs come from the shards that answer; only if none does, that is raised.
         """
 
-        async def claim_from(number: int) -> tuple[list[ClaimReply], bool]:
-            reply = await self._client.shards[number].claim(
+        async def claim_from(number: int) -> tuple[list[ClaimedJob], bool]:
+            asked_s = self._asked_s[number]
+            if asked_s is None:
+                asked_s = self._asked_s[number] = self._clock()
+            replies, is_kept = await self._client.shards[number].claim(
                 self._worker_id,
                 self._claim_ids[number],
                 model=self._queue(is_scoring),
@@ -103,22 +108,23 @@ class Claimer:
                 tokens_per_choice=tokens_per_choice,
                 is_idle=is_idle,
             )
-            self._claim_ids[number] = secrets.token_hex(8)
-            return reply
+            claims = [claimed for reply in replies if (claimed := await self._read_claim(reply, asked_s)) is not None]
+            self._claim_ids[number], self._asked_s[number] = secrets.token_hex(8), None
+            return claims, is_kept
 
         away: QueueUnavailableError | None = None
         has_answered = False
         for number in self._shards_to_ask():
             self._first_shard = (number + 1) % self.num_shards
-            asked_s = self._clock()
+            tried_s, is_repeated = self._clock(), self._asked_s[number] is not None
             try:
-                replies, is_kept = await claim_from(number)
+                claims, is_kept = await claim_from(number)
             except QueueUnavailableError as error:
                 away = error
-                self._rests_until_s[number] = self._clock() + _REST * (self._clock() - asked_s)
+                if is_repeated:  # The first time it may have given jobs, which are soon asked for again.
+                    self._rests_until_s[number] = self._clock() + _REST * (self._clock() - tried_s)
                 continue
             has_answered = True
-            claims = [claimed for reply in replies if (claimed := await self._read_claim(reply)) is not None]
             if is_kept:
                 self._first_shard = number
             if claims or is_kept:
@@ -169,7 +175,7 @@ class Claimer:
     def _queue(self, is_scoring: bool) -> str:
         return scoring_queue(self._model) if is_scoring else self._model
 
-    async def _read_claim(self, reply: ClaimReply) -> ClaimedJob | None:
+    async def _read_claim(self, reply: ClaimReply, asked_s: float) -> ClaimedJob | None:
         """The claimed job; None if its bytes cannot be read, and then it has failed."""
         try:
             return ClaimedJob(
@@ -183,6 +189,7 @@ class Claimer:
                 remaining_ms=reply.remaining_ms,
                 is_solo=bool(reply.is_solo),
                 is_first_claim=bool(reply.is_first_claim),
+                asked_s=asked_s,
             )
         except DecodeError:
             await self.push([PushItem(reply.job_id, reply.fence, reply.end_position, outcome=malformed())])

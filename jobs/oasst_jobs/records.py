@@ -169,6 +169,8 @@ class ClaimedJob:
     is_solo: bool = False
     # Whether nobody has held it before, not even to give it back.
     is_first_claim: bool = True
+    # When its claim was first asked for, by the claimer's clock: the lease began then or later. An answer may be lost.
+    asked_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

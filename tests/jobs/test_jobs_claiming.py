@@ -22,6 +22,7 @@ from oasst_jobs import (
     Submitter,
     Sweeper,
 )
+from sick_shards import PartlyAway
 
 BULK, NORMAL, HIGH = chat_pb2.PRIORITY_BULK, chat_pb2.PRIORITY_NORMAL, chat_pb2.PRIORITY_HIGH
 
@@ -230,6 +231,25 @@ async def test_a_job_whose_bytes_are_no_job_fails_and_takes_no_other_with_it(
     assert log.state is JobState.FAILED
     assert log.outcome is not None
     assert log.outcome.failed.reason == "MALFORMED_JOB"
+
+
+async def test_a_claim_that_could_not_be_read_to_its_end_is_made_again(
+    submitter: Submitter, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    lame = PartlyAway(connection_pool=redis_client.connection_pool)
+    times_s = iter(range(100))
+    claimer = Claimer(QueueClient(lame), worker_id="worker-1", model=MODEL, clock=lambda: float(next(times_s)))
+    broken = make_job("broken")
+    await submit(submitter, broken, make_job("sound"))
+    await redis_client.hset(f"{client.shards[0].keys.root}:job:{broken.job_id}", "job", b"\xff\xff")
+    lame.away = "oasst_push"
+    with pytest.raises(QueueUnavailableError):
+        await claimer.claim(max_jobs=2, max_tokens=1000)
+    failed_s = next(times_s)
+    lame.away = None
+    [claimed] = await claimer.claim(max_jobs=2, max_tokens=1000)
+    assert claimed.job.request_id == "sound"
+    assert claimed.asked_s < failed_s  # Its lease may have begun then.
 
 
 async def test_an_index_entry_without_a_job_is_cleared_away(

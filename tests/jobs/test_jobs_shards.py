@@ -134,10 +134,10 @@ async def test_a_shard_that_hangs_is_not_asked_for_jobs_all_the_time(
     await submit(submitter, 30)
     claimer = Claimer(lame_client, worker_id="worker-1", model=MODEL, clock=lambda: now_s)
     await claim_all(claimer)
-    assert asked == 1
+    assert asked == 2  # And once more, in case it had given jobs.
     now_s += 15.0
     assert await claim_all(claimer) == []
-    assert asked == 2
+    assert asked == 3
 
 
 async def test_load_is_of_the_shards_that_answer(

@@ -88,6 +88,7 @@ class Consumer:
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock` is the claimer's too."""
         self._claimer = claimer
         self._loop = loop
         self._intake = intake
@@ -213,7 +214,7 @@ class Consumer:
         failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
         for claimed in claimed_jobs:
-            await self._take_in(claimed, leased_s=started_s)
+            await self._take_in(claimed)
         return True
 
     def _room_for_chats(self) -> _Room | None:
@@ -251,12 +252,11 @@ class Consumer:
     def _has_solo(self) -> bool:
         return any(job.claimed.is_solo for job in self._jobs.values())
 
-    async def _take_in(self, claimed: ClaimedJob, *, leased_s: float) -> None:
-        """The job runs. Its lease began no earlier than `leased_s`: a claim whose answer was lost began it before."""
+    async def _take_in(self, claimed: ClaimedJob) -> None:
         self._metrics.record_claim(claimed)
         spans = JobSpans(self._tracer, claimed, clock=self._clock)
         try:
-            job = self._make_job(claimed, spans, leased_s)
+            job = self._make_job(claimed, spans)
         except JobRefusedError as error:
             await self._refuse(claimed, error, spans)
             return
@@ -280,13 +280,13 @@ class Consumer:
             extra=spans.log_fields,
         )
 
-    def _make_job(self, claimed: ClaimedJob, spans: JobSpans, leased_s: float) -> HeldJob:
+    def _make_job(self, claimed: ClaimedJob, spans: JobSpans) -> HeldJob:
         now_s = self._clock()
         if claimed.job.score_items:
             runs = self._intake.accept_scoring(claimed)
-            return ScoringJob(claimed, runs, spans, claimed_s=now_s, leased_s=leased_s)
+            return ScoringJob(claimed, runs, spans, now_s=now_s)
         choices = self._intake.accept(claimed)
-        return GeneratingJob(claimed, choices, spans, claimed_s=now_s, leased_s=leased_s)
+        return GeneratingJob(claimed, choices, spans, now_s=now_s)
 
     async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError, spans: JobSpans) -> None:
         outcome = Outcome(failed=error.failed)

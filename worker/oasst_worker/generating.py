@@ -42,18 +42,9 @@ class _Unlogged:
 class GeneratingJob(HeldJob):
     """Its positions are the tokens of all its choices."""
 
-    def __init__(
-        self,
-        claimed: ClaimedJob,
-        choices: Sequence[ResumedChoice],
-        spans: JobSpans,
-        *,
-        claimed_s: float,
-        leased_s: float,
-    ) -> None:
+    def __init__(self, claimed: ClaimedJob, choices: Sequence[ResumedChoice], spans: JobSpans, *, now_s: float) -> None:
         running = [resumed for resumed in choices if resumed.finish is None]
-        parts = [resumed.choice for resumed in running]
-        super().__init__(claimed, parts, spans, claimed_s=claimed_s, leased_s=leased_s)
+        super().__init__(claimed, [resumed.choice for resumed in running], spans, now_s=now_s)
         self._num_cached_tokens: int | None = None  # Of the choice that found the fewest.
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None

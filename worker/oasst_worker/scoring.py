@@ -72,12 +72,10 @@ def scored_runs(claimed: ClaimedJob) -> Iterator[ScoredRun]:
 class ScoringJob(HeldJob):
     """Its positions are its items. Their scores may come in any order, and are logged in the items' own."""
 
-    def __init__(
-        self, claimed: ClaimedJob, runs: Sequence[ScoredRun], spans: JobSpans, *, claimed_s: float, leased_s: float
-    ) -> None:
-        super().__init__(claimed, runs, spans, claimed_s=claimed_s, leased_s=leased_s)
+    def __init__(self, claimed: ClaimedJob, runs: Sequence[ScoredRun], spans: JobSpans, *, now_s: float) -> None:
+        super().__init__(claimed, runs, spans, now_s=now_s)
         self.num_scored_tokens = 0  # By this worker.
-        self._scored_s = claimed_s
+        self._scored_s = now_s
         self._scores: dict[int, ItemScore] = {}  # By item: what no push has carried yet.
         self._num_missing = len(claimed.job.score_items) - claimed.end_position
 

@@ -61,9 +61,9 @@ async def start_worker(valkey_url: str) -> AsyncIterator[Callable[..., RunningWo
     workers: list[RunningWorker] = []
     connections = []
 
-    def start(worker_id: str = "worker", *, lease_ms: int = 10_000, **settings) -> RunningWorker:
+    def start(worker_id: str = "worker", **settings) -> RunningWorker:
         connections.append(connect(valkey_url))
-        workers.append(RunningWorker(QueueClient(connections[-1]), worker_id, lease_ms=lease_ms, **settings))
+        workers.append(RunningWorker(QueueClient(connections[-1]), worker_id, **settings))
         return workers[-1]
 
     yield start

@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from oasst_jobs import ClaimedJob, Claimer, PushItem, PushStatus, QueueClient
 from oasst_telemetry import NO_TRACER
@@ -37,18 +38,33 @@ class WatchedClaimer(Claimer):
         return await super().push(items)
 
 
-class RunningWorker:
-    """A consumer on a scripted engine, as a task."""
+# In the queue. None lapses by itself while a test runs; `Queue.lose_lease` takes one away.
+_LEASE_MS = 60_000
 
-    def __init__(self, client: QueueClient, worker_id: str, *, kv_tokens: int = 4096, lease_ms: int, **config) -> None:
+
+class RunningWorker:
+    """A consumer on a scripted engine, as a task. It takes its leases for as long as `lease_s` on its `clock`."""
+
+    def __init__(
+        self,
+        client: QueueClient,
+        worker_id: str,
+        *,
+        kv_tokens: int = 4096,
+        lease_s: float = _LEASE_MS / 1000,
+        clock: Callable[[], float] = time.monotonic,
+        **config,
+    ) -> None:
         self.executor = ScriptedExecutor(num_blocks=kv_tokens // ScriptedExecutor.block_size)
-        self.claimer = WatchedClaimer(client, worker_id=worker_id, model=MODEL, lease_ms=lease_ms)
+        self.claimer = WatchedClaimer(client, worker_id=worker_id, model=MODEL, lease_ms=_LEASE_MS, clock=clock)
         self.loop = EngineLoop(make_engine(self.executor, **config), max_steps_ahead=8)
         self.registry = CollectorRegistry()
         intake = make_intake(kv_tokens)
         metrics = WorkerMetrics(self.registry)
         watchdog = StepWatchdog(floor_s=60)
-        self.consumer = Consumer(self.claimer, self.loop, intake, metrics, watchdog, NO_TRACER, lease_s=lease_ms / 1000)
+        self.consumer = Consumer(
+            self.claimer, self.loop, intake, metrics, watchdog, NO_TRACER, lease_s=lease_s, clock=clock
+        )
         self.task = asyncio.create_task(self.consumer.run())
 
     @property

@@ -1,6 +1,7 @@
 """Jobs from a real queue through the loop and back: nothing lost, nothing twice, nothing kept too long."""
 
 import asyncio
+import functools
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,23 +23,11 @@ from running_worker import RunningWorker
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
 from sick_shards import FIRST_SHARD, PartlyAway, SlowlyLosingClaims
 from valkey_server import ValkeyServer
-from watched_queue import Queue, text_of, until
+from waiting import until
+from watched_queue import Queue, text_of
 
-LEASE_MS = 400
-
-
-@asynccontextmanager
-async def sweeping(queue: Queue) -> AsyncIterator[None]:
-    """The queue is swept every few milliseconds."""
-
-    async def sweep() -> None:
-        while True:
-            await queue.sweeper.sweep()
-            await asyncio.sleep(0.01)
-
-    task = asyncio.create_task(sweep())
-    yield
-    task.cancel()
+# For who renews so often, or tries so often to reach the queue, that a test can wait for it.
+HASTY_LEASE_S = 0.4
 
 
 async def test_a_job_is_generated_logged_and_told_of(queue, start_worker):
@@ -100,7 +89,7 @@ async def test_tokens_that_come_faster_than_anyone_reads_are_pushed_together(que
 
 
 async def test_another_worker_goes_on_where_a_dead_one_stopped(queue, start_worker):
-    first = start_worker("first", lease_ms=LEASE_MS)
+    first = start_worker("first")
     first.executor.allow(5)
     job_id = await queue.submit(make_job("resumed", n=2, stop=["zzz"], max_new_tokens=40))
     await until(lambda: first.executor.num_steps == 5)
@@ -132,7 +121,7 @@ async def test_a_job_whose_log_is_complete_gets_its_outcome_without_a_step(queue
 
 
 async def test_a_worker_that_lost_its_lease_drops_the_job_and_shows_nothing(queue, start_worker):
-    first = start_worker("first", lease_ms=LEASE_MS)
+    first = start_worker("first")
     first.executor.allow(3)
     job_id = await queue.submit(make_job("fenced"))
     await until(lambda: first.executor.num_steps == 3)
@@ -149,40 +138,41 @@ async def test_a_worker_that_lost_its_lease_drops_the_job_and_shows_nothing(queu
 
 
 async def test_a_worker_that_claims_its_own_lost_job_again_goes_on_from_the_log(queue, start_worker):
-    worker = start_worker(lease_ms=LEASE_MS)
+    worker = start_worker()
     worker.executor.allow(3)
     job_id = await queue.submit(make_job("own", max_new_tokens=30))
     await until(lambda: worker.executor.num_steps == 3)
     worker.claimer.may_push.clear()
-    async with sweeping(queue):
-        await until(lambda: worker.jobs_by("fenced") == 1)
+    await queue.lose_lease(job_id)
+    await until(lambda: worker.jobs_by("fenced") == 1)
     worker.claimer.may_push.set()
     worker.executor.allow(math.inf)
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 30)
 
 
 async def test_a_job_without_news_keeps_its_lease(queue, start_worker):
-    worker = start_worker(lease_ms=LEASE_MS)
+    worker = start_worker(lease_s=HASTY_LEASE_S)
     worker.executor.allow(0)
     job_id = await queue.submit(make_job("slow"))
     await until(lambda: worker.consumer.num_sequences == 1)
-    async with sweeping(queue):
-        await until(lambda: len(worker.claimer.push_sizes) >= 8)  # Each a third of a lease after the other.
-        assert await queue.state(job_id) is JobState.RUNNING
+    for _ in range(3):  # Each time a third of the lease that it takes itself to have.
+        await until(functools.partial(_lasts_longer_than, queue, job_id, await queue.lease_ends_ms(job_id)))
     worker.executor.allow(math.inf)
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert worker.jobs_by("finished") == 1
 
 
+async def _lasts_longer_than(queue: Queue, job_id: str, ends_ms: float) -> bool:
+    return await queue.lease_ends_ms(job_id) > ends_ms
+
+
 async def test_a_lease_counts_from_the_first_try_of_a_claim_whose_answer_was_lost(queue):
     losing = SlowlyLosingClaims(connection_pool=queue.client.redis.connection_pool)
-    losing.silence_s = 0.85
-    worker = RunningWorker(QueueClient(losing), "worker", lease_ms=1200)
+    losing.silence_s = 1100
+    worker = RunningWorker(QueueClient(losing), "worker", lease_s=3000, clock=losing.clock)
     worker.executor.allow(0)
     job_id = await queue.submit(make_job("kept"))
-    async with sweeping(queue):
-        await until(lambda: len(worker.claimer.push_sizes) >= 3)
-        assert await queue.state(job_id) is JobState.RUNNING
+    await until(lambda: worker.claimer.push_sizes == [1])  # A third of the lease has passed: it is renewed at once.
     worker.executor.allow(math.inf)
     assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert (losing.num_lost, worker.claimed, worker.jobs_by("fenced")) == (1, 1, 0)
@@ -313,7 +303,7 @@ async def test_a_job_with_more_choices_than_slots_are_free_waits_its_turn(queue,
 async def test_a_job_that_is_to_run_alone_does(queue, start_worker):
     job_id = await queue.submit(make_job("alone", max_new_tokens=30))
     for number in range(2):
-        dying = Claimer(queue.client, worker_id=f"dying-{number}", model=MODEL, lease_ms=1)
+        dying = Claimer(queue.client, worker_id=f"dying-{number}", model=MODEL)
         assert len(await dying.claim(max_jobs=1, max_tokens=1000)) == 1
         await queue.lose_lease(job_id)
 
@@ -329,7 +319,7 @@ async def test_a_job_that_is_to_run_alone_does(queue, start_worker):
 
 
 async def test_a_worker_that_dies_in_a_step_is_blamed_on_what_was_new_in_it(queue, start_worker):
-    worker = start_worker(lease_ms=LEASE_MS)
+    worker = start_worker()
     worker.executor.allow(5)
     old = await queue.submit(make_job("old", max_new_tokens=40))
     await until(lambda: worker.executor.num_steps == 5)
@@ -370,47 +360,65 @@ async def test_nothing_is_lost_while_the_queue_is_away(queue, start_worker, valk
     await until(lambda: worker.consumer.queue_is_reachable)
 
 
-async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url, caplog):
+@asynccontextmanager
+async def running_on_two_shards(valkey_url: str) -> AsyncIterator[tuple[Queue, PartlyAway, RunningWorker, list[str]]]:
+    """A worker with three tokens of each of its jobs, of which some are in either shard."""
     connection = connect(valkey_url)
     queue = Queue(QueueClient(connection, num_shards=2))
     lame = PartlyAway(connection_pool=connection.connection_pool)
-    worker = RunningWorker(QueueClient(lame, num_shards=2), "worker", lease_ms=LEASE_MS)
+    client = QueueClient(lame, num_shards=2)
+    worker = RunningWorker(client, "worker", lease_s=HASTY_LEASE_S, max_sequences=16)
     worker.executor.allow(3)
     job_ids = [await queue.submit(make_job(f"job {number}", max_new_tokens=200)) for number in range(8)]
-    away = {job_id for job_id in job_ids if queue.client.shard_number(job_id) == 0}
     await until(lambda: worker.consumer.num_sequences == 8)
     await until(lambda: worker.executor.num_steps == 3)
-    assert 0 < len(away) < 8
-
-    lame.away = FIRST_SHARD
-    async with sweeping(queue):
-        await until(lambda: worker.num_errors("push") > 0)
-        caplog.set_level("INFO")
-        caplog.clear()
-        await asyncio.sleep(2 * LEASE_MS / 1000)
-        worker.executor.allow(math.inf)
-        for job_id in set(job_ids) - away:
-            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
-        assert worker.jobs_by("finished") == 8 - len(away)
-        # Claims are answered meanwhile, and make it no better.
-        assert not worker.consumer.queue_is_reachable
-        assert not [record for record in caplog.records if record.message.startswith("queue")]
-        lame.away = None
-        for job_id in away:
-            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
-    assert worker.jobs_by("fenced") <= len(away)
+    assert {client.shard_number(job_id) for job_id in job_ids} == {0, 1}
+    yield queue, lame, worker, job_ids
     await worker.die()
     await connection.aclose()
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url, hangs):
+    async with running_on_two_shards(valkey_url) as (queue, lame, worker, job_ids):
+        lame.away, lame.hangs = FIRST_SHARD, hangs
+        present = [job_id for job_id in job_ids if queue.client.shard_number(job_id) == 1]
+        for _ in range(3):  # Their leases are renewed, again and again.
+            await until(functools.partial(_lasts_longer_than, queue, present[0], await queue.lease_ends_ms(present[0])))
+        worker.executor.allow(math.inf)
+        for job_id in present:
+            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+        lame.away = None
+        lame.released.set()
+        for job_id in job_ids:
+            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+        await until(lambda: worker.jobs_by("finished") == 8)
+
+
+async def test_a_queue_is_away_while_a_shard_takes_no_push_whatever_else_it_answers(valkey_url, caplog):
+    async with running_on_two_shards(valkey_url) as (queue, lame, worker, _):
+        lame.away = FIRST_SHARD
+        await until(lambda: worker.num_errors("push") > 0)
+        caplog.set_level("INFO")
+        caplog.clear()
+        for number in range(4):
+            await queue.submit(make_job(f"later {number}"))
+        await until(lambda: worker.claimed > 8)  # Claims are answered.
+        assert not worker.consumer.queue_is_reachable
+        assert not [record for record in caplog.records if record.message.startswith("queue")]
+        lame.away = None
+        await until(lambda: worker.consumer.queue_is_reachable)
+
+
 async def test_while_no_push_is_answered_nothing_is_claimed(queue):
     lame = PartlyAway(connection_pool=queue.client.redis.connection_pool)
-    worker = RunningWorker(QueueClient(lame), "worker", lease_ms=LEASE_MS)
+    worker = RunningWorker(QueueClient(lame), "worker", lease_s=HASTY_LEASE_S)
     lame.away = "oasst_push"
     first = await queue.submit(make_job("first"))
     await until(lambda: not worker.consumer.queue_is_reachable)
     second = await queue.submit(make_job("second"))
-    await asyncio.sleep(0.5)
+    num_errors = worker.num_errors("push")
+    await until(lambda: worker.num_errors("push") >= num_errors + 3)
     assert not worker.consumer.queue_is_reachable
     assert worker.claimed == 1
     lame.away = None

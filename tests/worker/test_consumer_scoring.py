@@ -9,7 +9,8 @@ from oasst.v1.scoring_pb2 import ItemScore, ScoreItem
 from oasst_jobs import JOB_VERSION, LogSnapshot, job_id_for
 from oasst_worker.engine import Target
 from scripted_worker import MAX_POSITIONS, MODEL, VOCAB_SIZE, expected_text, make_job, scripted_score
-from watched_queue import text_of, until
+from waiting import until
+from watched_queue import text_of
 
 Item = tuple[Sequence[int], int]  # Token ids, and how many of them are context.
 
@@ -100,7 +101,7 @@ async def test_a_worker_that_waits_takes_what_comes_to_be_scored(queue, start_wo
 
 async def test_another_worker_goes_on_behind_the_last_logged_item(queue, start_worker):
     different = [([token, 4, 6], 1) for token in range(1, 41)]
-    first = start_worker("first", lease_ms=400, step_tokens=24)
+    first = start_worker("first", step_tokens=24)
     first.executor.allow(1)
     job_id = await queue.submit(make_scoring("resumed", different))
     await until(lambda: queue_has_logged(queue, job_id))

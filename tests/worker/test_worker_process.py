@@ -26,7 +26,8 @@ from oasst_worker.settings import StartError, WorkerSettings, read_settings
 from oasst_worker.worker import Worker
 from prometheus_client import CollectorRegistry
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
-from watched_queue import Queue, text_of, until
+from waiting import until
+from watched_queue import Queue, text_of
 
 DEMO = Path(oasst_training.__file__).parent / "demo"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -99,27 +100,13 @@ async def run_to_end(*arguments: str) -> tuple[int, str]:
     return process.returncode or 0, said.decode()
 
 
-async def test_after_a_kill_another_worker_goes_on_with_the_same_text(queue, start_process):
-    first = await start_process("--lease-s", "0.5", "--worker-id", "first")
-    assert (first.event["event"], first.event["role"], first.event["id"]) == ("serving", "worker", "first")
-    disturbed_id = await queue.submit(demo_job("disturbed"))
-    await until(lambda: _has_logged(queue, disturbed_id, 20))
-    assert await first.end(signal.SIGKILL) == -signal.SIGKILL
-    assert 20 <= (await queue.log(disturbed_id)).end_position < 250
-
-    await start_process()
-    disturbed = await queue.ended(disturbed_id)
-    undisturbed = await queue.ended(await queue.submit(demo_job("undisturbed")))
-    assert disturbed.end_position == undisturbed.end_position == 250
-    assert text_of(disturbed) == text_of(undisturbed)
-
-
 async def _has_logged(queue: Queue, job_id: str, num_tokens: int) -> bool:
     return (await queue.log(job_id)).end_position >= num_tokens
 
 
 async def test_a_worker_asked_to_stop_gives_its_jobs_back_and_exits_0(queue, start_process):
-    worker = await start_process("--drain-s", "0")
+    worker = await start_process("--drain-s", "0", "--worker-id", "first")
+    assert (worker.event["event"], worker.event["role"], worker.event["id"]) == ("serving", "worker", "first")
     assert worker.get("/healthz")[0] == worker.get("/readyz")[0] == 200
     job_id = await queue.submit(demo_job("released"))
     await until(lambda: _has_logged(queue, job_id, 10))
@@ -298,13 +285,14 @@ def test_liveness_ends_when_the_event_loop_or_a_step_is_stuck():
 
 
 async def test_a_killed_rank_ends_its_worker_and_another_goes_on_with_the_same_text(queue, start_process):
-    split = await start_process("--split", "tensor", "--num-ranks", "2", "--lease-s", "0.5", "--worker-id", "split")
+    split = await start_process("--split", "tensor", "--num-ranks", "2", "--worker-id", "split")
     (rank,) = psutil.Process(split.process.pid).children()
     job_id = await queue.submit(demo_job("resumed"))
     await until(lambda: _has_logged(queue, job_id, 20))
     rank.kill()
     assert await asyncio.wait_for(split.process.wait(), 10) == 1
     assert 20 <= (await queue.log(job_id)).end_position < 250
+    await queue.lose_lease(job_id)
 
     await start_process()
     resumed = await queue.ended(job_id)

@@ -1,17 +1,14 @@
 """The queue as a gateway sees it, for tests of workers."""
 
-import asyncio
-import inspect
-from collections.abc import Callable
-
 from oasst.jobs.v1.job_pb2 import Job
 from oasst_jobs import JobState, LogSnapshot, QueueClient, QueueLimits, Submitter, Sweeper
+from waiting import until
 
-__all__ = ["Queue", "text_of", "until"]
+__all__ = ["Queue", "text_of"]
 
 
 class Queue:
-    """What a gateway does, and a clock that moves leases on."""
+    """What a gateway does, and what time does to leases and deadlines."""
 
     def __init__(self, client: QueueClient) -> None:
         self.client = client
@@ -47,22 +44,23 @@ class Queue:
         await self.client.redis.hset(f"{self.client.shard_of(job_id).keys.root}:job:{job_id}", "deadline_ms", 1)
 
     async def lose_lease(self, job_id: str) -> None:
-        """The job's worker was silent for longer than its lease, and the job waits again."""
+        """The job's worker was silent for longer than its lease, and the job has gone back in line."""
 
-        async def is_waiting() -> bool:
-            await self.sweeper.sweep()
-            return await self.state(job_id) is JobState.WAITING
+        async def is_swept() -> bool:
+            await self.client.redis.zadd(self._leases(job_id), {job_id: 1})
+            return (await self.sweeper.sweep()).requeued == 1
 
-        await until(is_waiting)
+        await until(is_swept)  # A push that is under way may renew it in between.
+
+    async def lease_ends_ms(self, job_id: str) -> float:
+        """When the job's lease lapses, on the queue's clock."""
+        return await self.client.redis.zscore(self._leases(job_id), job_id)
+
+    def _leases(self, job_id: str) -> str:
+        return f"{self.client.shard_of(job_id).keys.root}:leases"
 
     async def _has_ended(self, job_id: str) -> bool:
         return (await self.state(job_id)).is_terminal
-
-
-async def until(is_true: Callable[[], object], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not (await answer if inspect.isawaitable(answer := is_true()) else answer):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 def text_of(log: LogSnapshot, choice: int = 0) -> str:

@@ -1,8 +1,6 @@
 """The whole service as people start it: `oasst up`, with real processes and the demo checkpoint."""
 
-import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 from metric_page import total_of
+from serving_line import read_serving_line
 
-START_S = 90
 STOP_S = 60
 
 
@@ -25,10 +23,10 @@ class UpProcess:
     """A running `oasst up --json` that serves, and what it told."""
 
     def __init__(self, arguments: list[str], folder: Path, temporary: Path) -> None:
-        self.folder = folder
+        self._log = folder / "stderr"
         # Its folder for temporary files.
         self.temporary = temporary
-        self._errors = (folder / "stderr").open("wb")
+        self._errors = self._log.open("wb")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "oasst_cli", "up", "--json", "--listen", "127.0.0.1:0", *arguments],
             stdin=subprocess.DEVNULL,
@@ -40,18 +38,14 @@ class UpProcess:
         self.summary: dict[str, Any] = {}
 
     def wait_until_serving(self) -> None:
-        readable, _, _ = select.select([self.process.stdout], [], [], START_S)
-        line = self.process.stdout.readline() if readable else b""
-        if not line:
-            raise AssertionError(f"it does not serve after {START_S} s: {self.stderr()}")
-        self.summary = json.loads(line)
+        self.summary = read_serving_line(self.process, self._log)
 
     @property
     def address(self) -> str:
         return self.summary["addresses"][0]
 
     def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
+        return self._log.read_text()
 
     def processes(self) -> list[psutil.Process]:
         """Every process there is because of it, itself first."""

@@ -1,11 +1,11 @@
 """A real chat in a trace: caller, gateway, queue and worker, also where a worker dies in the middle of it."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +13,11 @@ from pathlib import Path
 import oasst_training
 import pytest
 from oasst_client import Client
+from oasst_jobs import QueueClient, connect
 from opentelemetry import trace
 from otlp_receiver import OtlpReceiver, ReceivedSpan, running_otlp_receiver
+from serving_line import read_serving_line
+from waiting import wait_until
 
 DEMO = Path(oasst_training.__file__).parent / "demo"
 CALLER = trace.SpanContext(
@@ -29,20 +32,22 @@ TRACE_ID, CALLER_ID = f"{CALLER.trace_id:032x}", f"{CALLER.span_id:016x}"
 class Service:
     """Processes on one queue that export their spans to one receiver."""
 
-    def __init__(self, exits: ExitStack, redis_url: str, receiver: OtlpReceiver) -> None:
+    def __init__(self, exits: ExitStack, redis_url: str, receiver: OtlpReceiver, folder: Path) -> None:
         self._exits = exits
         self._redis_url = redis_url
+        self._folder = folder
         self.receiver = receiver
 
     def start(self, role: str, *options: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
         """The process, and what it told once it served."""
+        log = self.log_of(role)
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", f"oasst_{role}", "--model", str(DEMO), "--redis-url", self._redis_url),
                 *("--metrics-listen", "127.0.0.1:0", *options),
             ],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._exits.enter_context(log.open("ab")),
             env={
                 **os.environ,
                 "OTEL_EXPORTER_OTLP_ENDPOINT": self.receiver.endpoint,
@@ -51,22 +56,34 @@ class Service:
         )
         self._exits.callback(process.communicate)
         self._exits.callback(process.kill)
-        return process, json.loads(process.stdout.readline())
+        return process, read_serving_line(process, log)
+
+    def log_of(self, role: str) -> Path:
+        """What processes of this role say."""
+        return self._folder / f"{role}.log"
+
+    def lose_leases(self) -> None:
+        """Whoever holds a job has been silent for longer than its lease."""
+
+        async def lose() -> None:
+            redis = connect(self._redis_url)
+            leases = f"{QueueClient(redis).shards[0].keys.root}:leases"
+            await redis.zadd(leases, dict.fromkeys(await redis.zrange(leases, 0, -1), 1))
+            await redis.aclose()
+
+        asyncio.run(lose())
 
     def spans(self, is_whole: Callable[[list[ReceivedSpan]], bool]) -> list[ReceivedSpan]:
         """The spans of the caller's trace, once they are all there."""
-        give_up_s = time.monotonic() + 20
-        while not is_whole(spans := self.receiver.spans(TRACE_ID)):
-            assert time.monotonic() < give_up_s, [span.name for span in spans]
-            time.sleep(0.02)
-        return spans
+        wait_until(lambda: is_whole(self.receiver.spans(TRACE_ID)), "the trace to be whole")
+        return self.receiver.spans(TRACE_ID)
 
 
 @pytest.fixture
-def service(valkey_url: str) -> Iterator[Service]:
+def service(valkey_url: str, tmp_path: Path) -> Iterator[Service]:
     with ExitStack() as exits:
         receiver = exits.enter_context(running_otlp_receiver())
-        yield Service(exits, valkey_url, receiver)
+        yield Service(exits, valkey_url, receiver, tmp_path)
 
 
 def named(spans: list[ReceivedSpan], name: str) -> list[ReceivedSpan]:
@@ -108,13 +125,13 @@ def test_a_chat_is_one_trace_from_its_caller_to_the_workers_steps(service):
     assert completion.text.split()[-1] not in everything
 
     gateway.send_signal(signal.SIGTERM)
-    _, said = gateway.communicate(timeout=20)
-    lines = [json.loads(line) for line in said.splitlines()]
+    gateway.wait(timeout=20)
+    lines = [json.loads(line) for line in service.log_of("gateway").read_text().splitlines()]
     assert [line["event"] for line in lines if line.get("trace_id") == TRACE_ID] == ["accepted", "finished"]
 
 
 def test_the_next_worker_goes_on_in_the_same_trace(service):
-    first, _ = service.start("worker", "--worker-id", "first", "--lease-s", "0.5")
+    first, _ = service.start("worker", "--worker-id", "first")
     _, serving = service.start("gateway", "--listen", "127.0.0.1:0")
     with (
         Client(serving["listen"]) as client,
@@ -127,6 +144,7 @@ def test_the_next_worker_goes_on_in_the_same_trace(service):
         service.spans(lambda spans: named(spans, "queue"))
         first.kill()
         first.wait()
+        service.lose_leases()
         service.start("worker", "--worker-id", "second")
         completion = stream.completion()
     spans = service.spans(lambda spans: named(spans, "chat demo") and named(spans, "oasst.v1.ChatService/ChatStream"))

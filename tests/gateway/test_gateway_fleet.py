@@ -1,7 +1,6 @@
 """`--processes`: several gateways behind one port, as their callers, their orchestrator and Prometheus see them."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -17,10 +16,11 @@ import grpc
 import psutil
 import pytest
 from gateway_harness import RuleWorker, ask, eventually, read_text, text_of
+from metric_page import total_of
 from oasst.v1 import chat_pb2_grpc
 from oasst_client import AsyncClient
 from oasst_gateway.tenants import draw_api_key
-from prometheus_client.parser import text_string_to_metric_families
+from serving_line import read_serving_line
 
 NUM_PROCESSES = 2
 
@@ -43,8 +43,7 @@ class Fleet:
     def value(self, name: str) -> float:
         """The sum of a metric's series on the parent's page."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as page:
-            families = text_string_to_metric_families(page.read().decode())
-            return sum(each.value for family in families for each in family.samples if each.name == name)
+            return total_of(page.read().decode(), name)
 
     async def told(self, name: str, value: float) -> None:
         """Returns once the page says so; it is a second old at most."""
@@ -98,7 +97,7 @@ def start_fleet(checkpoint: Path, valkey_url: str, tmp_path: Path) -> Iterator[C
             errors = exits.enter_context(log.open("wb"))
             parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
             exits.callback(_end, parent)
-            serving = json.loads(parent.stdout.readline())
+            serving = read_serving_line(parent, log)
             return Fleet(parent, serving["listen"], serving["metrics"], log)
 
         yield start

@@ -1,12 +1,11 @@
 """`python -m oasst_gateway` as whoever starts it sees it: one line when it serves, one sentence when it cannot."""
 
-import json
-import os
+import functools
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -15,97 +14,132 @@ from gateway_harness import ask, read_text, text_of
 from oasst.v1 import chat_pb2, chat_pb2_grpc
 from oasst_gateway.errors import StartError
 from oasst_gateway.settings import read_settings
+from serving_line import read_serving_line
+from waiting import wait_until
 
 
-@contextmanager
-def gateway_process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "oasst_gateway",
-            "--listen",
-            "127.0.0.1:0",
-            "--metrics-listen",
-            "127.0.0.1:0",
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
+class GatewayProcess:
+    """A gateway that someone has started, and what it says."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process = process
+        self._log = log
+
+    def serving(self) -> dict[str, str]:
+        """What it told once it served."""
+        return read_serving_line(self.process, self._log)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Its exit code, and what it had still to say on stdout and all it said on stderr, once it has ended."""
+        stdout, _ = self.process.communicate(timeout=20)
+        return self.process.returncode, stdout, self.stderr()
+
+    def stderr(self) -> str:
+        return self._log.read_text()
+
+
+@pytest.fixture
+def start_gateway_process(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
+    """Starts a gateway with further options; gone at the end of the test."""
+    with ExitStack() as exits:
+
+        def start(*arguments: str) -> GatewayProcess:
+            log = tmp_path / "gateway.log"
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "oasst_gateway", "--listen", "127.0.0.1:0"),
+                    *("--metrics-listen", "127.0.0.1:0", *arguments),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=exits.enter_context(log.open("w")),
+                text=True,
+            )
+            exits.callback(process.communicate)
+            exits.callback(process.kill)
+            return GatewayProcess(process, log)
+
+        yield start
+
+
+async def test_a_process_serves_until_it_is_told_to_stop(
+    start_gateway_process: Callable[..., GatewayProcess], checkpoint: Path, valkey_url: str, worker: object
+) -> None:
+    gateway = start_gateway_process(
+        *("--model", str(checkpoint), "--model-name", "tiny", "--gateway-id", "g-1", "--redis-url", valkey_url)
     )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    serving = gateway.serving()
+    assert list(serving) == ["event", "role", "id", "listen", "metrics"]
+    assert (serving["event"], serving["role"], serving["id"]) == ("serving", "gateway", "g-1")
+    async with grpc.aio.insecure_channel(serving["listen"]) as channel:
+        request = ask("my secret prompt", request_id="r-1")
+        assert await read_text(chat_pb2_grpc.ChatServiceStub(channel).ChatStream(request)) == text_of(4)
+    gateway.send_signal(signal.SIGTERM)
+    exit_code, stdout, stderr = gateway.end()
+    assert exit_code == 0, stderr
+    assert stdout == ""
+    assert [word for word in ("accepted", "finished") if f"{word} job_id=" in stderr] == ["accepted", "finished"]
+    assert "secret" not in stderr
 
 
-async def test_a_process_serves_until_it_is_told_to_stop(checkpoint: Path, valkey_url: str, worker: object) -> None:
-    with gateway_process(
-        "--model", str(checkpoint), "--model-name", "tiny", "--gateway-id", "g-1", "--redis-url", valkey_url
-    ) as process:
-        serving = json.loads(process.stdout.readline())
-        assert list(serving) == ["event", "role", "id", "listen", "metrics"]
-        assert (serving["event"], serving["role"], serving["id"]) == ("serving", "gateway", "g-1")
-        async with grpc.aio.insecure_channel(serving["listen"]) as channel:
-            request = ask("my secret prompt", request_id="r-1")
-            assert await read_text(chat_pb2_grpc.ChatServiceStub(channel).ChatStream(request)) == text_of(4)
-        process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=20)
-        assert process.returncode == 0, stderr
-        assert stdout == ""
-        assert [word for word in ("accepted", "finished") if f"{word} job_id=" in stderr] == ["accepted", "finished"]
-        assert "secret" not in stderr
+async def test_a_second_signal_ends_it_at_once(
+    start_gateway_process: Callable[..., GatewayProcess], checkpoint: Path, valkey_url: str
+) -> None:
+    gateway = start_gateway_process("--model", str(checkpoint), "--redis-url", valkey_url)
+    async with grpc.aio.insecure_channel(gateway.serving()["listen"]) as channel:
+        call = chat_pb2_grpc.ChatServiceStub(channel).ChatStream(ask("Hello!"))
+        assert isinstance(await call.read(), chat_pb2.ChatEvent)
+        gateway.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            gateway.process.wait(timeout=0.3)
+        gateway.send_signal(signal.SIGINT)
+        exit_code, _, stderr = gateway.end()
+    assert exit_code == 1
+    assert stderr.splitlines()[-1] == "oasst_gateway: asked to stop twice, open chats were cut off"
 
 
-async def test_a_second_signal_ends_it_at_once(checkpoint: Path, valkey_url: str) -> None:
-    with gateway_process("--model", str(checkpoint), "--redis-url", valkey_url) as process:
-        serving = json.loads(process.stdout.readline())
-        async with grpc.aio.insecure_channel(serving["listen"]) as channel:
-            call = chat_pb2_grpc.ChatServiceStub(channel).ChatStream(ask("Hello!"))
-            assert isinstance(await call.read(), chat_pb2.ChatEvent)
-            process.send_signal(signal.SIGINT)
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=0.3)
-            process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=20)
-        assert process.returncode == 1
-        assert stderr.splitlines()[-1] == "oasst_gateway: asked to stop twice, open chats were cut off"
-
-
-def test_a_hangup_reads_its_files_anew_and_ends_nothing(checkpoint: Path, valkey_url: str, tmp_path: Path) -> None:
+def test_a_hangup_reads_its_files_anew_and_ends_nothing(
+    start_gateway_process: Callable[..., GatewayProcess], checkpoint: Path, valkey_url: str, tmp_path: Path
+) -> None:
     tenants = tmp_path / "tenants.toml"
     tenants.write_text('[[tenants]]\nname = "one"\n')
-    with gateway_process("--model", str(checkpoint), "--redis-url", valkey_url, "--tenants", str(tenants)) as process:
-        process.stdout.readline()
-        told = []
-        for text in ("[[tenants]", '[[tenants]]\nname = "two"\n'):
-            tenants.write_text(text)
-            process.send_signal(signal.SIGHUP)
-            told.append(next(line for line in process.stderr if "reload" in line))
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 0, stderr
-    assert "reload failed" in told[0]
-    assert "reloaded tenants and certificate" in told[1]
+    gateway = start_gateway_process("--model", str(checkpoint), "--redis-url", valkey_url, "--tenants", str(tenants))
+    gateway.serving()
+    for text, told in (
+        ("[[tenants]", "reload failed"),
+        ('[[tenants]]\nname = "two"\n', "reloaded tenants and certificate"),
+    ):
+        tenants.write_text(text)
+        gateway.send_signal(signal.SIGHUP)
+        wait_until(functools.partial(_has_said, gateway, told), told)
+    gateway.send_signal(signal.SIGTERM)
+    exit_code, _, stderr = gateway.end()
+    assert exit_code == 0, stderr
 
 
-def test_a_model_that_is_not_there_stops_the_start_with_one_sentence(tmp_path: Path) -> None:
-    with gateway_process("--model", str(tmp_path)) as process:
-        _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 2
+def _has_said(gateway: GatewayProcess, words: str) -> bool:
+    return words in gateway.stderr()
+
+
+def test_a_model_that_is_not_there_stops_the_start_with_one_sentence(
+    start_gateway_process: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    exit_code, _, stderr = start_gateway_process("--model", str(tmp_path)).end()
+    assert exit_code == 2
     assert stderr.count("\n") == 1
     assert f"cannot read {tmp_path}/tokenizer.json" in stderr
 
 
-def test_redis_that_is_not_there_stops_the_start_with_one_sentence(checkpoint: Path) -> None:
-    with gateway_process(
-        "--model", str(checkpoint), "--redis-url", "unix:///nowhere.sock", "--redis-wait-s", "0.1"
-    ) as process:
-        _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 1
+def test_redis_that_is_not_there_stops_the_start_with_one_sentence(
+    start_gateway_process: Callable[..., GatewayProcess], checkpoint: Path
+) -> None:
+    gateway = start_gateway_process(
+        *("--model", str(checkpoint), "--redis-url", "unix:///nowhere.sock", "--redis-wait-s", "0.1")
+    )
+    exit_code, _, stderr = gateway.end()
+    assert exit_code == 1
     assert stderr.splitlines()[-1] == "oasst_gateway: Redis did not answer within 0.1 s"
     assert "Traceback" not in stderr
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from oasst_jobs import JobState, QueueClient, connect
 from oasst_telemetry import NO_TRACER, ProbeServer
 from oasst_worker.__main__ import serve
 from oasst_worker.health import WorkerHealth
+from oasst_worker.loop import StepWatchdog
 from oasst_worker.served_model import ServedModel
 from oasst_worker.settings import StartError, WorkerSettings, read_settings
 from oasst_worker.worker import Worker
@@ -204,7 +206,18 @@ def submit_now(valkey_url: str, job: Job) -> None:
     asyncio.run(submit())
 
 
-def test_a_step_that_does_not_end_ends_the_worker_with_a_line_that_says_so(make_scripted, valkey_url, capfd):
+class ArmedAfterTwoSteps(StepWatchdog):
+    """Leaves the first two steps alone, however slow the machine is."""
+
+    @property
+    def limit_s(self) -> float:
+        return super().limit_s if len(self._recent_s) >= 2 else math.inf
+
+
+def test_a_step_that_does_not_end_ends_the_worker_with_a_line_that_says_so(
+    make_scripted, valkey_url, monkeypatch, capfd
+):
+    monkeypatch.setattr("oasst_worker.worker.StepWatchdog", ArmedAfterTwoSteps)
     scripted = make_scripted(step_limit_s=0.3)
     scripted.executor.allow(2)
     submit_now(valkey_url, make_job("stuck"))

@@ -320,7 +320,7 @@ async def test_the_first_claim_alone_ends_the_wait(submitter: Submitter, claimer
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for work does so for longer than the test: only what it waits for, or its own timeout, ends that."""
+    """Who waits for work does so for longer than the test: only what it waits for, or its own timeout, ends that."""
     monkeypatch.setattr("oasst_jobs.functions.MAX_BLOCK_S", 30.0)
 
 

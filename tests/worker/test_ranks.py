@@ -16,6 +16,7 @@ from oasst_worker.engine import Engine, EngineConfig, GenerationParams, ScoringS
 from oasst_worker.model import inputs
 from oasst_worker.model.config import load_config
 from oasst_worker.model.inputs import BLOCK_SIZE, AttentionSpan, StepInputs, StepRows
+from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.ranks import ConnectedRanks, ExchangeError, Share
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
@@ -103,11 +104,13 @@ def test_ranks_share_memory(runners):
 
 
 def test_ranks_of_which_one_cannot_share_memory_exchange_by_gloo(folder, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # Our kernels are compiled already; the other finds no compiler.
+    alone = build_executor(folder, OPTIONS)
+    assert load_kernels("exchange") is not None
+    monkeypatch.setenv("PATH", "")  # All our kernels are compiled; the other finds no compiler.
     split = build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2))
     with closing(split.ranks):
         assert split.model._model.ranks.memory is None
-        assert generate(split) == generate(build_executor(folder, OPTIONS))
+        assert generate(split) == generate(alone)
 
 
 def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(runners):

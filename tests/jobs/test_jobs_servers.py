@@ -118,37 +118,43 @@ async def test_with_the_users_rights_everything_works(users: dict[Role, redis.as
     assert await QueueClient(users[Role.ADMIN]).dead(10) == []
 
 
+FORBIDDEN = [
+    "KEYS *",
+    "GET other",
+    "SET other value",
+    "HGETALL another:{0}:job:1",
+    "DEL other",
+    "FLUSHALL",
+    "FLUSHDB",
+    "CONFIG GET *",
+    "CONFIG SET dir /tmp",
+    "EVAL return(1) 0",
+    "SCRIPT LOAD return(1)",
+    "FUNCTION FLUSH",
+    "ACL LIST",
+    "ACL WHOAMI",
+    "SHUTDOWN NOSAVE",
+    "REPLICAOF 127.0.0.1 1",
+    "MONITOR",
+    "CLIENT LIST",
+    "MIGRATE 127.0.0.1 1 oasst:{0}:counters 0 10",
+    "PUBLISH channel message",
+    "SAVE",
+    "MODULE LIST",
+]
+
+
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize(
-    "command",
-    [
-        "KEYS *",
-        "GET other",
-        "SET other value",
-        "HGETALL another:{0}:job:1",
-        "DEL other",
-        "FLUSHALL",
-        "FLUSHDB",
-        "CONFIG GET *",
-        "CONFIG SET dir /tmp",
-        "EVAL return(1) 0",
-        "SCRIPT LOAD return(1)",
-        "FUNCTION FLUSH",
-        "ACL LIST",
-        "ACL WHOAMI",
-        "SHUTDOWN NOSAVE",
-        "REPLICAOF 127.0.0.1 1",
-        "MONITOR",
-        "CLIENT LIST",
-        "MIGRATE 127.0.0.1 1 oasst:{0}:counters 0 10",
-        "PUBLISH channel message",
-        "SAVE",
-        "MODULE LIST",
-    ],
-)
-async def test_nothing_else_is_allowed(users: dict[Role, redis.asyncio.Redis], role: Role, command: str) -> None:
-    with pytest.raises((redis.exceptions.NoPermissionError, redis.exceptions.AuthorizationError)):
-        await users[role].execute_command(*command.split())
+async def test_nothing_else_is_allowed(users: dict[Role, redis.asyncio.Redis], role: Role) -> None:
+    assert [command for command in FORBIDDEN if not await _is_refused(users[role], command)] == []
+
+
+async def _is_refused(client: redis.asyncio.Redis, command: str) -> bool:
+    try:
+        await client.execute_command(*command.split())
+    except (redis.exceptions.NoPermissionError, redis.exceptions.AuthorizationError):
+        return True
+    return False
 
 
 @pytest.mark.parametrize("role", [Role.GATEWAY, Role.WORKER])

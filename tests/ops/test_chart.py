@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import kubernetes_validate
 import pytest
 from api_server import KINDS
 from helm_release import CHART, Release
+from kubernetes_validate.utils import schema_contents
 from yamllint import linter
 from yamllint.config import YamlLintConfig
 
@@ -52,6 +54,15 @@ def strings_in(node: Any) -> Iterator[str]:
         yield node
 
 
+@pytest.fixture(scope="module")
+def _schemas_read_once() -> Iterator[None]:
+    """`kubernetes_validate` otherwise parses a schema of megabytes anew for each manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kubernetes_validate.utils.schema_contents", cache(schema_contents))
+        yield
+
+
+@pytest.mark.usefixtures("_schemas_read_once")
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_kubernetes_knows_every_field(release: Release, version: str) -> None:
     for manifest in (*release.objects, *release.tests):

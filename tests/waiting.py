@@ -37,4 +37,11 @@ def wait_until(is_true: Callable[[], object], what: str = "", timeout_s: float =
 
 
 def _in_vain(is_true: Callable[[], object], what: str, timeout_s: float) -> AssertionError:
-    return AssertionError(f"waited {timeout_s:g} s for {what or inspect.getsource(is_true).strip()}")
+    return AssertionError(f"waited {timeout_s:g} s for {what or _source_of(is_true)}")
+
+
+def _source_of(is_true: Callable[[], object]) -> str:
+    try:
+        return inspect.getsource(is_true).strip()
+    except TypeError:  # It is not a function, but something that can be called like one.
+        return repr(is_true)

@@ -1,7 +1,7 @@
 """A gateway as its callers see it, and a worker that answers by rule."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,6 @@ __all__ = [
     "RuleWorker",
     "ask",
     "details_of",
-    "eventually",
     "read_into",
     "read_text",
     "start_gateway",
@@ -252,13 +251,3 @@ def details_of(error: grpc.aio.AioRpcError) -> ErrorDetails:
         retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if has_retry else None,
         pushback_ms=int(trailers["grpc-retry-pushback-ms"]) if "grpc-retry-pushback-ms" in trailers else None,
     )
-
-
-async def eventually(condition: Callable[[], Awaitable[bool] | bool], *, timeout_s: float = 10) -> None:
-    """Returns once the condition holds; the test fails if it never does."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            holds = condition()
-            if holds if isinstance(holds, bool) else await holds:
-                return
-            await asyncio.sleep(0.005)

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import grpc
 import pytest
-from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway
+from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway
 from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
@@ -15,6 +15,7 @@ from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
 from oasst_jobs import Claimer, QueueClient, QueueLimits, Submitter
 from prometheus_client import CollectorRegistry
+from waiting import until
 
 
 def test_a_wait_follows_from_the_tokens_ahead_and_the_speed() -> None:
@@ -112,7 +113,7 @@ async def test_a_deadline_that_passes_before_a_worker_comes_is_refused(model: Se
 async def test_a_deadline_that_what_is_ahead_outlasts_is_refused(gateway: Gateway, queue: QueueClient) -> None:
     busy = Claimer(queue, worker_id="busy", model="tiny")
     await busy.heartbeat(job_pb2.WorkerStatus(worker_id="busy", model="tiny", tokens_per_second=10.0))
-    await eventually(lambda: gateway.sample("workers") == 1)
+    await until(lambda: gateway.sample("workers") == 1)
     for _ in range(2):
         await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=100))
     soon = Duration(seconds=5)
@@ -165,7 +166,7 @@ async def test_whoever_comes_just_after_the_queue_was_full_is_not_even_read(
                 return bool(await gateway.chat.SubmitChat(ask("Hello!", request_id="r-2")))
             return False
 
-        await eventually(is_let_in)
+        await until(is_let_in)
 
 
 async def test_a_request_that_has_its_place_is_not_refused_for_a_full_queue(
@@ -242,7 +243,7 @@ async def test_a_worker_that_comes_is_known_long_before_the_next_look_is_due(que
     assert not monitor.look_out().has_workers
     worker = Claimer(queue, worker_id="w", model="tiny")
     await worker.heartbeat(job_pb2.WorkerStatus(worker_id="w", model="tiny", tokens_per_second=10.0))
-    await eventually(lambda: monitor.look_out().has_workers)
+    await until(lambda: monitor.look_out().has_workers)
     looking.cancel()
 
 
@@ -252,7 +253,7 @@ async def test_a_worker_of_another_model_is_no_worker(
     other = Claimer(queue, worker_id="other", model="other")
     await other.heartbeat(job_pb2.WorkerStatus(worker_id="other", model="other", tokens_per_second=10.0))
     async with start_gateway(model, valkey_url, worker_wait_s=30) as gateway:
-        await eventually(lambda: gateway.sample("workers") == 1)
+        await until(lambda: gateway.sample("workers") == 1)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await gateway.chat.Chat(chat_pb2.ChatRequest(conversation=ask("Hi").conversation), timeout=5)
         assert details_of(refused.value).reason == "NO_WORKER"

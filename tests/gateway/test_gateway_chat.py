@@ -9,7 +9,6 @@ from gateway_harness import (
     RuleWorker,
     ask,
     details_of,
-    eventually,
     read_into,
     read_text,
     start_gateway,
@@ -84,7 +83,7 @@ async def test_a_caller_who_reads_late_gets_the_rest_in_one_piece(gateway: Gatew
     worker.hold()
     call = gateway.chat.ChatStream(ask("Hello!", max_new_tokens=5, request_id="r-1"))
     worker.free()
-    await eventually(lambda: gateway.sample("generated_tokens_total") == 5)
+    await until(lambda: gateway.sample("generated_tokens_total") == 5)
     late = [event async for event in gateway.chat.ChatStream(ask("Hello!", max_new_tokens=5, request_id="r-1"))]
     assert [event.WhichOneof("event") for event in late] == ["accepted", "delta", "finished"]
     assert late[1].delta.text == text_of(5)
@@ -132,7 +131,7 @@ async def test_whoever_leaves_ends_the_work(gateway: Gateway, worker: RuleWorker
     await call.read()
     await call.read()
     call.cancel()
-    await eventually(lambda: worker.dropped == [PushStatus.CANCELLED])
+    await until(lambda: worker.dropped == [PushStatus.CANCELLED])
     assert await state_of(queue, "r-1") is JobState.CANCELLED
 
 
@@ -141,9 +140,9 @@ async def test_a_unary_caller_who_leaves_ends_the_work(
 ) -> None:
     worker.hold()
     call = gateway.chat.Chat(ask("Hello!", request_id="r-1"))
-    await eventually(lambda: len(worker.claimed) == 1)
+    await until(lambda: len(worker.claimed) == 1)
     call.cancel()
-    await eventually(lambda: worker.dropped == [PushStatus.CANCELLED])
+    await until(lambda: worker.dropped == [PushStatus.CANCELLED])
 
 
 async def test_work_that_another_caller_watches_goes_on(gateway: Gateway, worker: RuleWorker) -> None:
@@ -152,7 +151,7 @@ async def test_work_that_another_caller_watches_goes_on(gateway: Gateway, worker
     staying = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
     await asyncio.gather(leaving.read(), staying.read())
     leaving.cancel()
-    await eventually(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 1)
+    await until(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 1)
     worker.free()
     assert await read_text(staying) == text_of(4)
 
@@ -163,7 +162,7 @@ async def test_within_its_grace_a_left_request_is_found_again(gateway: Gateway, 
     call = gateway.chat.ChatStream(request)
     await call.read()
     call.cancel()
-    await eventually(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
+    await until(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
     worker.free()
     assert await read_text(gateway.chat.ChatStream(request)) == text_of(4)
     assert len(worker.claimed) == 1
@@ -176,7 +175,7 @@ async def test_after_its_grace_a_left_request_is_cancelled(
     call = gateway.chat.ChatStream(ask("Hello!", request_id="r-1", detach_grace=Duration(nanos=50_000_000)))
     await call.read()
     call.cancel()
-    await eventually(lambda: worker.dropped == [PushStatus.CANCELLED])
+    await until(lambda: worker.dropped == [PushStatus.CANCELLED])
 
 
 async def test_cancel_chat_ends_a_stream_with_a_failed_event(gateway: Gateway, worker: RuleWorker) -> None:
@@ -190,7 +189,7 @@ async def test_cancel_chat_ends_a_stream_with_a_failed_event(gateway: Gateway, w
         await read_into(events, call)
     assert ended.value.code() is grpc.StatusCode.CANCELLED
     assert details_of(ended.value).reason == "CANCELLED"
-    await eventually(lambda: worker.dropped == [PushStatus.CANCELLED])
+    await until(lambda: worker.dropped == [PushStatus.CANCELLED])
 
 
 async def test_cancelling_what_has_ended_changes_nothing(gateway: Gateway, worker: RuleWorker) -> None:
@@ -225,7 +224,7 @@ async def test_a_deadline_passes_in_the_queue(gateway: Gateway, queue: QueueClie
         state = await state_of(queue, "r-1")
         return state is not None and state.is_terminal
 
-    await eventually(has_ended)
+    await until(has_ended)
 
 
 async def test_a_timeout_shorter_than_the_deadline_ends_the_request(gateway: Gateway) -> None:
@@ -279,7 +278,7 @@ async def test_whoever_waits_is_told_the_place_and_the_wait(gateway: Gateway, qu
     await busy.heartbeat(job_pb2.WorkerStatus(worker_id="busy", model="tiny", tokens_per_second=8.0))
     first = gateway.chat.ChatStream(ask("Hello!"))
     assert not (await first.read()).accepted.queue.estimated_wait.ToMilliseconds()
-    await eventually(lambda: gateway.sample("workers") == 1 and gateway.sample("queue_waiting_jobs") == 1)
+    await until(lambda: gateway.sample("workers") == 1 and gateway.sample("queue_waiting_jobs") == 1)
     second = gateway.chat.ChatStream(ask("Hello!"))
     queue_status = (await second.read()).accepted.queue
     load = await gateway.model.GetLoad(model_pb2.GetLoadRequest())

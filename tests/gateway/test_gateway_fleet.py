@@ -15,12 +15,13 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from gateway_harness import RuleWorker, ask, eventually, read_text, text_of
+from gateway_harness import RuleWorker, ask, read_text, text_of
 from metric_page import total_of
 from oasst.v1 import chat_pb2_grpc
 from oasst_client import AsyncClient
 from oasst_gateway.tenants import draw_api_key
 from serving_line import read_serving_line
+from waiting import until
 
 NUM_PROCESSES = 2
 
@@ -51,7 +52,7 @@ class Fleet:
         async def is_told() -> bool:
             return await asyncio.to_thread(self.value, name) == value
 
-        await eventually(is_told, timeout_s=60)  # Another process may have to start first.
+        await until(is_told, timeout_s=60)  # Another process may have to start first.
 
 
 # As `python -m oasst_gateway --processes`, with less patience.
@@ -137,7 +138,7 @@ async def test_streams_spread_over_the_processes_their_page_adds_up_and_all_drai
         asyncio.create_task(read_text(chat_pb2_grpc.ChatServiceStub(channel).ChatStream(ask("Hello!"))))
         for channel in channels
     ]
-    await eventually(lambda: len(worker.claimed) == len(channels))
+    await until(lambda: len(worker.claimed) == len(channels))
     await fleet.told("oasst_gateway_requests_in_flight", len(channels))
     await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
     fleet.parent.send_signal(signal.SIGTERM)
@@ -152,7 +153,7 @@ async def test_a_killed_process_is_replaced_and_its_streams_go_on(fleet: Fleet, 
         await fleet.told("oasst_gateway_tenant_requests_total", 1)
         worker.hold()
         answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=4))
-        await eventually(lambda: len(worker.claimed) == 2)
+        await until(lambda: len(worker.claimed) == 2)
         worker.allow(1)
         [serving] = [child for child in fleet.children() if fleet.connections(child)]
         serving.kill()
@@ -171,7 +172,7 @@ async def test_a_process_that_hangs_is_killed_and_replaced_and_its_streams_go_on
     async with AsyncClient(fleet.listen) as client:
         worker.hold()
         answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=4))
-        await eventually(lambda: len(worker.claimed) == 1)
+        await until(lambda: len(worker.claimed) == 1)
         [hanging] = [child for child in fleet.children() if fleet.connections(child)]
         hanging.suspend()
         worker.free()
@@ -197,11 +198,11 @@ async def test_a_reload_replaces_every_process_and_fails_no_request(fleet: Fleet
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
             group.create_task(ask_until(is_reloaded))
-        await eventually(lambda: answers > 0)
+        await until(lambda: answers > 0)
         fleet.parent.send_signal(signal.SIGHUP)
-        await eventually(lambda: before.isdisjoint(child.pid for child in fleet.children()), timeout_s=60)
+        await until(lambda: before.isdisjoint(child.pid for child in fleet.children()), timeout_s=60)
         enough = answers + 8
-        await eventually(lambda: answers >= enough, timeout_s=60)
+        await until(lambda: answers >= enough, timeout_s=60)
         is_reloaded.set()
     assert len(fleet.children()) == NUM_PROCESSES
 
@@ -217,11 +218,9 @@ async def test_a_reload_of_what_is_broken_says_why_and_leaves_the_processes_as_t
     before = {child.pid for child in fleet.children()}
     tenants.write_text(whole.replace("sha256", "md5"))
     fleet.parent.send_signal(signal.SIGHUP)
-    await eventually(
-        lambda: "reload failed, the processes before go on exit_code=" in fleet.log.read_text(), timeout_s=60
-    )
+    await until(lambda: "reload failed, the processes before go on exit_code=" in fleet.log.read_text(), timeout_s=60)
     assert f"oasst_gateway: {tenants}: " in fleet.log.read_text()
-    await eventually(lambda: {child.pid for child in fleet.children()} == before, timeout_s=60)
+    await until(lambda: {child.pid for child in fleet.children()} == before, timeout_s=60)
     async with AsyncClient(fleet.listen, api_key=acme.key) as client:
         assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
 

@@ -1,14 +1,13 @@
 """The SDK and real gateways: streams go on over cut connections, restarts and the queue's loss of memory."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import redis.asyncio
 from cuttable_proxy import CuttableProxy
-from gateway_harness import Gateway, RuleWorker, eventually, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, start_gateway, text_of
 from oasst_client import (
     Accepted,
     AsyncClient,
@@ -20,6 +19,8 @@ from oasst_client import (
 )
 from oasst_gateway.model import ServedModel
 from oasst_jobs import JobState, QueueClient, QueueLimits, Submitter, job_id_for
+from valkey_server import free_port
+from waiting import until
 
 SECRET = "a secret that all gateways share"
 NUM_TOKENS = 12
@@ -57,12 +58,6 @@ async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
     submitter = Submitter(queue, gateway_id="test", limits=QueueLimits())
     snapshot = await submitter.status(job_id_for("default", request_id))
     return snapshot.state if snapshot is not None else None
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 async def test_a_stream_goes_on_over_cut_connections(proxy: CuttableProxy, worker: RuleWorker) -> None:
@@ -103,9 +98,9 @@ async def test_a_unary_chat_is_asked_again_and_attaches_to_what_runs(proxy: Cutt
     worker.hold()
     async with AsyncClient(proxy.address) as client:
         answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=NUM_TOKENS))
-        await eventually(lambda: len(worker.claimed) == 1)
+        await until(lambda: len(worker.claimed) == 1)
         proxy.cut()
-        await eventually(lambda: proxy.num_connections == 2)
+        await until(lambda: proxy.num_connections == 2)
         worker.free()
         assert (await answer).text == text_of(NUM_TOKENS)
     assert len(worker.claimed) == 1
@@ -175,7 +170,7 @@ async def test_leaving_with_a_grace_of_ones_own_leaves_it_running(
         async def has_finished() -> bool:
             return await state_of(queue, "r-1") is JobState.FINISHED
 
-        await eventually(has_finished)
+        await until(has_finished)
 
 
 async def test_a_submitted_request_is_watched_and_looked_at_from_elsewhere(
@@ -184,7 +179,7 @@ async def test_a_submitted_request_is_watched_and_looked_at_from_elsewhere(
     worker.hold()
     async with AsyncClient(resumable.listen) as client:
         accepted = await client.submit("Hello!", max_new_tokens=NUM_TOKENS, timeout_s=60)
-        await eventually(lambda: len(worker.claimed) == 1)
+        await until(lambda: len(worker.claimed) == 1)
         assert 0 < worker.claimed[0].remaining_ms <= 60_000
     async with AsyncClient(resumable.listen) as elsewhere:
         watch = elsewhere.watch(accepted.request_id, accepted.resume_token)
@@ -257,7 +252,7 @@ async def test_a_rolling_restart_of_two_gateways_under_load_fails_no_request(
             for _ in range(2):
                 for index in range(2):
                     enough = len(completions) + 8
-                    await eventually(lambda enough=enough: len(completions) >= enough)
+                    await until(lambda enough=enough: len(completions) >= enough)
                     await gateways[index].aclose()
                     await start(index)
             stop.set()

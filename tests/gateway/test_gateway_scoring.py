@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
-from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway, text_of
 from google.rpc import code_pb2
 from oasst.v1 import chat_pb2, scoring_pb2
 from oasst_gateway.model import ServedModel
 from oasst_jobs import PushStatus, QueueClient
+from waiting import until
 
 Item = tuple[Sequence[int], int]
 
@@ -45,7 +46,7 @@ async def test_the_same_request_again_costs_nothing(gateway: Gateway, worker: Ru
 async def test_no_chat_waits_for_what_is_to_be_scored(gateway: Gateway, worker: RuleWorker, queue: QueueClient) -> None:
     worker.hold()
     scoring = asyncio.ensure_future(gateway.scoring.Score(THREE))
-    await eventually(lambda: len(worker.claimed) == 1)
+    await until(lambda: len(worker.claimed) == 1)
     call = gateway.chat.ChatStream(ask("Hello!"))
     await call.read()
     worker.free()
@@ -56,15 +57,15 @@ async def test_no_chat_waits_for_what_is_to_be_scored(gateway: Gateway, worker: 
 async def test_a_caller_who_leaves_takes_the_job_along(gateway: Gateway, worker: RuleWorker) -> None:
     worker.hold()
     call = gateway.scoring.Score(THREE)
-    await eventually(lambda: len(worker.claimed) == 1)
+    await until(lambda: len(worker.claimed) == 1)
     call.cancel()
-    await eventually(lambda: worker.dropped == [PushStatus.CANCELLED])
+    await until(lambda: worker.dropped == [PushStatus.CANCELLED])
 
 
 async def test_it_can_be_cancelled_by_its_id(gateway: Gateway, worker: RuleWorker) -> None:
     worker.hold()
     call = asyncio.ensure_future(gateway.scoring.Score(THREE))
-    await eventually(lambda: len(worker.claimed) == 1)
+    await until(lambda: len(worker.claimed) == 1)
     await gateway.chat.CancelChat(chat_pb2.CancelChatRequest(request_id="three"))
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await call
@@ -76,7 +77,7 @@ async def test_a_deadline_ends_it(gateway: Gateway, worker: RuleWorker) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await gateway.scoring.Score(THREE, timeout=0.3)
     assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await eventually(lambda: len(worker.dropped) == 1)
+    await until(lambda: len(worker.dropped) == 1)
 
 
 async def test_a_failure_is_told_with_its_reason(gateway: Gateway, worker: RuleWorker) -> None:
@@ -89,7 +90,7 @@ async def test_a_failure_is_told_with_its_reason(gateway: Gateway, worker: RuleW
 async def test_a_full_queue_of_scores_is_told_and_chats_still_come_in(model: ServedModel, valkey_url: str) -> None:
     async with start_gateway(model, valkey_url, max_waiting_jobs=1) as gateway:
         waiting = gateway.scoring.Score(THREE)
-        await eventually(lambda: gateway.sample("tenant_requests_total", tenant="default") == 1)
+        await until(lambda: gateway.sample("tenant_requests_total", tenant="default") == 1)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await gateway.scoring.Score(score(([1, 2], 1)))
         details = details_of(refused.value)
@@ -104,7 +105,7 @@ async def test_a_request_that_has_its_place_is_not_refused_for_a_full_queue(
 ) -> None:
     async with start_gateway(model, valkey_url, max_waiting_jobs=1) as gateway:
         waiting = gateway.scoring.Score(THREE)
-        await eventually(lambda: gateway.sample("tenant_requests_total", tenant="default") == 1)
+        await until(lambda: gateway.sample("tenant_requests_total", tenant="default") == 1)
         with pytest.raises(grpc.aio.AioRpcError):
             await gateway.scoring.Score(score(([1, 2], 1)))
         again = gateway.scoring.Score(THREE)
@@ -121,7 +122,7 @@ async def test_a_gateway_that_leaves_sends_its_callers_elsewhere(
     worker.hold()
     async with start_gateway(model, valkey_url, drain_grace_s=0.1) as gateway:
         call = asyncio.ensure_future(gateway.scoring.Score(THREE))
-        await eventually(lambda: len(worker.claimed) == 1)
+        await until(lambda: len(worker.claimed) == 1)
     with pytest.raises(grpc.aio.AioRpcError) as sent_away:
         await call
     assert details_of(sent_away.value).reason == "GATEWAY_LEAVING"

@@ -10,7 +10,7 @@ import grpc
 import oasst.v1
 import pytest
 import redis.asyncio
-from gateway_harness import Gateway, RuleWorker, ask, details_of, eventually, read_text, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway, text_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.presets import PRESETS
@@ -22,6 +22,7 @@ from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.services import SERVICES
 from oasst_jobs import QueueClient, UnsupportedServerError
 from valkey_server import ValkeyServer
+from waiting import until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -158,7 +159,7 @@ async def test_a_stream_outlives_a_restart_of_the_queue(
     worker.allow(2)
     call = gateway.chat.ChatStream(ask("Hello!", request_id="r-1"))
     await call.read()
-    await eventually(lambda: gateway.sample("generated_tokens_total") == 2)
+    await until(lambda: gateway.sample("generated_tokens_total") == 2)
     valkey.kill()
     await asyncio.to_thread(valkey.start)
     worker.free()
@@ -172,13 +173,13 @@ async def test_whoever_leaves_while_the_queue_is_away_still_ends_the_work(
     await call.read()
     valkey.kill()
     call.cancel()
-    await eventually(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
+    await until(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
     await asyncio.to_thread(valkey.start)
 
     async def is_gone() -> bool:
         return (await queue.load()).waiting_jobs == 0
 
-    await eventually(is_gone)
+    await until(is_gone)
 
 
 async def test_metrics_can_be_scraped(gateway: Gateway, worker: RuleWorker) -> None:

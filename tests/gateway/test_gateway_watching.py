@@ -10,7 +10,6 @@ from gateway_harness import (
     RuleWorker,
     ask,
     details_of,
-    eventually,
     read_into,
     read_text,
     start_gateway,
@@ -22,6 +21,7 @@ from oasst.v1 import chat_pb2
 from oasst_gateway.model import ServedModel
 from oasst_gateway.watches import Watches
 from oasst_jobs import Inbox, JobState, QueueClient, QueueLimits, Submitter, job_id_for
+from waiting import until
 
 SECRET = "a secret that all gateways share"
 
@@ -49,7 +49,7 @@ async def test_a_submitted_request_runs_with_nobody_watching(gateway: Gateway, w
     async def has_finished() -> bool:
         return (await gateway.chat.GetChat(get_request(accepted))).state == chat_pb2.CHAT_STATE_FINISHED
 
-    await eventually(has_finished)
+    await until(has_finished)
     response = (await gateway.chat.GetChat(get_request(accepted))).response
     assert response == await gateway.chat.Chat(ask("Hello!", request_id="r-1"))
     assert response.choices[0].text == text_of(4)
@@ -59,7 +59,7 @@ async def test_the_rpcs_own_deadline_is_not_the_submitted_requests(gateway: Gate
     worker.hold()
     call = gateway.chat.SubmitChat(ask("Hello!", request_id="r-1"), timeout=30)
     await call
-    await eventually(lambda: len(worker.claimed) == 1)
+    await until(lambda: len(worker.claimed) == 1)
     assert worker.claimed[0].remaining_ms is None
 
 
@@ -92,7 +92,7 @@ async def test_a_snapshot_tells_what_there_is_so_far(gateway: Gateway, worker: R
         snapshot = await gateway.chat.GetChat(get_request(accepted))
         return snapshot.response.usage.completion_tokens == 2
 
-    await eventually(has_two)
+    await until(has_two)
     snapshot = await gateway.chat.GetChat(get_request(accepted))
     assert snapshot.state == chat_pb2.CHAT_STATE_RUNNING
     assert snapshot.response.choices[0].text == text_of(2)
@@ -167,13 +167,13 @@ async def test_leaving_a_watch_does_not_end_a_submitted_request(
     stream = gateway.chat.WatchChat(watch_request(accepted))
     await stream.read()
     stream.cancel()
-    await eventually(lambda: gateway.sample("requests_in_flight", rpc="ChatService/WatchChat") == 0)
+    await until(lambda: gateway.sample("requests_in_flight", rpc="ChatService/WatchChat") == 0)
     worker.free()
 
     async def has_finished() -> bool:
         return await state_of(queue, "r-1") is JobState.FINISHED
 
-    await eventually(has_finished)
+    await until(has_finished)
 
 
 async def test_a_request_runs_on_while_another_gateway_watches_it(
@@ -190,7 +190,7 @@ async def test_a_request_runs_on_while_another_gateway_watches_it(
         watch = second.chat.WatchChat(watch_request(accepted))
         await watch.read()
         stream.cancel()
-        await eventually(lambda: first.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
+        await until(lambda: first.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
         worker.free()
         assert await read_text(watch) == text_of(4)
 
@@ -230,7 +230,7 @@ async def test_a_reader_who_cannot_go_on_no_longer_keeps_the_request_running(
         async def is_cancelled() -> bool:
             return await state_of(queue, "r-1") is JobState.CANCELLED
 
-        await eventually(is_cancelled)
+        await until(is_cancelled)
 
 
 async def test_the_last_to_leave_takes_back_what_another_began(queue: QueueClient) -> None:
@@ -247,7 +247,7 @@ async def test_the_last_to_leave_takes_back_what_another_began(queue: QueueClien
         snapshot = await submitter.status(job.job_id)
         return snapshot is not None and snapshot.state is JobState.CANCELLED
 
-    await eventually(is_cancelled)
+    await until(is_cancelled)
 
 
 async def test_what_the_queue_forgot_to_be_watched_is_told_again(queue: QueueClient) -> None:

@@ -1,7 +1,6 @@
 """A queue on a fresh Valkey, and both of its sides."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio
@@ -10,8 +9,6 @@ from oasst_jobs import Claimer, QueueClient, QueueLimits, Submitter, Sweeper, co
 
 # Long enough for nobody to lose a lease by accident; tests that lose one on purpose say so.
 LEASE_MS = 10_000
-
-Eventually = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
 
 @pytest.fixture
@@ -45,15 +42,3 @@ def hasty_claimer(client: QueueClient) -> Claimer:
 @pytest.fixture
 def sweeper(client: QueueClient) -> Sweeper:
     return Sweeper(client)
-
-
-@pytest.fixture
-def eventually() -> Eventually:
-    """Waits until a condition holds; the test fails if it never does."""
-
-    async def wait(condition: Callable[[], Awaitable[bool]]) -> None:
-        async with asyncio.timeout(10):
-            while not await condition():  # noqa: ASYNC110 - what is waited for lies in Redis, which sets no event
-                await asyncio.sleep(0.002)
-
-    return wait

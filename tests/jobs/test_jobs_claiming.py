@@ -22,6 +22,7 @@ from oasst_jobs import (
     Sweeper,
 )
 from sick_shards import PartlyAway
+from waiting import until
 
 BULK, NORMAL, HIGH = chat_pb2.PRIORITY_BULK, chat_pb2.PRIORITY_NORMAL, chat_pb2.PRIORITY_HIGH
 
@@ -369,7 +370,7 @@ def test_a_lease_longer_than_any_honest_one_is_refused(client: QueueClient) -> N
 
 
 async def test_a_requeued_job_comes_before_those_that_arrived_later(
-    submitter: Submitter, claimer: Claimer, hasty_claimer: Claimer, sweeper: Sweeper, eventually
+    submitter: Submitter, claimer: Claimer, hasty_claimer: Claimer, sweeper: Sweeper
 ) -> None:
     await submit(submitter, make_job("early"))
     await hasty_claimer.claim(max_jobs=1, max_tokens=1000)
@@ -378,5 +379,5 @@ async def test_a_requeued_job_comes_before_those_that_arrived_later(
     async def is_requeued() -> bool:
         return (await sweeper.sweep()).requeued == 1
 
-    await eventually(is_requeued)
+    await until(is_requeued)
     assert await claim_ids(claimer) == ["early", "late"]

@@ -23,6 +23,7 @@ from oasst_jobs import (
     is_end_of_job,
     job_id_for,
 )
+from waiting import until
 
 News = list[job_pb2.LogEntry | job_pb2.Outcome]
 
@@ -291,7 +292,7 @@ async def test_a_workers_own_failure_reaches_the_reader_as_it_was_written(
 
 
 async def test_a_stream_goes_on_after_the_server_was_killed_and_restarted(
-    valkey, client: QueueClient, submitter: Submitter, claimer: Claimer, eventually
+    valkey, client: QueueClient, submitter: Submitter, claimer: Claimer
 ) -> None:
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(20):
         news = news_of(subscription)
@@ -314,7 +315,6 @@ async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_t
     claimer: Claimer,
     redis_client: redis.asyncio.Redis,
     caplog: pytest.LogCaptureFixture,
-    eventually,
 ) -> None:
     async def has_noticed() -> bool:
         return "inbox lost its connection" in caplog.text
@@ -326,7 +326,7 @@ async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_t
         await push(claimer, claimed, 0, 2)
         assert await anext(news) == make_entry(0, 2)
         valkey.kill()
-        await eventually(has_noticed)
+        await until(has_noticed)
         valkey.start()
         # The batch is gone before the inbox is back, and nothing more will come.
         await push(claimer, claimed, 2, 5, ends=True)
@@ -440,7 +440,7 @@ async def test_a_gateway_started_anew_does_not_read_its_predecessors_news(
 
 
 async def test_what_was_read_is_cut_from_the_stream(
-    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis, eventually
+    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
 ) -> None:
     updates = client.shards[0].keys.updates("gateway-1")
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
@@ -454,7 +454,7 @@ async def test_what_was_read_is_cut_from_the_stream(
         async def is_cut() -> bool:
             return await redis_client.xlen(updates) < 300
 
-        await eventually(is_cut)
+        await until(is_cut)
 
 
 async def test_a_worker_of_another_model_is_not_involved(client: QueueClient) -> None:

@@ -8,6 +8,7 @@ import redis.asyncio
 from job_samples import MODEL, finished, make_entry, make_job
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import Claimer, JobState, PushItem, QueueClient, QueueLimits, Submitter, Sweeper
+from waiting import until
 
 # Kind of key -> type and most milliseconds to its expiry, None for a key that others keep or that stays.
 KINDS = {
@@ -116,7 +117,7 @@ async def test_what_has_ended_goes_after_its_retention(
 
 
 async def test_after_a_drain_only_the_counters_have_no_expiry(
-    claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis, eventually
+    claimer: Claimer, sweeper: Sweeper, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
     submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(retention_s=0.05))
     await live(submitter, claimer, sweeper, client, redis_client)
@@ -133,7 +134,7 @@ async def test_after_a_drain_only_the_counters_have_no_expiry(
     async def is_drained() -> bool:
         return not await redis_client.keys(f"{client.shards[0].keys.root}:[jl]o*")
 
-    await eventually(is_drained)
+    await until(is_drained)
     lasting = [key for key in await redis_client.keys() if await redis_client.pttl(key) == -1]
     assert lasting == [root + b":counters"]
 

@@ -13,6 +13,7 @@ from oasst_jobs import (
     Submitter,
     Sweeper,
 )
+from waiting import until
 
 
 async def claim_one(submitter: Submitter, claimer: Claimer, *, timeout_ms: int | None = None) -> ClaimedJob:
@@ -117,7 +118,7 @@ async def test_a_push_for_an_unknown_job_is_fenced(claimer: Claimer, redis_clien
 
 
 async def test_a_zombie_is_refused_after_another_took_over(
-    submitter: Submitter, claimer: Claimer, hasty_claimer: Claimer, sweeper: Sweeper, client: QueueClient, eventually
+    submitter: Submitter, claimer: Claimer, hasty_claimer: Claimer, sweeper: Sweeper, client: QueueClient
 ) -> None:
     zombie = await claim_one(submitter, hasty_claimer)
     await hasty_claimer.push([item(zombie, 0, 2)])
@@ -125,7 +126,7 @@ async def test_a_zombie_is_refused_after_another_took_over(
     async def is_requeued() -> bool:
         return (await sweeper.sweep()).requeued == 1
 
-    await eventually(is_requeued)
+    await until(is_requeued)
     assert await hasty_claimer.push([item(zombie, 2, 3)]) == [PushStatus.FENCED]
     [heir] = await claimer.claim(max_jobs=1, max_tokens=1000)
     assert (heir.attempt, heir.end_position, heir.log) == (2, 2, [make_entry(0, 2)])

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ from oasst_jobs.__main__ import main
 from oasst_jobs.acl import Role, acl_rules
 from oasst_jobs.library import LIBRARY
 from valkey_server import ValkeyServer, free_port, start_sentinel
+from waiting import until
 
 
 @pytest.fixture
@@ -51,12 +52,6 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ValkeyServer]]:
     yield start
     for server in servers:
         server.kill()
-
-
-async def eventually(is_true: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not await is_true():  # noqa: ASYNC110 - what is waited for happens in servers, which set no event
-            await asyncio.sleep(0.02)
 
 
 async def serve_one(gateway: QueueClient, worker: QueueClient, request_id: str) -> None:
@@ -309,7 +304,7 @@ async def test_a_job_counts_as_submitted_once_a_replica_has_it(start_server, mon
     async def is_replicating() -> bool:
         return (await replica_client.info("replication"))["master_link_status"] == "up"
 
-    await eventually(is_replicating)
+    await until(is_replicating)
     # A frozen replica confirms nothing: the same request, sent again on another connection, is not accepted either.
     replica.pause()
     for _ in range(2):
@@ -369,7 +364,7 @@ async def eventually_served(client: QueueClient, request_id: str) -> None:
             return False
         return True
 
-    await eventually(is_served)
+    await until(is_served)
 
 
 # --- Cluster
@@ -391,7 +386,7 @@ async def cluster_url(start_server) -> str:
         states = [await node.execute_command("CLUSTER", "INFO") for node in nodes]
         return all(_is_ok(state) for state in states)
 
-    await eventually(is_ready)
+    await until(is_ready)
     for node in nodes:
         await node.aclose()
     return "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)

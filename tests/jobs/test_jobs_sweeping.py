@@ -6,6 +6,7 @@ import pytest
 import redis.asyncio
 from job_samples import make_entry, make_job
 from oasst_jobs import Claimer, JobState, PushItem, PushStatus, QueueClient, Submitter, Sweeper, SweepReport
+from waiting import until
 
 
 async def submit(submitter: Submitter, request_id: str, *, timeout_ms: int | None = None) -> str:
@@ -166,7 +167,7 @@ def test_a_sweeper_slower_than_the_stall_it_looks_for_is_refused(client: QueueCl
 
 
 async def test_a_running_sweeper_survives_a_server_that_dies(
-    valkey, submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis, eventually
+    valkey, submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
 ) -> None:
     sweeper = Sweeper(client, interval_s=0.01)
     running = asyncio.create_task(sweeper.run())
@@ -182,7 +183,7 @@ async def test_a_running_sweeper_survives_a_server_that_dies(
             await lose_lease(redis_client, client, job_id)
             return await state_of(submitter, job_id) is JobState.WAITING
 
-        await eventually(is_requeued)
+        await until(is_requeued)
         assert not running.done()
     finally:
         running.cancel()

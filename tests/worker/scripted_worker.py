@@ -2,9 +2,7 @@
 
 import math
 import threading
-import time
 import zlib
-from collections.abc import Callable
 
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import generation_pb2
@@ -20,7 +18,6 @@ __all__ = [
     "MODEL",
     "VOCAB_SIZE",
     "ScriptedExecutor",
-    "eventually",
     "expected_text",
     "make_engine",
     "make_intake",
@@ -147,12 +144,3 @@ def make_job(
         logprobs=logprobs,
         request_id=request_id,
     )
-
-
-def eventually(is_true: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Returns once another thread has made it true."""
-    give_up_s = time.monotonic() + timeout_s
-    while not is_true():
-        if time.monotonic() > give_up_s:
-            raise TimeoutError("it did not become true")
-        time.sleep(0.001)

@@ -12,7 +12,8 @@ from oasst_jobs import JOB_VERSION, ClaimedJob
 from oasst_worker.engine import FinishReason, TokenOutput
 from oasst_worker.intake import JobRefusedError
 from oasst_worker.loop import EngineLoop
-from scripted_worker import EOS, VOCAB_SIZE, ScriptedExecutor, eventually, make_engine, make_intake, make_job
+from scripted_worker import EOS, VOCAB_SIZE, ScriptedExecutor, make_engine, make_intake, make_job
+from waiting import wait_until
 
 
 def claim(job: Job, *log: LogEntry) -> ClaimedJob:
@@ -141,7 +142,7 @@ def run_to_end(job: Job, token_ids: list[int]) -> list[tuple[int, str, object]]:
         given.extend(output for report in loop.take() for output in report.outputs)
         return bool(given) and given[-1].finish is not None
 
-    eventually(has_ended)
+    wait_until(has_ended)
     loop.stop()
     loop.join(timeout_s=10)
     return [(output.token_id, output.text, output.finish) for output in given]

@@ -8,7 +8,8 @@ from oasst.v1.generation_pb2 import FINISH_REASON_END_OF_TEXT, FINISH_REASON_LEN
 from oasst_jobs import ClaimedJob
 from oasst_worker.choice import Choice, ChoiceOutput
 from oasst_worker.loop import EngineLoop, EngineStalledError, StepWatchdog
-from scripted_worker import EOS, ScriptedExecutor, eventually, expected_text, make_engine, make_intake, make_job
+from scripted_worker import EOS, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
+from waiting import wait_until
 
 A, B, C = 1, 2, 3  # Token ids of letters.
 
@@ -62,7 +63,7 @@ def outputs_of(loop: EngineLoop, *choices: Choice) -> dict[Choice, list[ChoiceOu
                 outputs[output.part].append(output)
         return all(given and (given[-1].finish or given[-1].error) for given in outputs.values())
 
-    eventually(have_ended)
+    wait_until(have_ended)
     return outputs
 
 
@@ -164,22 +165,22 @@ def test_a_removed_choice_frees_the_engine_at_the_next_turn(make_loop, executor)
     loop, choice = make_loop(), choice_of("gone", max_new_tokens=900)
     executor.allow(0)
     loop.add(choice)
-    eventually(lambda: loop.step_in_progress)
+    wait_until(lambda: loop.step_in_progress)
     loop.remove(choice)
     executor.allow(math.inf)
-    eventually(lambda: loop.step_in_progress is None and loop.load.num_running == 0)
+    wait_until(lambda: loop.step_in_progress is None and loop.load.num_running == 0)
     assert len(loop.take()) == 1
 
 
 def test_the_loop_runs_ahead_only_up_to_its_bound_and_still_obeys(make_loop, executor):
     loop = make_loop(max_steps_ahead=5)
     loop.add(choice_of("first", max_new_tokens=100))
-    eventually(lambda: executor.num_steps == 5)
+    wait_until(lambda: executor.num_steps == 5)
     loop.add(choice_of("second"))
-    eventually(lambda: loop.load.num_waiting == 1)
+    wait_until(lambda: loop.load.num_waiting == 1)
     assert executor.num_steps == 5
     assert len(loop.take()) == 5
-    eventually(lambda: executor.num_steps == 10)
+    wait_until(lambda: executor.num_steps == 10)
 
 
 def test_no_token_is_lost_at_the_bound(make_loop):
@@ -191,7 +192,7 @@ def test_no_token_is_lost_at_the_bound(make_loop):
 def test_reports_tell_what_the_step_computed(make_loop):
     loop, choice = make_loop(), choice_of("one", prompt_tokens=100, max_new_tokens=2)
     loop.add(choice)
-    eventually(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 2)
+    wait_until(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 2)
     reports = loop.take()
     assert [(report.num_prefill_tokens, report.num_decode_tokens) for report in reports] == [(64, 0), (36, 0), (0, 1)]
     assert [report.num_sequences for report in reports] == [1, 1, 1]
@@ -203,7 +204,7 @@ def test_whoever_takes_is_told_once_for_many_reports(executor):
     loop.start(lambda: told.append(executor.num_steps))
     choice = choice_of("one")
     loop.add(choice)
-    eventually(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 16)
+    wait_until(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 16)
     loop.stop()
     assert loop.join(timeout_s=10)
     assert told == [1]
@@ -221,7 +222,7 @@ def test_whoever_took_is_left_alone_but_for_firsts_and_lasts_and_a_loop_far_ahea
     loop.start(take, quiet_s=3600)
     choice = choice_of("one")
     loop.add(choice)
-    eventually(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 16)
+    wait_until(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 16)
     loop.stop()
     assert loop.join(timeout_s=10)
     assert told == expected
@@ -242,7 +243,7 @@ def test_a_step_that_ends_after_the_quiet_is_told_at_once(executor):
     loop.start(take, quiet_s=1.0)
     choice = choice_of("one", max_new_tokens=4)
     loop.add(choice)
-    eventually(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 4)
+    wait_until(lambda: loop.load.num_running == 0 and choice.sequence.num_output_tokens == 4)
     loop.stop()
     assert loop.join(timeout_s=10)
     assert told == [1, 2, 3, 4]

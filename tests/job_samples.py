@@ -10,12 +10,12 @@ __all__ = [
     "MODEL",
     "failed",
     "finished",
+    "logged_text",
     "make_entry",
     "make_job",
     "make_scores",
     "make_scoring_job",
     "news_of",
-    "text_of",
 ]
 
 MODEL = "tiny-pythia"
@@ -77,7 +77,7 @@ def make_entry(start: int, stop: int) -> job_pb2.LogEntry:
     )
 
 
-def text_of(entries: list[job_pb2.LogEntry]) -> str:
+def logged_text(entries: list[job_pb2.LogEntry]) -> str:
     return "".join(delta.text for entry in entries for delta in entry.deltas)
 
 

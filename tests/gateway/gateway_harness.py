@@ -24,8 +24,8 @@ __all__ = [
     "details_of",
     "read_into",
     "read_text",
+    "rule_text",
     "start_gateway",
-    "text_of",
 ]
 
 # A call that has just ended is given this long to hear how.
@@ -193,7 +193,7 @@ def _next_entry(job: job_pb2.Job, position: int) -> job_pb2.LogEntry:
     return job_pb2.LogEntry(end_position=position + job.n, deltas=deltas)
 
 
-def text_of(num_tokens: int, *, choice: int = 0) -> str:
+def rule_text(num_tokens: int, *, choice: int = 0) -> str:
     """What a RuleWorker answers."""
     return "".join(f"{choice}.{index} " for index in range(num_tokens))
 

@@ -11,8 +11,8 @@ from gateway_harness import (
     details_of,
     read_into,
     read_text,
+    rule_text,
     start_gateway,
-    text_of,
 )
 from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
@@ -38,7 +38,7 @@ async def test_a_stream_is_accepted_then_deltas_then_finished(gateway: Gateway, 
     assert kinds[-1] == "finished"
     assert set(kinds[1:-1]) == {"delta"}
     assert events[0].accepted.request_id == "r-1"
-    assert "".join(event.delta.text for event in events) == text_of(4)
+    assert "".join(event.delta.text for event in events) == rule_text(4)
     assert [token_id for event in events for token_id in event.delta.token_ids] == [10, 11, 12, 13]
     assert events[-1].finished.finishes[0].reason == generation_pb2.FINISH_REASON_LENGTH
     assert events[-1].finished.usage.completion_tokens == 4
@@ -48,7 +48,7 @@ async def test_a_stream_is_accepted_then_deltas_then_finished(gateway: Gateway, 
 async def test_a_unary_chat_answers_with_the_whole_completion(gateway: Gateway, worker: RuleWorker) -> None:
     response = await gateway.chat.Chat(ask("Hello!", request_id="r-1", n=2, logprobs=0))
     assert (response.request_id, response.model) == ("r-1", "tiny")
-    assert [choice.text for choice in response.choices] == [text_of(4), text_of(4, choice=1)]
+    assert [choice.text for choice in response.choices] == [rule_text(4), rule_text(4, choice=1)]
     assert [list(choice.token_ids) for choice in response.choices] == [[10, 11, 12, 13]] * 2
     assert [len(choice.logprobs) for choice in response.choices] == [4, 4]
     assert [choice.finish.choice for choice in response.choices] == [0, 1]
@@ -86,9 +86,9 @@ async def test_a_caller_who_reads_late_gets_the_rest_in_one_piece(gateway: Gatew
     await until(lambda: gateway.sample("generated_tokens_total") == 5)
     late = [event async for event in gateway.chat.ChatStream(ask("Hello!", max_new_tokens=5, request_id="r-1"))]
     assert [event.WhichOneof("event") for event in late] == ["accepted", "delta", "finished"]
-    assert late[1].delta.text == text_of(5)
+    assert late[1].delta.text == rule_text(5)
     assert late[1].next_position == 5
-    assert await read_text(call) == text_of(5)
+    assert await read_text(call) == rule_text(5)
 
 
 async def test_the_same_request_twice_runs_once_and_both_see_it_all(gateway: Gateway, worker: RuleWorker) -> None:
@@ -99,7 +99,7 @@ async def test_the_same_request_twice_runs_once_and_both_see_it_all(gateway: Gat
     assert (await second.read()).accepted.seed == accepted.seed
     worker.free()
     for call in (first, second):
-        assert await read_text(call) == text_of(4)
+        assert await read_text(call) == rule_text(4)
     assert len(worker.claimed) == 1
 
 
@@ -120,7 +120,7 @@ async def test_a_refused_duplicate_does_not_cancel_the_original(
     with pytest.raises(grpc.aio.AioRpcError):
         await gateway.chat.Chat(ask("Goodbye!", request_id="r-1"))
     worker.free()
-    assert await read_text(call) == text_of(4)
+    assert await read_text(call) == rule_text(4)
     assert await state_of(queue, "r-1") is JobState.FINISHED
 
 
@@ -153,7 +153,7 @@ async def test_work_that_another_caller_watches_goes_on(gateway: Gateway, worker
     leaving.cancel()
     await until(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 1)
     worker.free()
-    assert await read_text(staying) == text_of(4)
+    assert await read_text(staying) == rule_text(4)
 
 
 async def test_within_its_grace_a_left_request_is_found_again(gateway: Gateway, worker: RuleWorker) -> None:
@@ -164,7 +164,7 @@ async def test_within_its_grace_a_left_request_is_found_again(gateway: Gateway, 
     call.cancel()
     await until(lambda: gateway.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
     worker.free()
-    assert await read_text(gateway.chat.ChatStream(request)) == text_of(4)
+    assert await read_text(gateway.chat.ChatStream(request)) == rule_text(4)
     assert len(worker.claimed) == 1
 
 
@@ -300,7 +300,7 @@ async def test_a_second_gateway_streams_what_the_first_accepted(
         await second.read()
         worker.free()
         for call in (first, second):
-            assert await read_text(call) == text_of(4)
+            assert await read_text(call) == rule_text(4)
 
 
 async def test_a_stopping_gateway_lets_open_chats_end(model: ServedModel, valkey_url: str, worker: RuleWorker) -> None:
@@ -310,7 +310,7 @@ async def test_a_stopping_gateway_lets_open_chats_end(model: ServedModel, valkey
         await call.read()
         ending = asyncio.create_task(read_text(call))
         asyncio.get_running_loop().call_later(0.1, worker.free)
-    assert await ending == text_of(4)
+    assert await ending == rule_text(4)
 
 
 async def test_a_gateway_that_stops_leaves_unfinished_chats_to_the_queue(
@@ -324,4 +324,4 @@ async def test_a_gateway_that_stops_leaves_unfinished_chats_to_the_queue(
     worker.free()
     async with start_gateway(model, valkey_url) as other:
         retry = other.chat.ChatStream(ask("Hello!", request_id="r-1"))
-        assert await read_text(retry) == text_of(4)
+        assert await read_text(retry) == rule_text(4)

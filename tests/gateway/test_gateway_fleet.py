@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from gateway_harness import RuleWorker, ask, read_text, text_of
+from gateway_harness import RuleWorker, ask, read_text, rule_text
 from metric_page import total_of
 from oasst.v1 import chat_pb2_grpc
 from oasst_client import AsyncClient
@@ -143,13 +143,13 @@ async def test_streams_spread_over_the_processes_their_page_adds_up_and_all_drai
     await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
     fleet.parent.send_signal(signal.SIGTERM)
     worker.free()
-    assert await asyncio.gather(*texts) == [text_of(4)] * len(channels)
+    assert await asyncio.gather(*texts) == [rule_text(4)] * len(channels)
     assert await asyncio.to_thread(fleet.parent.wait, 20) == 0
 
 
 async def test_a_killed_process_is_replaced_and_its_streams_go_on(fleet: Fleet, worker: RuleWorker) -> None:
     async with AsyncClient(fleet.listen) as client:
-        assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
+        assert (await client.chat("Hello!", max_new_tokens=4)).text == rule_text(4)
         await fleet.told("oasst_gateway_tenant_requests_total", 1)
         worker.hold()
         answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=4))
@@ -158,7 +158,7 @@ async def test_a_killed_process_is_replaced_and_its_streams_go_on(fleet: Fleet, 
         [serving] = [child for child in fleet.children() if fleet.connections(child)]
         serving.kill()
         worker.free()
-        assert (await answer).text == text_of(4)
+        assert (await answer).text == rule_text(4)
     await fleet.told("oasst_gateway_process_restarts_total", 1)
     await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
     assert serving.pid not in [child.pid for child in fleet.children()]
@@ -176,7 +176,7 @@ async def test_a_process_that_hangs_is_killed_and_replaced_and_its_streams_go_on
         [hanging] = [child for child in fleet.children() if fleet.connections(child)]
         hanging.suspend()
         worker.free()
-        assert (await answer).text == text_of(4)
+        assert (await answer).text == rule_text(4)
     await fleet.told("oasst_gateway_process_restarts_total", 1)
     await fleet.told("oasst_gateway_processes", NUM_PROCESSES)
     assert hanging.pid not in [child.pid for child in fleet.children()]
@@ -191,7 +191,7 @@ async def test_a_reload_replaces_every_process_and_fails_no_request(fleet: Fleet
         nonlocal answers
         async with AsyncClient(fleet.listen) as client:
             while not is_reloaded.is_set():
-                assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
+                assert (await client.chat("Hello!", max_new_tokens=4)).text == rule_text(4)
                 answers += 1
 
     is_reloaded = asyncio.Event()
@@ -222,7 +222,7 @@ async def test_a_reload_of_what_is_broken_says_why_and_leaves_the_processes_as_t
     assert f"oasst_gateway: {tenants}: " in fleet.log.read_text()
     await until(lambda: {child.pid for child in fleet.children()} == before, timeout_s=60)
     async with AsyncClient(fleet.listen, api_key=acme.key) as client:
-        assert (await client.chat("Hello!", max_new_tokens=4)).text == text_of(4)
+        assert (await client.chat("Hello!", max_new_tokens=4)).text == rule_text(4)
 
 
 def test_an_address_that_is_taken_stops_the_start(checkpoint: Path) -> None:

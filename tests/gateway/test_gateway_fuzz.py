@@ -6,7 +6,7 @@ import random
 
 import grpc
 import pytest
-from gateway_harness import Gateway, RuleWorker, ask, details_of, text_of
+from gateway_harness import Gateway, RuleWorker, ask, details_of, rule_text
 from google.protobuf.message import Message
 from oasst.v1 import chat_pb2, model_pb2
 
@@ -125,7 +125,7 @@ def nothing_unforeseen(caplog: pytest.LogCaptureFixture):
 
 async def still_answers(gateway: Gateway) -> None:
     response = await gateway.chat.Chat(ask("Hello!", max_new_tokens=2), timeout=TIMEOUT_S)
-    assert response.choices[0].text == text_of(2)
+    assert response.choices[0].text == rule_text(2)
     in_flight = {rpc: gateway.sample("requests_in_flight", rpc=rpc.removeprefix("/oasst.v1.")) for rpc in RPCS}
     assert not any(in_flight.values()), in_flight
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from gateway_harness import ask, read_text, text_of
+from gateway_harness import ask, read_text, rule_text
 from oasst.v1 import chat_pb2, chat_pb2_grpc
 from oasst_gateway.errors import StartError
 from oasst_gateway.settings import read_settings
@@ -75,7 +75,7 @@ async def test_a_process_serves_until_it_is_told_to_stop(
     assert (serving["event"], serving["role"], serving["id"]) == ("serving", "gateway", "g-1")
     async with grpc.aio.insecure_channel(serving["listen"]) as channel:
         request = ask("my secret prompt", request_id="r-1")
-        assert await read_text(chat_pb2_grpc.ChatServiceStub(channel).ChatStream(request)) == text_of(4)
+        assert await read_text(chat_pb2_grpc.ChatServiceStub(channel).ChatStream(request)) == rule_text(4)
     gateway.send_signal(signal.SIGTERM)
     exit_code, stdout, stderr = gateway.end()
     assert exit_code == 0, stderr

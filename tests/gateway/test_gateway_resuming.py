@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import redis.asyncio
 from cuttable_proxy import CuttableProxy
-from gateway_harness import Gateway, RuleWorker, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, rule_text, start_gateway
 from oasst_client import (
     Accepted,
     AsyncClient,
@@ -68,12 +68,12 @@ async def test_a_stream_goes_on_over_cut_connections(proxy: CuttableProxy, worke
         text = ""
         for num_tokens in (2, 4, 6):
             worker.allow(2)
-            while text != text_of(num_tokens):
+            while text != rule_text(num_tokens):
                 text += await anext(texts)
             proxy.cut()
         worker.free()
         text += "".join([rest async for rest in texts])
-    assert text == text_of(NUM_TOKENS)
+    assert text == rule_text(NUM_TOKENS)
     assert stream.num_resumes == 3
     assert len(worker.claimed) == 1
 
@@ -91,7 +91,7 @@ async def test_the_synchronous_stream_does_as_well(proxy: CuttableProxy, worker:
             loop.call_soon_threadsafe(worker.free)
             return begun + "".join(texts), stream.num_resumes
 
-    assert await asyncio.to_thread(read) == (text_of(NUM_TOKENS), 1)
+    assert await asyncio.to_thread(read) == (rule_text(NUM_TOKENS), 1)
 
 
 async def test_a_unary_chat_is_asked_again_and_attaches_to_what_runs(proxy: CuttableProxy, worker: RuleWorker) -> None:
@@ -102,7 +102,7 @@ async def test_a_unary_chat_is_asked_again_and_attaches_to_what_runs(proxy: Cutt
         proxy.cut()
         await until(lambda: proxy.num_connections == 2)
         worker.free()
-        assert (await answer).text == text_of(NUM_TOKENS)
+        assert (await answer).text == rule_text(NUM_TOKENS)
     assert len(worker.claimed) == 1
 
 
@@ -120,7 +120,7 @@ async def test_a_connection_that_fell_silent_is_noticed_and_left(proxy: Cuttable
         proxy.silence()
         worker.free()
         async with asyncio.timeout(10):
-            assert first + "".join([text async for text in stream]) == text_of(NUM_TOKENS)
+            assert first + "".join([text async for text in stream]) == rule_text(NUM_TOKENS)
     assert stream.num_resumes == 1
 
 
@@ -138,7 +138,7 @@ async def test_a_request_that_the_queue_forgot_is_generated_anew_and_goes_on(
         worker.free()
         texts += [text async for text in stream]
         seeds = {claimed.job.sampling.seed for claimed in worker.claimed}
-    assert "".join(texts) == text_of(NUM_TOKENS)
+    assert "".join(texts) == rule_text(NUM_TOKENS)
     assert stream.num_resumes >= 1
     assert len(worker.claimed) == 2
     assert seeds == {(await stream.completion()).seed}
@@ -187,7 +187,7 @@ async def test_a_submitted_request_is_watched_and_looked_at_from_elsewhere(
         worker.free()
         completion = await watch.completion()
         snapshot = await elsewhere.get(accepted.request_id, accepted.resume_token)
-    assert completion.text == text_of(NUM_TOKENS)
+    assert completion.text == rule_text(NUM_TOKENS)
     assert (snapshot.completion, snapshot.error) == (completion, None)
 
 
@@ -210,7 +210,7 @@ async def test_a_stopping_gateway_hands_its_streams_to_another(
             await first.aclose()
             worker.free()
             for stream in streams:
-                assert (await stream.completion()).text == text_of(NUM_TOKENS)
+                assert (await stream.completion()).text == rule_text(NUM_TOKENS)
             assert sum(stream.num_resumes for stream in streams) == 1
     assert len(worker.claimed) == len(streams)
 
@@ -256,6 +256,6 @@ async def test_a_rolling_restart_of_two_gateways_under_load_fails_no_request(
                     await gateways[index].aclose()
                     await start(index)
             stop.set()
-    assert {completion.text for completion in completions} == {text_of(NUM_TOKENS)}
+    assert {completion.text for completion in completions} == {rule_text(NUM_TOKENS)}
     assert num_resumes > 0
     assert len({completion.request_id for completion in completions}) == len(completions) >= 32

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
-from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, rule_text, start_gateway
 from google.rpc import code_pb2
 from oasst.v1 import chat_pb2, scoring_pb2
 from oasst_gateway.model import ServedModel
@@ -50,7 +50,7 @@ async def test_no_chat_waits_for_what_is_to_be_scored(gateway: Gateway, worker: 
     call = gateway.chat.ChatStream(ask("Hello!"))
     await call.read()
     worker.free()
-    assert await read_text(call) == text_of(4)
+    assert await read_text(call) == rule_text(4)
     assert len((await scoring).scores) == 3
 
 

@@ -10,7 +10,7 @@ import grpc
 import oasst.v1
 import pytest
 import redis.asyncio
-from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, rule_text, start_gateway
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.presets import PRESETS
@@ -163,7 +163,7 @@ async def test_a_stream_outlives_a_restart_of_the_queue(
     valkey.kill()
     await asyncio.to_thread(valkey.start)
     worker.free()
-    assert await read_text(call) == text_of(4)
+    assert await read_text(call) == rule_text(4)
 
 
 async def test_whoever_leaves_while_the_queue_is_away_still_ends_the_work(
@@ -231,7 +231,7 @@ async def test_whoever_comes_while_it_stops_is_sent_elsewhere(
         looking = asyncio.create_task(look_while_it_stops())
         ending = asyncio.create_task(read_text(call))
     assert await looking == NOT_SERVING
-    assert await ending == text_of(4)
+    assert await ending == rule_text(4)
 
 
 async def test_whoever_is_not_accepted_yet_when_it_stops_is_sent_elsewhere_as_well(
@@ -270,7 +270,7 @@ async def test_a_loop_that_fails_is_counted_and_begins_again(
     monkeypatch.setattr(QueueMonitor, "_look", fail_at_first)
     async with start_gateway(model, valkey_url) as gateway:
         assert gateway.sample("loop_failures_total", loop="monitor") == 1
-        assert (await gateway.chat.Chat(ask("Hello!"))).choices[0].text == text_of(4)
+        assert (await gateway.chat.Chat(ask("Hello!"))).choices[0].text == rule_text(4)
 
 
 async def test_a_server_that_may_drop_jobs_stops_the_start_and_is_not_waited_for(

@@ -12,7 +12,7 @@ import pytest
 from certificates import Authority
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from gateway_harness import Gateway, RuleWorker, ask, details_of, start_gateway, text_of
+from gateway_harness import Gateway, RuleWorker, ask, details_of, rule_text, start_gateway
 from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2
 from oasst_client import AsyncClient, PermissionDeniedError, Tls, UnauthenticatedError, UnavailableError
 from oasst_gateway.errors import StartError
@@ -240,7 +240,7 @@ async def test_the_same_request_id_is_another_request_for_another_tenant(
 ) -> None:
     first = await guarded.chat.Chat(ask("Hello!", request_id="r-1", max_new_tokens=2), metadata=bearer(acme.key))
     second = await guarded.chat.Chat(ask("Bye!", request_id="r-1", max_new_tokens=3), metadata=bearer(umbrella.key))
-    assert [first.choices[0].text, second.choices[0].text] == [text_of(2), text_of(3)]
+    assert [first.choices[0].text, second.choices[0].text] == [rule_text(2), rule_text(3)]
     assert {claimed.job.tenant for claimed in worker.claimed} == {"acme", "umbrella"}
     assert len({claimed.job.cache_salt for claimed in worker.claimed}) == 2
 
@@ -394,7 +394,7 @@ async def test_the_sdk_sends_its_key_and_tells_what_it_may_not_do(
     guarded: Gateway, worker: RuleWorker, umbrella: ApiKey
 ) -> None:
     async with AsyncClient(guarded.listen, api_key=umbrella.key) as client:
-        assert (await client.chat("Hello!", max_new_tokens=2)).text == text_of(2)
+        assert (await client.chat("Hello!", max_new_tokens=2)).text == rule_text(2)
         with pytest.raises(PermissionDeniedError):
             await client.chat(prompt="<|prompter|>Hi<|endoftext|><|assistant|>")
     async with AsyncClient(guarded.listen) as stranger:
@@ -412,7 +412,7 @@ async def test_the_sdk_speaks_tls_and_shows_its_certificate(
     ) as gateway:
         me = Tls(ca=ours.ca, cert=caller.cert, key=caller.key)
         async with AsyncClient(gateway.listen, tls=me) as client:
-            assert (await client.chat("Hello!", max_new_tokens=2)).text == text_of(2)
+            assert (await client.chat("Hello!", max_new_tokens=2)).text == rule_text(2)
         wrong = [
             Tls(ca=ours.ca),
             Tls(ca=ours.ca, cert=stranger.cert, key=stranger.key),

@@ -12,8 +12,8 @@ from gateway_harness import (
     details_of,
     read_into,
     read_text,
+    rule_text,
     start_gateway,
-    text_of,
 )
 from google.protobuf.duration_pb2 import Duration
 from job_samples import make_job
@@ -52,7 +52,7 @@ async def test_a_submitted_request_runs_with_nobody_watching(gateway: Gateway, w
     await until(has_finished)
     response = (await gateway.chat.GetChat(get_request(accepted))).response
     assert response == await gateway.chat.Chat(ask("Hello!", request_id="r-1"))
-    assert response.choices[0].text == text_of(4)
+    assert response.choices[0].text == rule_text(4)
 
 
 async def test_the_rpcs_own_deadline_is_not_the_submitted_requests(gateway: Gateway, worker: RuleWorker) -> None:
@@ -95,7 +95,7 @@ async def test_a_snapshot_tells_what_there_is_so_far(gateway: Gateway, worker: R
     await until(has_two)
     snapshot = await gateway.chat.GetChat(get_request(accepted))
     assert snapshot.state == chat_pb2.CHAT_STATE_RUNNING
-    assert snapshot.response.choices[0].text == text_of(2)
+    assert snapshot.response.choices[0].text == rule_text(2)
     assert not snapshot.HasField("queue")
 
 
@@ -124,7 +124,7 @@ async def test_another_gateway_with_the_secret_goes_on_where_the_first_stopped(
         stream.cancel()
         worker.free()
         rest = await read_text(second.chat.WatchChat(watch_request(accepted, after=position)))
-        assert rest == text_of(4).removeprefix(text_of(2))
+        assert rest == rule_text(4).removeprefix(rule_text(2))
 
 
 @pytest.mark.parametrize("wrong", ["", "ü", "0" * 32])
@@ -192,7 +192,7 @@ async def test_a_request_runs_on_while_another_gateway_watches_it(
         stream.cancel()
         await until(lambda: first.sample("requests_in_flight", rpc="ChatService/ChatStream") == 0)
         worker.free()
-        assert await read_text(watch) == text_of(4)
+        assert await read_text(watch) == rule_text(4)
 
 
 async def test_coming_back_at_once_is_not_overtaken_by_having_left(
@@ -207,7 +207,7 @@ async def test_coming_back_at_once_is_not_overtaken_by_having_left(
         await stream.read()
     worker.free()
     async with asyncio.timeout(4):  # News comes by itself, not by the silent reader's look after five seconds.
-        assert await read_text(stream) == text_of(4)
+        assert await read_text(stream) == rule_text(4)
 
 
 async def test_a_reader_who_cannot_go_on_no_longer_keeps_the_request_running(

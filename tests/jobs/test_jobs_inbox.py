@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import redis.asyncio
-from job_samples import MODEL, failed, finished, make_entry, make_job, news_of, text_of
+from job_samples import MODEL, failed, finished, logged_text, make_entry, make_job, news_of
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     ClaimedJob,
@@ -110,7 +110,7 @@ async def test_many_jobs_pushed_at_once_each_reach_their_own_reader(
                 await submit(submitter, str(number))
                 *entries, outcome = await collect(subscription)
                 assert outcome.HasField("finished")
-                return text_of(entries)
+                return logged_text(entries)
 
         readers = [asyncio.create_task(watch(number)) for number in range(50)]
         claims: list[ClaimedJob] = []

@@ -2,7 +2,7 @@
 
 import pytest
 import redis.asyncio
-from job_samples import failed, finished, make_entry, make_job, text_of
+from job_samples import failed, finished, logged_text, make_entry, make_job
 from oasst_jobs import (
     ClaimedJob,
     Claimer,
@@ -34,7 +34,7 @@ async def test_pushed_entries_are_the_log(submitter: Submitter, claimer: Claimer
     log = await client.read(claimed.job_id, 0)
     assert log is not None
     assert (log.state, log.end_position, log.outcome) == (JobState.RUNNING, 5, None)
-    assert text_of(list(log.entries)) == "0 1 2 3 4 "
+    assert logged_text(list(log.entries)) == "0 1 2 3 4 "
     behind = await client.read(claimed.job_id, 4)
     assert behind is not None
     assert behind.entries == [make_entry(4, 5)]
@@ -137,7 +137,7 @@ async def test_a_zombie_is_refused_after_another_took_over(
     assert await claimer.push([item(heir, 3, 4, ends=True)]) == [PushStatus.OK]
     log = await client.read(heir.job_id, 0)
     assert log is not None
-    assert text_of(list(log.entries)) == "0 1 2 3 "
+    assert logged_text(list(log.entries)) == "0 1 2 3 "
 
 
 async def test_what_has_ended_takes_no_more(submitter: Submitter, claimer: Claimer, client: QueueClient) -> None:

@@ -24,7 +24,7 @@ from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
 from sick_shards import FIRST_SHARD, PartlyAway, SlowlyLosingClaims
 from valkey_server import ValkeyServer
 from waiting import until
-from watched_queue import Queue, text_of
+from watched_queue import Queue, choice_text
 
 # For who renews so often, or tries so often to reach the queue, that a test can wait for it.
 HASTY_LEASE_S = 0.4
@@ -35,7 +35,7 @@ async def test_a_job_is_generated_logged_and_told_of(queue, start_worker):
     job_id = await queue.submit(make_job("one", prompt_tokens=5, max_new_tokens=20))
     log = await queue.ended(job_id)
     finished = log.outcome.finished
-    assert text_of(log) == expected_text(job_id, 20)
+    assert choice_text(log) == expected_text(job_id, 20)
     assert [finish.reason for finish in finished.finishes] == [FINISH_REASON_LENGTH]
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (5, 20)
     assert finished.timings.decode.ToNanoseconds() > 0
@@ -45,7 +45,9 @@ async def test_every_choice_of_a_job_is_logged_with_its_logprobs(queue, start_wo
     start_worker()
     job_id = await queue.submit(make_job("many", n=3, logprobs=1))
     log = await queue.ended(job_id)
-    assert [text_of(log, choice) for choice in range(3)] == [expected_text(job_id, 16, choice) for choice in range(3)]
+    assert [choice_text(log, choice) for choice in range(3)] == [
+        expected_text(job_id, 16, choice) for choice in range(3)
+    ]
     assert [finish.choice for finish in log.outcome.finished.finishes] == [0, 1, 2]
     assert log.outcome.finished.usage.completion_tokens == log.end_position == 48
     deltas = [delta for entry in log.entries for delta in entry.deltas]
@@ -60,7 +62,7 @@ async def test_all_jobs_of_a_step_go_in_one_push(queue, start_worker):
     await until(lambda: worker.consumer.num_sequences == 8)
     worker.executor.allow(math.inf)
     for job_id in job_ids:
-        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+        assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert max(worker.claimer.push_sizes) == 8
     assert len(worker.claimer.push_sizes) <= worker.executor.num_steps + 8
 
@@ -72,7 +74,7 @@ async def test_while_a_push_is_under_way_later_steps_are_merged_into_the_next(qu
     await until(lambda: worker.executor.num_steps == 6)
     worker.claimer.may_push.set()
     log = await queue.ended(job_id)
-    assert text_of(log) == expected_text(job_id, 6)
+    assert choice_text(log) == expected_text(job_id, 6)
     assert len(log.entries) <= 2
 
 
@@ -82,7 +84,7 @@ async def test_tokens_that_come_faster_than_anyone_reads_are_pushed_together(que
     job_id = await queue.submit(make_job("quick", max_new_tokens=900))
     log = await queue.ended(job_id)
     elapsed_s = asyncio.get_running_loop().time() - started_s
-    assert text_of(log) == expected_text(job_id, 900)
+    assert choice_text(log) == expected_text(job_id, 900)
     # The first token and the end do not wait.
     assert len(log.entries) <= elapsed_s / 0.02 + 3
     assert len(log.entries[0].deltas[0].token_ids) < 900
@@ -100,7 +102,9 @@ async def test_another_worker_goes_on_where_a_dead_one_stopped(queue, start_work
     second = start_worker("second")
     log = await queue.ended(job_id)
     assert 0 < logged < 80
-    assert [text_of(log, choice) for choice in range(2)] == [expected_text(job_id, 40, choice) for choice in range(2)]
+    assert [choice_text(log, choice) for choice in range(2)] == [
+        expected_text(job_id, 40, choice) for choice in range(2)
+    ]
     assert log.outcome.finished.usage.completion_tokens == 80
     assert second.registry.get_sample_value("oasst_worker_resumed_jobs_total") == 1
 
@@ -115,7 +119,7 @@ async def test_a_job_whose_log_is_complete_gets_its_outcome_without_a_step(queue
 
     worker = start_worker()
     log = await queue.ended(job_id)
-    assert text_of(log) == "abc"
+    assert choice_text(log) == "abc"
     assert [finish.reason for finish in log.outcome.finished.finishes] == [FINISH_REASON_LENGTH]
     assert worker.executor.num_steps == 0
 
@@ -129,12 +133,12 @@ async def test_a_worker_that_lost_its_lease_drops_the_job_and_shows_nothing(queu
     first.consumer.drain(3600)  # So that it does not claim the job again.
     await queue.lose_lease(job_id)
     start_worker("second")
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
 
     first.claimer.may_push.set()
     await first.task
     assert first.jobs_by("fenced") == 1
-    assert text_of(await queue.log(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.log(job_id)) == expected_text(job_id, 16)
 
 
 async def test_a_worker_that_claims_its_own_lost_job_again_goes_on_from_the_log(queue, start_worker):
@@ -147,7 +151,7 @@ async def test_a_worker_that_claims_its_own_lost_job_again_goes_on_from_the_log(
     await until(lambda: worker.jobs_by("fenced") == 1)
     worker.claimer.may_push.set()
     worker.executor.allow(math.inf)
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 30)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 30)
 
 
 async def test_a_job_without_news_keeps_its_lease(queue, start_worker):
@@ -158,7 +162,7 @@ async def test_a_job_without_news_keeps_its_lease(queue, start_worker):
     for _ in range(3):  # Each time a third of the lease that it takes itself to have.
         await until(functools.partial(_lasts_longer_than, queue, job_id, await queue.lease_ends_ms(job_id)))
     worker.executor.allow(math.inf)
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert worker.jobs_by("finished") == 1
 
 
@@ -174,7 +178,7 @@ async def test_a_lease_counts_from_the_first_try_of_a_claim_whose_answer_was_los
     job_id = await queue.submit(make_job("kept"))
     await until(lambda: worker.claimer.push_sizes == [1])  # A third of the lease has passed: it is renewed at once.
     worker.executor.allow(math.inf)
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert (losing.num_lost, worker.claimed, worker.jobs_by("fenced")) == (1, 1, 0)
     await worker.die()
 
@@ -226,7 +230,7 @@ async def test_a_choice_whose_logits_are_not_finite_fails_its_job_alone(queue, s
     failed = (await queue.ended(bad.job_id)).outcome.failed
     assert (failed.code, failed.reason) == (code_pb2.INTERNAL, "NUMERIC")
     worker.executor.allow(math.inf)
-    assert text_of(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
+    assert choice_text(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
     await until(lambda: worker.loop.load.num_running == 0)
     assert worker.executor.num_steps < 100  # The other choice of the failed job went with it.
 
@@ -238,7 +242,7 @@ async def test_a_job_that_is_not_valid_fails_alone(queue, start_worker):
     await queue.submit(bad)
     await queue.submit(good)
     assert (await queue.ended(bad.job_id)).outcome.failed.reason == "INVALID_JOB"
-    assert text_of(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
+    assert choice_text(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
 
 
 async def test_a_job_that_never_fits_the_worker_fails_and_blocks_nobody(queue, start_worker):
@@ -246,7 +250,7 @@ async def test_a_job_that_never_fits_the_worker_fails_and_blocks_nobody(queue, s
     await queue.submit(big := make_job("big", prompt_tokens=300))
     await queue.submit(small := make_job("small"))
     assert (await queue.ended(big.job_id)).outcome.failed.reason == "EXCEEDS_KV_CACHE"
-    assert text_of(await queue.ended(small.job_id)) == expected_text(small.job_id, 16)
+    assert choice_text(await queue.ended(small.job_id)) == expected_text(small.job_id, 16)
 
 
 async def test_jobs_for_which_there_is_no_slot_wait_in_the_queue(queue, start_worker):
@@ -257,7 +261,7 @@ async def test_jobs_for_which_there_is_no_slot_wait_in_the_queue(queue, start_wo
     assert (await queue.client.load()).waiting_jobs == 3
     worker.executor.allow(math.inf)
     for job_id in job_ids:
-        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+        assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
 
 
 async def test_jobs_for_which_there_is_no_kv_cache_wait_in_the_queue(queue, start_worker):
@@ -268,7 +272,7 @@ async def test_jobs_for_which_there_is_no_kv_cache_wait_in_the_queue(queue, star
     assert (await queue.client.load()).waiting_jobs == 1
     worker.executor.allow(math.inf)
     for job_id in job_ids:
-        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+        assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
 
 
 async def test_small_jobs_for_which_there_is_no_block_of_kv_cache_wait_in_the_queue(queue, start_worker):
@@ -282,7 +286,7 @@ async def test_small_jobs_for_which_there_is_no_block_of_kv_cache_wait_in_the_qu
     assert (await queue.client.load()).waiting_jobs == 16 - worker.claimed
     worker.executor.allow(math.inf)
     for job_id in job_ids:
-        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 8)
+        assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 8)
 
 
 async def test_a_job_with_more_choices_than_slots_are_free_waits_its_turn(queue, start_worker):
@@ -297,7 +301,7 @@ async def test_a_job_with_more_choices_than_slots_are_free_waits_its_turn(queue,
     worker.executor.allow(math.inf)
     for job_id, n in ((first, 3), (second, 2), (third, 1)):
         log = await queue.ended(job_id)
-        assert [text_of(log, choice) for choice in range(n)] == [expected_text(job_id, 16, i) for i in range(n)]
+        assert [choice_text(log, choice) for choice in range(n)] == [expected_text(job_id, 16, i) for i in range(n)]
 
 
 async def test_a_job_that_is_to_run_alone_does(queue, start_worker):
@@ -313,8 +317,8 @@ async def test_a_job_that_is_to_run_alone_does(queue, start_worker):
     beside = await queue.submit(make_job("beside"))
     await until(lambda: worker.consumer.num_sequences == 1)
     worker.executor.allow(math.inf)
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 30)
-    assert text_of(await queue.ended(beside)) == expected_text(beside, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 30)
+    assert choice_text(await queue.ended(beside)) == expected_text(beside, 16)
     assert worker.registry.get_sample_value("oasst_worker_batch_size_bucket", {"le": "1.0"}) == 46
 
 
@@ -342,7 +346,7 @@ async def test_an_idle_worker_takes_a_job_with_more_choices_than_it_has_slots(qu
     start_worker(max_sequences=2)
     job_id = await queue.submit(make_job("wide", n=5))
     log = await queue.ended(job_id)
-    assert [text_of(log, choice) for choice in range(5)] == [expected_text(job_id, 16, index) for index in range(5)]
+    assert [choice_text(log, choice) for choice in range(5)] == [expected_text(job_id, 16, index) for index in range(5)]
 
 
 async def test_nothing_is_lost_while_the_queue_is_away(queue, start_worker, valkey: ValkeyServer):
@@ -356,7 +360,7 @@ async def test_nothing_is_lost_while_the_queue_is_away(queue, start_worker, valk
     await until(lambda: worker.loop.step_in_progress is None)
     assert worker.executor.num_steps < 1000  # The bound of 8, and what was taken along until a push was due.
     valkey.start()
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 1000)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 1000)
     await until(lambda: worker.consumer.queue_is_reachable)
 
 
@@ -387,11 +391,11 @@ async def test_a_shard_that_is_away_costs_the_others_nothing(valkey_url, hangs):
             await until(functools.partial(_lasts_longer_than, queue, present[0], await queue.lease_ends_ms(present[0])))
         worker.executor.allow(math.inf)
         for job_id in present:
-            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+            assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 200)
         lame.away = None
         lame.released.set()
         for job_id in job_ids:
-            assert text_of(await queue.ended(job_id)) == expected_text(job_id, 200)
+            assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 200)
         await until(lambda: worker.jobs_by("finished") == 8)
 
 
@@ -423,7 +427,7 @@ async def test_while_no_push_is_answered_nothing_is_claimed(queue):
     assert worker.claimed == 1
     lame.away = None
     for job_id in (first, second):
-        assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+        assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert worker.consumer.queue_is_reachable
     await worker.die()
 
@@ -438,7 +442,7 @@ async def test_a_drained_worker_finishes_its_jobs_and_claims_no_more(queue, star
     later = await queue.submit(make_job("later"))
     worker.executor.allow(math.inf)
     await worker.task
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     assert await queue.state(later) is JobState.WAITING
 
 
@@ -454,7 +458,7 @@ async def test_jobs_that_outlast_the_drain_are_released_and_another_worker_goes_
     assert first.jobs_by("released") == 1
 
     second = start_worker("second")
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     # It came to the first one from the queue, and to the second from the first.
     waits = [worker.registry.get_sample_value("oasst_worker_queue_wait_seconds_count") for worker in (first, second)]
     assert waits == [1, 0]

@@ -67,7 +67,7 @@ def outputs_of(loop: EngineLoop, *choices: Choice) -> dict[Choice, list[ChoiceOu
     return outputs
 
 
-def text_of(outputs: Sequence[ChoiceOutput]) -> str:
+def output_text(outputs: Sequence[ChoiceOutput]) -> str:
     return "".join(output.text for output in outputs)
 
 
@@ -75,7 +75,7 @@ def test_tokens_come_in_order_as_text_and_end_with_their_reason(make_loop):
     loop, choice = make_loop(), choice_of("one", max_new_tokens=20)
     loop.add(choice)
     outputs = outputs_of(loop, choice)[choice]
-    assert text_of(outputs) == expected_text(make_job("one").job_id, 20)
+    assert output_text(outputs) == expected_text(make_job("one").job_id, 20)
     assert [output.finish for output in outputs[:-1]] == [None] * 19
     assert outputs[-1].finish == ChoiceFinish(choice=0, reason=FINISH_REASON_LENGTH)
 
@@ -86,7 +86,9 @@ def test_choices_of_a_job_run_side_by_side(make_loop):
         loop.add(choice)
     outputs = outputs_of(loop, *choices)
     job_id = make_job("many").job_id
-    assert [text_of(outputs[choice]) for choice in choices] == [expected_text(job_id, 16, index) for index in range(3)]
+    assert [output_text(outputs[choice]) for choice in choices] == [
+        expected_text(job_id, 16, index) for index in range(3)
+    ]
 
 
 def test_end_of_text_is_a_token_without_text(make_loop, executor):
@@ -94,7 +96,7 @@ def test_end_of_text_is_a_token_without_text(make_loop, executor):
     loop.add(choice)
     outputs = outputs_of(loop, choice)[choice]
     assert [output.token_id for output in outputs] == [A, B, EOS]
-    assert text_of(outputs) == "ab"
+    assert output_text(outputs) == "ab"
     assert outputs[-1].finish == ChoiceFinish(choice=0, reason=FINISH_REASON_END_OF_TEXT)
 
 
@@ -103,7 +105,7 @@ def test_a_stop_token_is_a_token_without_text(make_loop, executor):
     loop.add(choice)
     outputs = outputs_of(loop, choice)[choice]
     assert [output.token_id for output in outputs] == [A, B, C]
-    assert text_of(outputs) == "ab"
+    assert output_text(outputs) == "ab"
     assert outputs[-1].finish == ChoiceFinish(choice=0, reason=FINISH_REASON_STOP, stop_token_id=C)
 
 
@@ -112,7 +114,7 @@ def test_a_stop_text_ends_the_choice_and_frees_the_engine(make_loop, executor):
     loop.add(choice)
     outputs = outputs_of(loop, choice)[choice]
     assert [output.token_id for output in outputs] == [A, B, C]
-    assert text_of(outputs) == "a"
+    assert output_text(outputs) == "a"
     assert outputs[-1].finish == ChoiceFinish(choice=0, reason=FINISH_REASON_STOP, stop="bc")
     assert loop.load.num_running == loop.load.kv_tokens_used == 0
 
@@ -140,7 +142,7 @@ def test_a_choice_whose_logits_are_not_finite_fails_alone(make_loop, executor):
     loop.add(good)
     outputs = outputs_of(loop, bad, good)
     assert [output.error and output.error.reason for output in outputs[bad]] == ["NUMERIC"]
-    assert text_of(outputs[good]) == expected_text(make_job("good").job_id, 16)
+    assert output_text(outputs[good]) == expected_text(make_job("good").job_id, 16)
 
 
 def test_a_choice_whose_text_fails_fails_alone(make_loop, monkeypatch):
@@ -150,7 +152,7 @@ def test_a_choice_whose_text_fails_fails_alone(make_loop, monkeypatch):
     loop.add(good)
     outputs = outputs_of(loop, bad, good)
     assert [output.error and output.error.reason for output in outputs[bad]] == ["INTERNAL"]
-    assert text_of(outputs[good]) == expected_text(make_job("good").job_id, 16)
+    assert output_text(outputs[good]) == expected_text(make_job("good").job_id, 16)
 
 
 def test_a_choice_that_the_engine_refuses_is_reported(make_loop):
@@ -186,7 +188,7 @@ def test_the_loop_runs_ahead_only_up_to_its_bound_and_still_obeys(make_loop, exe
 def test_no_token_is_lost_at_the_bound(make_loop):
     loop, choice = make_loop(max_steps_ahead=1), choice_of("one", max_new_tokens=200)
     loop.add(choice)
-    assert text_of(outputs_of(loop, choice)[choice]) == expected_text(make_job("one").job_id, 200)
+    assert output_text(outputs_of(loop, choice)[choice]) == expected_text(make_job("one").job_id, 200)
 
 
 def test_reports_tell_what_the_step_computed(make_loop):

@@ -29,7 +29,7 @@ from oasst_worker.worker import Worker
 from prometheus_client import CollectorRegistry
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
 from waiting import until
-from watched_queue import Queue, text_of
+from watched_queue import Queue, choice_text
 
 DEMO = Path(oasst_training.__file__).parent / "demo"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -270,7 +270,7 @@ async def test_a_worker_shows_its_load_and_its_readiness(make_scripted, queue, v
     await until(lambda: scripted.check("/readyz")[0] == 200)
 
     scripted.executor.allow(float("inf"))
-    assert text_of(await queue.ended(job_id)) == expected_text(job_id, 16)
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
     os.kill(os.getpid(), signal.SIGTERM)
     await serving
 
@@ -311,7 +311,7 @@ async def test_a_killed_rank_ends_its_worker_and_another_goes_on_with_the_same_t
     resumed = await queue.ended(job_id)
     undisturbed = await queue.ended(await queue.submit(demo_job("undisturbed")))
     assert resumed.end_position == 250
-    assert text_of(resumed) == text_of(undisturbed)
+    assert choice_text(resumed) == choice_text(undisturbed)
 
 
 async def test_no_rank_outlives_a_killed_worker(start_process):

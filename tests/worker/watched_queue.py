@@ -4,7 +4,7 @@ from oasst.jobs.v1.job_pb2 import Job
 from oasst_jobs import JobState, LogSnapshot, QueueClient, QueueLimits, Submitter, Sweeper
 from waiting import until
 
-__all__ = ["Queue", "text_of"]
+__all__ = ["Queue", "choice_text"]
 
 
 class Queue:
@@ -63,7 +63,7 @@ class Queue:
         return (await self.state(job_id)).is_terminal
 
 
-def text_of(log: LogSnapshot, choice: int = 0) -> str:
+def choice_text(log: LogSnapshot, choice: int = 0) -> str:
     """The text of a choice, whose deltas must follow each other without gap or repeat."""
     deltas = [delta for entry in log.entries for delta in entry.deltas if delta.choice == choice]
     position = 0

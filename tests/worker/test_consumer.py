@@ -136,6 +136,7 @@ async def test_a_worker_that_lost_its_lease_drops_the_job_and_shows_nothing(queu
     assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
 
     first.claimer.may_push.set()
+    first.executor.allow(4)  # One more token, which is refused; nothing else would be pushed but a renewal.
     await first.task
     assert first.jobs_by("fenced") == 1
     assert choice_text(await queue.log(job_id)) == expected_text(job_id, 16)

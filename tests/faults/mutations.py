@@ -3,10 +3,12 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import oasst_jobs
+import oasst_worker
 
-from faults.rows import network, queue, workers
+from faults.rows import network, queue, shards, workers
 from faults.table import Row
 
 __all__ = ["MUTATIONS", "Mutation", "mutate"]
@@ -14,13 +16,16 @@ __all__ = ["MUTATIONS", "Mutation", "mutate"]
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One guard in `functions.lua`, and the row that breaks without it."""
+    """One guard, and the row that breaks without it."""
 
     guard: str
     row: Row
     # What stands in the code, and what comes in its place.
     original: str
     mutated: str
+    # Where it stands.
+    package: ModuleType = oasst_jobs
+    file: str = "functions.lua"
 
 
 MUTATIONS = (
@@ -37,20 +42,28 @@ MUTATIONS = (
         "for _, id in ipairs(ids) do\n    set_lease(",
         "for _, id in ipairs({}) do\n    set_lease(",
     ),
+    Mutation(
+        "a push of its own for each shard",
+        shards.one_is_away,
+        "if shard not in self._pushing and (",
+        "if not self._pushing and (",
+        package=oasst_worker,
+        file="consumer.py",
+    ),
 )
 
 
 def mutate(mutation: Mutation, folder: Path) -> Path:
-    """`folder` holds the package of the queue without this guard.
+    """`folder` holds the guard's package without it.
 
     Raises:
         ValueError: if the guard is not where it was.
     """
-    original = Path(oasst_jobs.__file__).parent
+    original = Path(mutation.package.__path__[0])
     copy = shutil.copytree(original, folder / original.name, ignore=shutil.ignore_patterns("__pycache__"))
-    functions = copy / "functions.lua"
-    text = functions.read_text()
+    file = copy / mutation.file
+    text = file.read_text()
     if text.count(mutation.original) != 1:
-        raise ValueError(f"the guard {mutation.guard!r} is not once in functions.lua")
-    functions.write_text(text.replace(mutation.original, mutation.mutated))
+        raise ValueError(f"the guard {mutation.guard!r} is not once in {mutation.file}")
+    file.write_text(text.replace(mutation.original, mutation.mutated))
     return folder

@@ -9,6 +9,6 @@ from faults.mutations import MUTATIONS, Mutation, mutate
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.guard for mutation in MUTATIONS])
 def test_a_guard_can_be_taken_out_of_a_copy(mutation: Mutation, tmp_path: Path) -> None:
-    functions = mutate(mutation, tmp_path) / "oasst_jobs" / "functions.lua"
-    assert mutation.mutated in functions.read_text()
-    assert mutation.original not in functions.read_text()
+    text = (mutate(mutation, tmp_path) / mutation.package.__name__ / mutation.file).read_text()
+    assert mutation.mutated in text
+    assert mutation.original not in text

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis.exceptions
-from oasst_client import AsyncClient
+from oasst_client import AsyncClient, new_request_id
 from oasst_jobs import JobState, QueueClient, connect, job_id_for
 from valkey_server import ValkeyServer, free_port
 
 from faults.checker import Transcript, queue_defects, stream_defects
+from faults.cluster import Cluster, clustered
 from faults.link import Link, linked
 from faults.load import Load
 from faults.machine import Clock, SmallDisk
@@ -53,6 +54,8 @@ class Shape:
     # Whether the queue's server has a replica, and whether a sentinel puts that in its place when it is gone.
     has_standby: bool = False
     has_sentinel: bool = False
+    # Above one each has a server of its own, and these are a cluster.
+    shards: int = 1
     # Size of a disk of its own for the queue's server; None for the machine's.
     disk_mib: int | None = None
     # Whose wall clock the world can set: "worker", "gateway", "valkey".
@@ -87,7 +90,9 @@ class World:
         self.valkey_port = free_port() if shape.has_standby else 0
         self.valkey = self._make_valkey()
         self.standby: Standby | None = None
-        self._sentinel_url = ""
+        self.cluster: Cluster | None = None
+        # Where processes find the queue if not over links.
+        self._direct_url = ""
         # What happened when, for whoever has to find out why a run failed.
         self.history: list[tuple[float, str]] = []
         self.load: Load
@@ -132,19 +137,7 @@ class World:
                 raise
 
     async def _start(self) -> None:
-        self.valkey.start()
-        self._exits.callback(self.valkey.kill)
-        url = self.valkey.url
-        if self.shape.has_standby:
-            to_primary = await self._link("replication", f"127.0.0.1:{self.valkey_port}")
-            self.standby = await self._exits.enter_async_context(
-                replicating(self.folder / "standby", to_primary.address)
-            )
-        if self.shape.has_sentinel:
-            url = self._sentinel_url = await self._exits.enter_async_context(
-                watched_by_sentinel(self.folder, self.valkey_port)
-            )
-        self._connect(url)
+        self._connect(await self._start_queue())
         await self._redis.ping()  # The connection stays: later there may be none to be had.
         async with asyncio.TaskGroup() as starts:
             for index in range(self.shape.workers):
@@ -155,6 +148,23 @@ class World:
         self.load = Load(client, self.dice)
         self._exits.push_async_callback(self.load.close)
         await self._warm_up()
+
+    async def _start_queue(self) -> str:
+        """The queue's servers answer. Returns the URL that leads to whichever holds it."""
+        if self.shape.shards > 1:
+            self.cluster = await self._exits.enter_async_context(clustered(self.folder, self.shape.shards))
+            self._direct_url = self.cluster.url
+            return self._direct_url
+        self.valkey.start()
+        self._exits.callback(self.valkey.kill)
+        if self.shape.has_standby:
+            to_primary = await self._link("replication", f"127.0.0.1:{self.valkey_port}")
+            self.standby = await self._exits.enter_async_context(
+                replicating(self.folder / "standby", to_primary.address)
+            )
+        if self.shape.has_sentinel:
+            self._direct_url = await self._exits.enter_async_context(watched_by_sentinel(self.folder, self.valkey_port))
+        return self._direct_url or self.valkey.url
 
     async def _warm_up(self) -> None:
         """Connections are up, the functions are loaded, and it is known which keys a queue at rest has."""
@@ -167,7 +177,7 @@ class World:
     def _connect(self, url: str) -> None:
         self._redis = connect(url)
         self._exits.push_async_callback(self._redis.aclose)
-        self.queue = QueueClient(self._redis)
+        self.queue = QueueClient(self._redis, num_shards=self.shape.shards)
 
     async def start_worker(
         self, name: str, *options: str, step_s: float | None = None, packages: Path | None = None
@@ -179,7 +189,8 @@ class World:
             *(("--ledger", str(self.folder / f"{name}.ledger")) if shape.has_ledgers else ()),
             *("--", "--worker-id", name),
             *("--redis-url", await self._queue_url(name), "--metrics-listen", "127.0.0.1:0"),
-            *("--lease-s", str(shape.lease_s), *shape.worker_options, *options),
+            *("--queue-shards", str(shape.shards), "--lease-s", str(shape.lease_s)),
+            *(*shape.worker_options, *options),
         ]
         self.workers[name] = await self._run(name, "worker", command, packages)
         return self.workers[name]
@@ -190,6 +201,7 @@ class World:
             *(sys.executable, "-m", "oasst_gateway", "--model", str(MODEL_FOLDER), "--model-name", MODEL),
             *("--gateway-id", name, "--redis-url", await self._queue_url(name), "--listen", "127.0.0.1:0"),
             *("--metrics-listen", "127.0.0.1:0", "--resume-secret", "the same on all gateways"),
+            *("--queue-shards", str(self.shape.shards)),
             *(*self.shape.gateway_options, *options),
         ]
         self.gateways[name] = gateway = await self._run(name, "gateway", command, packages)
@@ -198,9 +210,9 @@ class World:
         return gateway
 
     async def _queue_url(self, name: str) -> str:
-        """Where this process finds the queue: over a link of its own, or by asking the sentinel."""
-        if self.shape.has_sentinel:
-            return self._sentinel_url
+        """Where this process finds the queue: over a link of its own, or by asking a sentinel or a cluster."""
+        if self._direct_url:
+            return self._direct_url
         link = await self._link(name, str(self.folder / "valkey.sock"))
         return f"redis://{link.address}/0"
 
@@ -315,6 +327,14 @@ class World:
     def job_id(self, transcript: Transcript) -> str:
         return job_id_for(_TENANT, transcript.request_id)
 
+    def shard_number(self, transcript: Transcript) -> int:
+        return self.queue.shard_number(self.job_id(transcript))
+
+    def new_request_id(self, shard: int) -> str:
+        """An id whose request goes to this shard."""
+        ids = (new_request_id() for _ in itertools.count())
+        return next(each for each in ids if self.queue.shard_number(job_id_for(_TENANT, each)) == shard)
+
     async def state(self, transcript: Transcript) -> JobState | None:
         """Where the request is in its life; None if the queue does not know it."""
         snapshot = await self.queue.status(self.job_id(transcript))
@@ -324,6 +344,11 @@ class World:
         """How many of the request's tokens the queue holds; None if it does not know the request."""
         log = await self.queue.read(self.job_id(transcript), 0)
         return None if log is None else log.end_position
+
+    async def job_number(self, transcript: Transcript, field: str) -> int:
+        """What the queue has in this field of the request's job; 0 if it has none."""
+        job_id = self.job_id(transcript)
+        return int(await self._redis.hget(f"{self.queue.shard_of(job_id).keys.root}:job:{job_id}", field) or 0)
 
     async def job_versions(self) -> Counter[int]:
         """How many jobs there are of each version."""

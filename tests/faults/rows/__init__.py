@@ -1,6 +1,6 @@
 """The rows of the fault table, in its order."""
 
-from faults.rows import callers, gateways, machines, network, queue, replicas, scoring, service, workers
+from faults.rows import callers, gateways, machines, network, queue, replicas, scoring, service, shards, workers
 from faults.table import Row
 
 __all__ = ["ROWS"]
@@ -17,6 +17,7 @@ ROWS: tuple[Row, ...] = (
     gateways.killed_while_sending,
     queue.is_killed,
     queue.hangs_for_longer_than_a_lease,
+    shards.one_is_away,
     network.gateway_is_cut_off_from_the_queue,
     network.worker_is_cut_off_for_short,
     network.worker_is_cut_off_for_long,

@@ -1,7 +1,8 @@
 """Connections to Redis or Valkey, alone or many, with timeouts that suit short function calls."""
 
 import inspect
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -55,6 +56,15 @@ _MAX_CONNECTIONS_PER_CLUSTER_NODE = 1024  # A cluster's pools do not wait for a 
 
 # What uvloop says, as a RuntimeError, of a connection that broke since its last use; the client library passes it on.
 _BROKEN_ON_UVLOOP = "the handler is closed"
+
+# What a node of a cluster answers, or does not, when another may have its slots by now.
+_STALE = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.MovedError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.ReadOnlyError,
+)
 
 # The first versions with everything that is used here.
 _MIN_REDIS = (7, 0)
@@ -245,10 +255,30 @@ async def send(client: RedisClient, key: str, *command: str | bytes | int | floa
     """The reply to a command about one key, from whichever server holds it."""
     # Any: replies have the shape that their command gives them.
     if isinstance(client, RedisCluster):
-        # Named, because the client library would ask the server for the keys of each command first.
-        node = await translated(_node_of(client, key))
-        return await translated(client.execute_command(*command, target_nodes=node))
+        return await translated(_ask_node(client, key, lambda node: node.execute_command(*command)))
     return await translated(client.execute_command(*command))  # type: ignore[no-untyped-call]  # theirs
+
+
+async def _ask_node(client: RedisCluster, key: str, ask: Callable[[ClusterNode], Awaitable[T]]) -> T:
+    """What the node that holds the key gives, asked once more if another may hold it by now.
+
+    The client's own `execute_command` closes the connections to all nodes after one's error, in use or not, and has the
+    calls to all wait until it has looked the nodes up again.
+    """
+    node = await _node_of(client, key)
+    try:
+        return await ask(node)
+    except _STALE as error:
+        await _look_up_nodes(client, node)
+        if isinstance(error, redis.exceptions.TimeoutError):
+            raise
+    return await ask(await _node_of(client, key))
+
+
+async def _look_up_nodes(client: RedisCluster, failed: ClusterNode) -> None:
+    """The client knows which node holds which slots, if any node tells; until then calls go by what it knew."""
+    with suppress(redis.exceptions.RedisError, redis.exceptions.RedisClusterException):
+        await client.nodes_manager.initialize(last_failed_node_name=failed.name)
 
 
 async def _node_of(client: RedisCluster, key: str) -> ClusterNode:
@@ -268,7 +298,7 @@ async def send_and_wait(
     """
     wait = ("WAIT", num_replicas, timeout_ms)
     if isinstance(client, RedisCluster):
-        return await translated(_send_both(client, key, command, wait))
+        return await translated(_ask_node(client, key, lambda node: _send_both(node, command, wait)))
     pipeline = client.pipeline(transaction=False)
     for part in (command, wait):
         pipeline.execute_command(*part)
@@ -279,8 +309,7 @@ async def send_and_wait(
     return replies[0], replies[1]
 
 
-async def _send_both(client: RedisCluster, key: str, command: Iterable[Any], wait: Iterable[Any]) -> tuple[Any, int]:
-    node = await _node_of(client, key)
+async def _send_both(node: ClusterNode, command: Iterable[Any], wait: Iterable[Any]) -> tuple[Any, int]:
     connection = node.acquire_connection()
     try:
         await connection.send_command(*command)
@@ -296,7 +325,7 @@ async def on_all_primaries(client: RedisClient, *command: str | bytes | int) -> 
     if isinstance(client, RedisCluster):
         await translated(client.initialize())
         nodes = client.get_primaries()
-        return [await translated(client.execute_command(*command, target_nodes=node)) for node in nodes]
+        return [await translated(node.execute_command(*command)) for node in nodes]
     return [await translated(client.execute_command(*command))]  # type: ignore[no-untyped-call]  # theirs
 
 

@@ -147,8 +147,10 @@ class Draw:
             token_id if good else None for token_id, good in zip(at_once, is_good, strict=True)
         ]
         undecided = [row for row in range(len(rows)) if is_good[row] and not is_decided[row]]
-        for row, token_id in zip(undecided, _draw_closely(self._logits, rows, undecided, self._tried), strict=True):
-            token_ids[row] = token_id
+        if undecided:
+            drawn = _draw_closely(self._logits, rows, undecided, self._tried)
+            for row, token_id in zip(undecided, drawn, strict=True):
+                token_ids[row] = token_id
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         for row, logprob in self._logprobs.wait(token_ids, at_once) if self._logprobs else ():
             logprobs[row] = logprob

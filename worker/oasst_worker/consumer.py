@@ -283,10 +283,8 @@ class Consumer:
     def _make_job(self, claimed: ClaimedJob, spans: JobSpans) -> HeldJob:
         now_s = self._clock()
         if claimed.job.score_items:
-            runs = self._intake.accept_scoring(claimed)
-            return ScoringJob(claimed, runs, spans, now_s=now_s)
-        choices = self._intake.accept(claimed)
-        return GeneratingJob(claimed, choices, spans, now_s=now_s)
+            return ScoringJob(claimed, self._intake.accept_scoring(claimed), spans, now_s=now_s)
+        return GeneratingJob(claimed, self._intake.accept(claimed), spans, now_s=now_s)
 
     async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError, spans: JobSpans) -> None:
         outcome = Outcome(failed=error.failed)

@@ -483,11 +483,11 @@ local function keep_watching(keys, args)
   local unwatched = {}
   for index = 2, #args do
     local job = get_job(shard, args[index], { 'state', 'watchers' })
-    local is_watched = is_watcher(job.watchers, gateway)
-    if job.state and not is_final(job.state) and is_watched then
+    local may_run, is_watched = job.state and not is_final(job.state), is_watcher(job.watchers, gateway)
+    if may_run and is_watched then
       keep_watched(shard, job.id, WATCH_TTL_MS)
     end
-    unwatched[index - 1] = job.state and not is_final(job.state) and not is_watched and 1 or 0
+    unwatched[index - 1] = may_run and not is_watched and 1 or 0
   end
   return unwatched
 end
@@ -1006,9 +1006,10 @@ local function repair(shard, id)
       redis.call('ZREM', deadlines, id)
     end
   end
-  if (redis.call('ZSCORE', watched, id) ~= false) ~= (job.grace_ms ~= false and not ends) then
+  local must_be_watched = job.grace_ms ~= false and not ends
+  if (redis.call('ZSCORE', watched, id) ~= false) ~= must_be_watched then
     repaired = true
-    if job.grace_ms and not ends then
+    if must_be_watched then
       redis.call('ZADD', watched, shard.now_ms + WATCH_TTL_MS + job.grace_ms, id)
     else
       redis.call('ZREM', watched, id)

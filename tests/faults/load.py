@@ -1,14 +1,15 @@
 """Callers that stream from the service, each checked to its end."""
 
 import asyncio
-import inspect
+import functools
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import waiting
 from oasst_client import APIError, AsyncClient, AsyncCompletionStream, new_request_id
 
 from faults.checker import FINISHED, Transcript
@@ -16,7 +17,8 @@ from faults.verifiable import Prompt, Script
 
 __all__ = ["FaultMissedError", "Load", "until"]
 
-_POLL_S = 0.01
+# Other processes make it true, on a machine where several worlds run at once.
+until = functools.partial(waiting.until, timeout_s=30.0)
 
 
 class FaultMissedError(AssertionError):
@@ -112,7 +114,11 @@ class Load:
     async def flows(self, transcripts: Iterable[Transcript] | None = None, *, num_tokens: int = 1) -> None:
         """Every one of these streams is in the middle, with so many tokens at least."""
         waited_for = list(self.transcripts if transcripts is None else transcripts)
-        await until(lambda: all(each.num_seen >= num_tokens or each.end for each in waited_for), "streams to flow", 90)
+        await until(
+            lambda: all(each.num_seen >= num_tokens or each.end for each in waited_for),
+            "streams to flow",
+            timeout_s=90,
+        )
         ended = [each for each in waited_for if not each.is_flowing]
         if ended:
             raise self.missed(f"{len(ended)} streams ended before the fault: {ended[0].end}")
@@ -161,13 +167,3 @@ async def _listen(stream: AsyncCompletionStream, transcript: Transcript, think_s
         transcript.end = "LEFT"
     finally:
         transcript.num_resumes = stream.num_resumes
-
-
-async def until(is_true: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
-    """Other processes have made it true; there is no event of theirs to wait for. It may be a question to them."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not (await answer if inspect.isawaitable(answer := is_true()) else answer):  # noqa: ASYNC110
-                await asyncio.sleep(_POLL_S)
-    except TimeoutError:
-        raise AssertionError(f"waited {timeout_s:g} s for {what}") from None

@@ -247,6 +247,11 @@ end
 --
 -- `flows:<model>` holds the end of each lane of each tenant, as `<lane><tenant>`, and virtual time, as `now`.
 
+-- How a command takes a bound that is itself left out. Joined to a text as it is, a number would be rounded.
+local function below(score)
+  return '(' .. string.format('%.17g', score)
+end
+
 local function virtual_now(shard, model)
   local now = redis.call('ZSCORE', key_of(shard, 'flows', model), 'now')
   if not now then -- forgotten after a long rest, perhaps of a queue that was not empty
@@ -259,7 +264,7 @@ end
 local function advance_now(shard, model, start)
   local flows = key_of(shard, 'flows', model)
   redis.call('ZADD', flows, 'GT', start, 'now')
-  redis.call('ZREMRANGEBYSCORE', flows, '-inf', '(' .. virtual_now(shard, model)) -- idle tenants owe nothing
+  redis.call('ZREMRANGEBYSCORE', flows, '-inf', below(virtual_now(shard, model))) -- idle tenants owe nothing
   redis.call('PEXPIRE', flows, FLOWS_TTL_MS)
 end
 
@@ -378,7 +383,7 @@ local function refusal_of(shard, job, place, limits)
   if exceeds(limits.tenant_jobs, tenant_jobs, 1) or exceeds(limits.tenant_tokens, tenant_tokens, job.size) then
     return { 'tenant_full', tenant_jobs, tenant_tokens }
   end
-  jobs = redis.call('ZCOUNT', key_of(shard, 'waiting', job.model), '-inf', '(' .. string.format('%.17g', place))
+  jobs = redis.call('ZCOUNT', key_of(shard, 'waiting', job.model), '-inf', below(place))
   tokens = tokens_of_first(shard, job.model, jobs)
   if limits.tokens_ahead and tokens > limits.tokens_ahead then
     return { 'too_much_ahead', jobs, tokens }

@@ -82,6 +82,31 @@ async def test_a_tenant_that_was_idle_has_saved_nothing_up(submitter: Submitter,
     assert served == {"busy": 10, "idle": 10}
 
 
+async def test_virtual_time_is_not_lost_to_rounding(
+    submitter: Submitter, claimer: Claimer, client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    """Sizes by a weight of 3 have no end in decimals."""
+    for number in range(30):
+        await submit(submitter, make_job(str(number)), weight=3.0)
+        await serve(claimer, 1)
+        assert await redis_client.zscore(f"{client.shards[0].keys.root}:flows:{MODEL}", "now") is not None
+
+
+async def test_a_tenant_that_was_served_does_not_come_behind_a_whole_flood_of_newcomers(
+    submitter: Submitter, claimer: Claimer
+) -> None:
+    policy = TenantPolicy(weight=3.0)
+    for number in range(30):
+        newcomers = jobs_of(f"newcomer {number} ", 9)
+        await submit(submitter, *newcomers, weight=3.0)
+        job = make_job(str(number), tenant="regular")
+        submitted = await submitter.submit(job, digest=b"digest", timeout_ms=None, policy=policy)
+        assert submitted.queue_position <= 2
+        for newcomer in newcomers:
+            await submitter.cancel(newcomer.job_id)
+        await serve(claimer, 1)
+
+
 async def test_jobs_of_different_tenants_that_come_at_the_same_virtual_time_keep_their_order(
     submitter: Submitter, claimer: Claimer
 ) -> None:

@@ -43,7 +43,7 @@ _LEASE_MS = 60_000
 
 
 class RunningWorker:
-    """A consumer on a scripted engine, as a task. It takes its leases for as long as `lease_s` on its `clock`."""
+    """A consumer on a scripted engine, as a task. It takes its leases for as long as `lease_s` on their `clock`."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class RunningWorker:
     ) -> None:
         self.executor = ScriptedExecutor(num_blocks=kv_tokens // ScriptedExecutor.block_size)
         self.claimer = WatchedClaimer(client, worker_id=worker_id, model=MODEL, lease_ms=_LEASE_MS, clock=clock)
-        self.loop = EngineLoop(make_engine(self.executor, **config), max_steps_ahead=8)
+        self.loop = EngineLoop(make_engine(self.executor, **config), max_steps_ahead=8, clock=clock)
         self.registry = CollectorRegistry()
         intake = make_intake(kv_tokens)
         metrics = WorkerMetrics(self.registry)
@@ -71,6 +71,11 @@ class RunningWorker:
     def claimed(self) -> float:
         """Jobs claimed so far."""
         return self.registry.get_sample_value("oasst_worker_claimed_jobs_total") or 0
+
+    @property
+    def num_pushes(self) -> float:
+        """Pushes that were answered."""
+        return self.registry.get_sample_value("oasst_worker_push_seconds_count") or 0
 
     def jobs_by(self, outcome: str) -> float:
         return self.registry.get_sample_value("oasst_worker_jobs_total", {"outcome": outcome}) or 0

@@ -90,6 +90,19 @@ async def test_tokens_that_come_faster_than_anyone_reads_are_pushed_together(que
     assert len(log.entries[0].deltas[0].token_ids) < 900
 
 
+async def test_a_token_drawn_soon_after_a_push_does_not_wait_for_the_step_after_it(queue, start_worker):
+    now_s = [0.0]
+    worker = start_worker(lease_s=3600, clock=lambda: now_s[0])
+    worker.executor.allow(1)
+    job_id = await queue.submit(make_job("early"))
+    await until(lambda: worker.num_pushes == 1)
+    worker.executor.allow(1)
+    await until(lambda: worker.consumer.num_generated_tokens == 2)
+    now_s[0] += 0.02
+    await until(lambda: worker.num_pushes == 2)
+    assert choice_text(await queue.log(job_id)) == expected_text(job_id, 2)
+
+
 async def test_another_worker_goes_on_where_a_dead_one_stopped(queue, start_worker):
     first = start_worker("first")
     first.executor.allow(5)

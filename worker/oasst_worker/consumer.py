@@ -300,15 +300,20 @@ class Consumer:
     async def _push_until_closing(self) -> None:
         """One push at a time for each shard: one that does not answer holds up no job of the others."""
         delay_s = 0.0
+        quiet_until_s = float("-inf")  # The loop tells of some reports only; then we look by ourselves.
         async with asyncio.TaskGroup() as pushes:
             while not self._closing.is_set():
                 await _wait_at_most(self._news, delay_s)
                 self._news.clear()
-                delay_s = self._renew_after_s / 4
                 if len(self._pushing) < self._claimer.num_shards:  # While none answers, the engine is held back.
-                    for report in self._loop.take():
+                    reports = self._loop.take()
+                    for report in reports:
                         self._take(report)
-                        delay_s = min(delay_s, _PUSH_INTERVAL_S)  # Until then the loop is quiet about most of the next.
+                    if reports:
+                        quiet_until_s = self._clock() + _PUSH_INTERVAL_S
+                delay_s = self._renew_after_s / 4
+                if (quiet_s := quiet_until_s - self._clock()) > 0:
+                    delay_s = min(delay_s, quiet_s)
                 for shard, jobs in self._jobs_to_push().items():
                     wait_s = self._push_delay_s(shard, jobs)
                     if wait_s:

@@ -175,14 +175,15 @@ end
 -- What waits for a model and what of it is a tenant's, in jobs and tokens, changes by one job of this size.
 local function count_waiting(shard, job, sign)
   local counts = {
-    { 'waiting_tokens', job.model, job.size },
-    { 'tenant_jobs', job.tenant, 1 },
-    { 'tenant_tokens', job.tenant, job.size },
+    { key_of(shard, 'waiting_tokens'), job.model, job.size },
+    { key_of(shard, 'tenants', job.model), job.tenant, 1 },
+    { key_of(shard, 'tenant_jobs'), job.tenant, 1 },
+    { key_of(shard, 'tenant_tokens'), job.tenant, job.size },
   }
   for _, count in ipairs(counts) do
-    local key = key_of(shard, count[1])
-    if redis.call('HINCRBY', key, count[2], sign * count[3]) <= 0 then
-      redis.call('HDEL', key, count[2])
+    local key, field, number = unpack(count)
+    if redis.call('HINCRBY', key, field, sign * number) <= 0 then
+      redis.call('HDEL', key, field)
     end
   end
   if not redis.call('HGET', key_of(shard, 'tenant_jobs'), job.tenant) then
@@ -351,12 +352,12 @@ local function exceeds(limit, present, size)
   return limit and present > 0 and present + size > limit
 end
 
--- The part by weight that is the tenant's, among all who have jobs that wait.
+-- The part by weight that is the tenant's, among all who have jobs that wait for the model.
 local function share_of(shard, job)
-  local weights, others = redis.call('HGETALL', key_of(shard, 'tenant_weights')), 0
-  for index = 1, #weights, 2 do
-    if weights[index] ~= job.tenant then
-      others = others + weights[index + 1]
+  local others = 0
+  for _, tenant in ipairs(redis.call('HKEYS', key_of(shard, 'tenants', job.model))) do
+    if tenant ~= job.tenant then
+      others = others + (redis.call('HGET', key_of(shard, 'tenant_weights'), tenant) or 0)
     end
   end
   return job.weight / (job.weight + others)
@@ -1061,6 +1062,7 @@ local function recount_waiting(shard, models)
     redis.call('DEL', key_of(shard, counts))
   end
   for _, model in ipairs(models) do
+    redis.call('DEL', key_of(shard, 'tenants', model))
     for _, id in ipairs(redis.call('ZRANGE', key_of(shard, 'waiting', model), 0, -1)) do
       local job = get_job(shard, id, INDEX_FIELDS)
       if job.state then

@@ -14,6 +14,7 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  `<model>:scoring`.
 `oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by
                                  enqueue, attach, status and load. A field goes with the model's last waiting job.
+`oasst:{0}:tenants:<model>`      hash. Tenant -> its jobs that wait for the model. As `tenant_jobs`.
 `oasst:{0}:tenant_jobs`          hash. Tenant -> its waiting jobs. Written with `waiting`, read by enqueue. A field
                                  goes with the tenant's last waiting job.
 `oasst:{0}:tenant_tokens`        hash. Tenant -> tokens its waiting jobs ask for. As `tenant_jobs`.

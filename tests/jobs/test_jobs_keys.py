@@ -16,6 +16,7 @@ KINDS = {
     "log": ("stream", None),
     "waiting": ("zset", None),
     "waiting_tokens": ("hash", None),
+    "tenants": ("hash", None),
     "tenant_jobs": ("hash", None),
     "tenant_tokens": ("hash", None),
     "tenant_weights": ("hash", None),

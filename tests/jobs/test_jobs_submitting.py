@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import redis.asyncio
-from job_samples import MODEL, finished, make_entry, make_job
+from job_samples import MODEL, finished, make_entry, make_job, make_scoring_job
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2
 from oasst_jobs import (
@@ -110,6 +110,15 @@ async def test_the_share_of_a_tenant_is_among_those_that_wait(client: QueueClien
     assert len(await claimer.claim(max_jobs=4, max_tokens=1000)) == 4
     await submit(submitter, *(make_job(f"flood {number}", tenant="flood") for number in range(4)))
     await submit(submitter, *(make_job(f"guest {number}", tenant="guest") for number in range(2)))
+    with pytest.raises(QueueFullError):
+        await submit(submitter, make_job("guest 2", tenant="guest"))
+
+
+async def test_the_share_of_a_tenant_is_among_those_that_wait_in_the_same_queue(client: QueueClient) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_jobs=4))
+    await submit(submitter, make_job("elsewhere", tenant="other", model="other"), make_scoring_job("to be scored"))
+    await submit(submitter, *(make_job(f"flood {number}", tenant="flood") for number in range(4)))
+    await submit(submitter, *(make_job(f"guest {number}", tenant="guest") for number in range(2)))  # Its half.
     with pytest.raises(QueueFullError):
         await submit(submitter, make_job("guest 2", tenant="guest"))
 

@@ -1,6 +1,6 @@
 """For who looks after the queue's server: `python -m oasst_jobs --help`.
 
-acl      prints the users that gateways, workers and an admin need, as lines of a Redis ACL file
+acl      prints a Redis ACL file: the users that gateways, workers, an admin and redis_exporter need, and no other
 load     loads the functions, which gateways and workers with those users may only call
 dead     lists the jobs that were set aside because workers died with them; never a prompt
 revive   has one of them wait again
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from oasst_jobs.acl import Role, acl_rules
+from oasst_jobs.acl import acl_file
 from oasst_jobs.client import QueueClient
 from oasst_jobs.connection import connect
 from oasst_jobs.errors import QueueError
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
     """Does what the arguments say; the process's exit code."""
     options = _make_parser().parse_args(arguments)
     if options.command == "acl":
-        sys.stdout.writelines(_user_line(role) for role in Role)
+        sys.stdout.write(acl_file())
         return 0
     try:
         return asyncio.run(_act(options))
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m oasst_jobs", description="Looks after the queue's server.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("acl", help="print the users as lines of an ACL file; put passwords in place of PASSWORD")
+    commands.add_parser("acl", help="print the users as an ACL file; put passwords in place of PASSWORD")
     load = commands.add_parser("load", help="load the functions")
     dead = commands.add_parser("dead", help="list the jobs that were set aside, the last to die first")
     revive = commands.add_parser("revive", help="have a job that was set aside wait again, without a deadline")
@@ -47,10 +47,6 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--redis-url", required=True, help="the server, as any of the queue's users")
         command.add_argument("--queue-shards", type=int, default=1, help="as gateways and workers are given it")
     return parser
-
-
-def _user_line(role: Role) -> str:
-    return f"user oasst-{role} on >PASSWORD {' '.join(acl_rules(role))}\n"
 
 
 async def _act(options: argparse.Namespace) -> int:

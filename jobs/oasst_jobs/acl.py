@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from oasst_jobs.library import LIBRARY
 
-__all__ = ["Role", "acl_rules"]
+__all__ = ["Role", "acl_file", "acl_rules"]
 
 _IN_FUNCTIONS = sorted({name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", LIBRARY.source)})
 
@@ -31,11 +31,25 @@ _OWN_COMMANDS = {
     Role.ADMIN: ("fcall", "function|load", "function|list", "function|delete", *_IN_FUNCTIONS),
 }
 
+# What redis_exporter asks for: an observer sees no key.
+_OBSERVING = ("ping", "info", "config|get", "client|setname", "latency|latest", "latency|histogram", "slowlog|get")
+
 
 def acl_rules(role: Role) -> list[str]:
     """The rules behind `ACL SETUSER name on >password`, or behind the same in a file of users.
 
-    Sentinels, and users that read metrics or take backups, need users of their own.
+    Sentinels, and users that take backups, need users of their own.
     """
     commands = sorted({*_CONNECTING, *_OWN_COMMANDS[role]})
     return ["resetkeys", "~oasst:*", "resetchannels", "-@all", *(f"+{command}" for command in commands)]
+
+
+def acl_file() -> str:
+    """A whole ACL file: a user for each role, one for redis_exporter, and nobody without a name.
+
+    Passwords go in place of PASSWORD.
+    """
+    rules = {str(role): acl_rules(role) for role in Role}
+    rules["exporter"] = ["resetkeys", "resetchannels", "-@all", *(f"+{command}" for command in _OBSERVING)]
+    users = (f"user oasst-{user} on >PASSWORD {' '.join(rules[user])}\n" for user in rules)
+    return "".join(["user default off\n", *users])

@@ -16,16 +16,14 @@ from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
     DeadLetter,
-    Durability,
     JobSnapshot,
     JobState,
     LogSnapshot,
     PushItem,
     PushStatus,
-    QueueLimits,
     QueueLoad,
+    Submission,
     Submitted,
-    TenantPolicy,
 )
 
 __all__ = ["QueueClient"]
@@ -63,25 +61,11 @@ class QueueClient:
         await check_server(self.redis)
         await self.on_each_shard(lambda shard: shard.load())  # Loads the functions where they are missing.
 
-    async def enqueue(
-        self,
-        job: job_pb2.Job,
-        *,
-        digest: bytes,
-        timeout_ms: int | None,
-        gateway_id: str,
-        limits: QueueLimits,
-        policy: TenantPolicy,
-        max_tokens_ahead: int | None,
-        grace_ms: int | None = None,
-        durability: Durability,
-    ) -> Submitted:
+    async def enqueue(self, submission: Submission) -> Submitted:
         """Puts a job into its shard, which takes its part of what is allowed. Raises as Submitter.submit does."""
-        submitted = await self.shard_of(job.job_id).enqueue(
-            job,
-            digest=digest,
-            timeout_ms=timeout_ms,
-            gateway_id=gateway_id,
+        limits, policy = submission.limits, submission.policy
+        part = replace(
+            submission,
             limits=replace(
                 limits,
                 max_waiting_jobs=self._part(limits.max_waiting_jobs),
@@ -92,11 +76,9 @@ class QueueClient:
                 max_waiting_jobs=self._part(policy.max_waiting_jobs),
                 max_waiting_tokens=self._part(policy.max_waiting_tokens),
             ),
-            max_tokens_ahead=self._part(max_tokens_ahead),
-            grace_ms=grace_ms,
-            durability=durability,
+            max_tokens_ahead=self._part(submission.max_tokens_ahead),
         )
-        return self._over_all_shards(submitted)
+        return self._over_all_shards(await self.shard_of(submission.job.job_id).enqueue(part))
 
     async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
         """Adds the gateway to a job's watchers."""

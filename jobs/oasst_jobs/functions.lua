@@ -403,56 +403,59 @@ end
 -- {'poisoned'}, {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens} or {'too_much_ahead', jobs, tokens}.
 local function enqueue(keys, args)
   local shard = open_shard(keys)
-  local id, gateway = args[1], args[13]
-  local job_key = key_of(shard, 'job', id)
+  local job = {
+    id = args[1], state = 'waiting', bytes = args[2], digest = args[3], model = args[4], version = args[5],
+    prompt_tokens = args[6], size = args[7], lane = args[8], tenant = args[9], weight = args[10],
+    timeout_ms = tonumber(args[11]), retention_ms = args[12], gateway = args[13], choices = args[19],
+    poison_key = key_of(shard, 'poison', args[20]), grace_ms = tonumber(args[21]),
+  }
+  local limits = {
+    jobs = tonumber(args[14]), tokens = tonumber(args[15]), tenant_jobs = tonumber(args[16]),
+    tenant_tokens = tonumber(args[17]), tokens_ahead = tonumber(args[18]),
+  }
+  local job_key, is_watched = key_of(shard, 'job', job.id), job.gateway ~= ''
 
-  local known = get_job(shard, id, { 'state', 'digest', 'model', 'job' })
+  local known = get_job(shard, job.id, { 'state', 'digest', 'model', 'job' })
   if known.state then
-    if known.digest ~= args[3] then
+    if known.digest ~= job.digest then
       return { 'conflict' }
     end
-    if gateway ~= '' then
-      add_watcher(shard, id, gateway)
+    if is_watched then
+      add_watcher(shard, job.id, job.gateway)
     end
     -- A write in any case: WAIT on this connection is to cover the job, which another connection may have written.
     redis.call('HSET', job_key, 'digest', known.digest)
-    local jobs_ahead, tokens_ahead = ahead_of(shard, id, known)
+    local jobs_ahead, tokens_ahead = ahead_of(shard, job.id, known)
     return { 'accepted', 0, known.state, jobs_ahead, tokens_ahead, known.job }
   end
 
-  local poison_key = key_of(shard, 'poison', args[20])
-  if redis.call('EXISTS', poison_key) == 1 then
+  if redis.call('EXISTS', job.poison_key) == 1 then
     return { 'poisoned' }
   end
-  local job = {
-    id = id, state = 'waiting', model = args[4], size = args[7], lane = args[8], tenant = args[9], weight = args[10],
-  }
   local place = place_of(job, start_of(shard, job))
-  local refusal = refusal_of(shard, job, place, {
-    jobs = tonumber(args[14]), tokens = tonumber(args[15]),
-    tenant_jobs = tonumber(args[16]), tenant_tokens = tonumber(args[17]), tokens_ahead = tonumber(args[18]),
-  })
+  local refusal = refusal_of(shard, job, place, limits)
   if refusal then
     return refusal
   end
 
   redis.call('HSET', job_key,
-    'state', 'waiting', 'job', args[2], 'digest', args[3], 'model', job.model, 'version', args[5],
-    'prompt_tokens', args[6], 'size', job.size, 'lane', job.lane, 'tenant', job.tenant, 'weight', job.weight,
-    'place', string.format('%.17g', place), 'end_position', 0, 'watchers', gateway, 'enqueued_ms', shard.now_ms,
-    'retention_ms', args[12], 'choices', args[19], 'poison_key', poison_key)
-  if args[11] ~= '' then
-    local deadline_ms = shard.now_ms + args[11]
+    'state', job.state, 'job', job.bytes, 'digest', job.digest, 'model', job.model, 'version', job.version,
+    'prompt_tokens', job.prompt_tokens, 'size', job.size, 'lane', job.lane, 'tenant', job.tenant, 'weight', job.weight,
+    'place', string.format('%.17g', place), 'end_position', 0, 'watchers', job.gateway, 'enqueued_ms', shard.now_ms,
+    'retention_ms', job.retention_ms, 'choices', job.choices, 'poison_key', job.poison_key)
+  if job.timeout_ms then
+    local deadline_ms = shard.now_ms + job.timeout_ms
     redis.call('HSET', job_key, 'deadline_ms', deadline_ms)
-    redis.call('ZADD', key_of(shard, 'deadlines'), deadline_ms, id)
+    redis.call('ZADD', key_of(shard, 'deadlines'), deadline_ms, job.id)
   end
-  if args[21] ~= '' then
-    redis.call('HSET', job_key, 'grace_ms', args[21])
-    redis.call('ZADD', key_of(shard, 'watched'), shard.now_ms + args[21] + (gateway ~= '' and WATCH_TTL_MS or 0), id)
+  if job.grace_ms then
+    redis.call('HSET', job_key, 'grace_ms', job.grace_ms)
+    local watched_until_ms = shard.now_ms + (is_watched and WATCH_TTL_MS or 0)
+    redis.call('ZADD', key_of(shard, 'watched'), watched_until_ms + job.grace_ms, job.id)
   end
   charge(shard, job)
   enter_waiting(shard, job, place)
-  return { 'accepted', 1, 'waiting', ahead_of(shard, id, job) }
+  return { 'accepted', 1, job.state, ahead_of(shard, job.id, job) }
 end
 
 local function snapshot_of(shard, id)

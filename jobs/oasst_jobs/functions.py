@@ -33,11 +33,10 @@ from oasst_jobs.records import (
     LogSnapshot,
     PushItem,
     PushStatus,
-    QueueLimits,
     QueueLoad,
+    Submission,
     Submitted,
     SweepReport,
-    TenantPolicy,
 )
 
 __all__ = [
@@ -148,32 +147,19 @@ class Shard:
         self._library = library
         self._calls: set[asyncio.Task[Any]] = set()
 
-    async def enqueue(
-        self,
-        job: job_pb2.Job,
-        *,
-        digest: bytes,
-        timeout_ms: int | None,
-        gateway_id: str,
-        limits: QueueLimits,
-        policy: TenantPolicy,
-        max_tokens_ahead: int | None,
-        grace_ms: int | None = None,
-        durability: Durability,
-    ) -> Submitted:
+    async def enqueue(self, submission: Submission) -> Submitted:
         """Puts a job into the queue, or adds the gateway to the watchers of the one that is there.
-
-        An empty `gateway_id` is nobody's.
 
         Raises:
             RequestConflictError: if the one that is there came from another request.
             JobNotAcceptedError: if a new job is not let in; its subclasses say why.
         """
+        job, limits, policy = submission.job, submission.limits, submission.policy
         verdict, *about = await self._call(
             "enqueue",
             job.job_id,
             job.SerializeToString(),
-            digest,
+            submission.digest,
             _queue_name(job, job.model),
             job.version,
             num_prompt_tokens(job),
@@ -181,18 +167,18 @@ class Shard:
             _LANES[job.priority],
             _queue_name(job, job.tenant),
             repr(policy.weight),
-            _or_empty(timeout_ms),
+            _or_empty(submission.timeout_ms),
             round(limits.retention_s * 1000),
-            gateway_id,
+            submission.gateway_id,
             _or_empty(limits.max_waiting_jobs),
             _or_empty(limits.max_waiting_tokens),
             _or_empty(policy.max_waiting_jobs),
             _or_empty(policy.max_waiting_tokens),
-            _or_empty(max_tokens_ahead),
+            _or_empty(submission.max_tokens_ahead),
             max(job.n, 1),
             _prompt_digest(job),
-            _or_empty(grace_ms),
-            durability=durability,
+            _or_empty(submission.grace_ms),
+            durability=submission.durability,
         )
         match verdict:
             case b"conflict":

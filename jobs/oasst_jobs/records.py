@@ -19,6 +19,7 @@ __all__ = [
     "PushStatus",
     "QueueLimits",
     "QueueLoad",
+    "Submission",
     "Submitted",
     "SweepReport",
     "TenantPolicy",
@@ -86,6 +87,27 @@ class TenantPolicy:
     def __post_init__(self) -> None:
         if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
             raise ValueError(f"a weight is {MIN_WEIGHT} to {MAX_WEIGHT}, not {self.weight}")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job on its way into the queue, and what it is let in by."""
+
+    job: job_pb2.Job
+    # Of the request as its client sent it: the same id with another digest is another request.
+    digest: bytes
+    # What may wait already for a new job to be let in.
+    limits: QueueLimits
+    policy: TenantPolicy = TenantPolicy()
+    # The most tokens that may be served before it. None: any number.
+    max_tokens_ahead: int | None = None
+    # How long it may take from now to its end. None: as long as it takes.
+    timeout_ms: int | None = None
+    # How long it runs on when nobody watches it any more. None: as long as it takes.
+    grace_ms: int | None = None
+    # Who watches it; empty for nobody.
+    gateway_id: str = ""
+    durability: Durability = Durability.LOCAL
 
 
 @dataclass(frozen=True, slots=True)

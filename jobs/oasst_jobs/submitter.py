@@ -13,6 +13,7 @@ from oasst_jobs.records import (
     LogSnapshot,
     QueueLimits,
     QueueLoad,
+    Submission,
     Submitted,
     TenantPolicy,
 )
@@ -80,15 +81,17 @@ class Submitter:
                 are JobNotAcceptedError.
         """
         return await self._client.enqueue(
-            job,
-            digest=digest,
-            timeout_ms=timeout_ms,
-            gateway_id=self._gateway_id if is_watched else "",
-            limits=self._limits,
-            policy=policy,
-            max_tokens_ahead=max_tokens_ahead,
-            grace_ms=grace_ms,
-            durability=self._durability,
+            Submission(
+                job=job,
+                digest=digest,
+                limits=self._limits,
+                policy=policy,
+                max_tokens_ahead=max_tokens_ahead,
+                timeout_ms=timeout_ms,
+                grace_ms=grace_ms,
+                gateway_id=self._gateway_id if is_watched else "",
+                durability=self._durability,
+            )
         )
 
     async def attach(self, job_id: str) -> JobSnapshot | None:

@@ -18,9 +18,9 @@ from oasst_jobs import (
     QueueError,
     QueueLimits,
     QueueUnavailableError,
+    Submission,
     Submitter,
     Sweeper,
-    TenantPolicy,
     UnavailableReason,
     UnsupportedServerError,
     connect,
@@ -86,16 +86,7 @@ async def test_whoever_sweeps_keeps_its_library_in_use(
 
 async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio.Redis, claimer: Claimer) -> None:
     shard = Shard(redis_client, 1)
-    await shard.enqueue(
-        make_job("elsewhere"),
-        digest=b"digest",
-        timeout_ms=None,
-        gateway_id="gateway-1",
-        limits=QueueLimits(),
-        policy=TenantPolicy(),
-        max_tokens_ahead=None,
-        durability=Durability.LOCAL,
-    )
+    await shard.enqueue(Submission(make_job("elsewhere"), b"digest", QueueLimits()))
     assert await claimer.claim(max_jobs=1, max_tokens=1000) == []
     assert (await shard.load()).waiting_jobs == 1
 
@@ -266,20 +257,7 @@ async def test_cancelled_calls_never_leave_their_answer_to_the_next(valkey_url: 
     redis_client = connect(valkey_url)
     client = QueueClient(redis_client)
     ids = [make_job(str(number)) for number in range(30)]
-    submitters = [
-        client.enqueue(
-            job,
-            digest=b"digest",
-            timeout_ms=None,
-            gateway_id="gateway-1",
-            limits=QueueLimits(),
-            policy=TenantPolicy(),
-            max_tokens_ahead=None,
-            durability=Durability.LOCAL,
-        )
-        for job in ids
-    ]
-    await asyncio.gather(*submitters)
+    await asyncio.gather(*(client.enqueue(Submission(job, b"digest", QueueLimits())) for job in ids))
 
     async def ask(job_id: str) -> None:
         snapshot = await client.status(job_id)

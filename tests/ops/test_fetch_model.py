@@ -25,6 +25,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _HubHandler)
         self.files = dict(FILES)
         self.downloads: list[str] = []
+        self.on_download: Callable[[], None] = lambda: None
 
 
 class _HubHandler(BaseHTTPRequestHandler):
@@ -52,6 +53,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self.server.downloads.append(name)
+            self.server.on_download()
             self.wfile.write(body)
 
 
@@ -120,7 +122,21 @@ def test_a_file_that_was_damaged_since_is_fetched_again(fetch: Fetch, hub: Hub, 
     assert hub.downloads.count("config.json") == 1
 
 
-def test_weights_of_an_earlier_revision_are_gone(fetch: Fetch, tmp_path: Path) -> None:
-    fetch()
-    fetch({"config.json": FILES["config.json"]})
-    assert set(contents(tmp_path / "current")) == {"config.json"}
+def test_weights_of_an_earlier_revision_are_gone_before_others_are_fetched(
+    fetch: Fetch, hub: Hub, tmp_path: Path
+) -> None:
+    """A volume has room for one revision."""
+    folder = tmp_path / "current"
+    hub.files |= {"model-2.safetensors": b"second shard"}
+    fetch(hub.files)
+    (folder / ".cache" / "huggingface" / "download" / "x.incomplete").write_bytes(b"of a fetch that was killed")
+    hub.files = {"config.json": FILES["config.json"], "model.safetensors": b"weights of the next revision"}
+    beside: list[set[str]] = []
+    hub.on_download = lambda: beside.append(
+        {path.name for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".incomplete")}
+    )
+    assert fetch(hub.files).returncode == 0
+    [weights] = beside
+    assert len(weights) <= 1, "no more than the file that is being fetched"
+    assert "model.safetensors" not in weights
+    assert contents(folder) == hub.files

@@ -1,7 +1,8 @@
 """Fetches one revision of a model from a hub into a folder and checks every file's SHA-256.
 
 Run by an init container, so that a worker starts on exactly the files that were named, or not at all. Files that were
-checked before and have not changed since are not read again.
+checked before and have not changed since are not read again. What is not wanted goes first: the folder need not have
+room for two revisions.
 """
 
 import argparse
@@ -25,19 +26,15 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = dict(file.rsplit("=", 1) for file in options.files)
     checked = _read_checked(options.folder)
+    _remove_others(options.folder, wanted)
     for name, sha256 in wanted.items():
         path = options.folder / name
         if name in checked and checked[name] == _describe(path, sha256):
             continue
         if not path.exists() or _sha256(path) != sha256:
             print(f"fetching {name}", flush=True)
-            hf_hub_download(
-                options.repository,
-                name,
-                revision=options.revision,
-                local_dir=options.folder,
-                force_download=path.exists(),
-            )
+            path.unlink(missing_ok=True)
+            hf_hub_download(options.repository, name, revision=options.revision, local_dir=options.folder)
             if (found := _sha256(path)) != sha256:
                 path.unlink()
                 print(f"{name}: its SHA-256 is {found}, not {sha256}; it was removed", file=sys.stderr)
@@ -45,7 +42,6 @@ def main() -> int:
         checked[name] = _describe(path, sha256)
         (options.folder / _CHECKED).write_text(json.dumps(checked))
         print(f"checked {name}", flush=True)
-    _remove_others(options.folder, wanted)
     return 0
 
 
@@ -70,10 +66,12 @@ def _sha256(path: Path) -> str:
 
 
 def _remove_others(folder: Path, wanted: dict[str, str]) -> None:
-    """Weights of another revision would be found beside the wanted ones."""
+    """Weights of another revision would be found beside the wanted ones, and no download goes on with half a file."""
     for path in folder.iterdir():
         if path.is_file() and path.name not in wanted and path.name != _CHECKED:
             path.unlink()
+    for path in folder.rglob("*.incomplete"):
+        path.unlink()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TypeVar
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.connection import RedisClient, check_server
-from oasst_jobs.errors import QueueUnavailableError
+from oasst_jobs.errors import QueueFullError, QueueUnavailableError, TenantFullError, TooMuchAheadError
 from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
@@ -78,7 +78,17 @@ class QueueClient:
             ),
             max_tokens_ahead=self._part(submission.max_tokens_ahead),
         )
-        return self._over_all_shards(await self.shard_of(submission.job.job_id).enqueue(part))
+        num_shards = len(self.shards)
+        try:
+            return self._over_all_shards(await self.shard_of(submission.job.job_id).enqueue(part))
+        except (QueueFullError, TenantFullError) as error:
+            raise type(error)(
+                waiting_jobs=error.waiting_jobs * num_shards, waiting_tokens=error.waiting_tokens * num_shards
+            ) from error
+        except TooMuchAheadError as error:
+            raise TooMuchAheadError(
+                jobs_ahead=error.jobs_ahead * num_shards, tokens_ahead=error.tokens_ahead * num_shards
+            ) from error
 
     async def attach(self, job_id: str, gateway_id: str) -> JobSnapshot | None:
         """Adds the gateway to a job's watchers."""

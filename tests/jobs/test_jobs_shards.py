@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import chain
+from typing import TypeVar
 
 import pytest
 import redis.asyncio
@@ -10,9 +11,11 @@ from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     Claimer,
     Inbox,
+    JobNotAcceptedError,
     PushItem,
     PushStatus,
     QueueClient,
+    QueueFullError,
     QueueLimits,
     QueueUnavailableError,
     Submitter,
@@ -20,11 +23,15 @@ from oasst_jobs import (
     SweepReport,
     TenantFullError,
     TenantPolicy,
+    TooMuchAheadError,
     UnavailableReason,
 )
 from sick_shards import FIRST_SHARD, PartlyAway
 
+T = TypeVar("T", bound=JobNotAcceptedError)
+
 NUM_SHARDS = 3
+UNLIMITED = QueueLimits(max_waiting_jobs=None)
 
 
 @pytest.fixture
@@ -102,6 +109,23 @@ async def test_places_and_limits_are_those_of_the_whole_queue(client: QueueClien
     assert (await submitter.load()).waiting_jobs == 90 - num_refused <= 60
     assert len(positions) > 45
     assert positions[-1] > 40
+
+
+async def test_refusals_are_told_as_those_of_the_whole_queue(client: QueueClient) -> None:
+    async def refusal(name: str, error: type[T], *, limits: QueueLimits = UNLIMITED, **about: object) -> T:
+        submitter = Submitter(client, gateway_id="gateway", limits=limits)
+        jobs = [make_job(f"{name} {number}") for number in range(200)]
+        submits = [submitter.submit(job, digest=b"", timeout_ms=None, **about) for job in jobs]
+        results = await asyncio.gather(*submits, return_exceptions=True)
+        return next(result for result in results if isinstance(result, error))
+
+    full = await refusal("full", QueueFullError, limits=QueueLimits(max_waiting_jobs=60))
+    assert (full.waiting_jobs, full.waiting_tokens) == (60, 60 * 20)
+    tenant = await refusal("tenant", TenantFullError, policy=TenantPolicy(max_waiting_jobs=90))
+    assert (tenant.waiting_jobs, tenant.waiting_tokens) == (90, 90 * 20)
+    ahead = await refusal("ahead", TooMuchAheadError, max_tokens_ahead=120 * 20)
+    assert ahead.jobs_ahead > 120
+    assert ahead.tokens_ahead == ahead.jobs_ahead * 20
 
 
 async def test_a_worker_is_counted_once(client: QueueClient, claimer: Claimer) -> None:

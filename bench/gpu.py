@@ -331,7 +331,9 @@ def _compare(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, batch: in
     systems = {
         OURS: ours,
         "transformers generate": static_batch(reference),
-        "transformers continuous batching": continuous_batching(reference, max_sequences=batch, max_tokens=max_tokens),
+        "transformers continuous batching": continuous_batching(
+            reference, max_sequences=batch, max_tokens=max_tokens, step_tokens=STEP_TOKENS
+        ),
     }
     prompts = random_prompts(batch, prompt_tokens, shape.vocab_size)
     return compare_systems("random", systems, prompts, new_tokens=new_tokens, rounds=rounds)

@@ -1,11 +1,14 @@
 """The measurement of a GPU runs from end to end where there is none, on a tiny model."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from oasst_worker.model.neox import NeoX
 
 from bench import gpu
+from bench.peers.programs import transformers_continuous
 
 
 def test_every_part_of_it_measures_something(tmp_path, monkeypatch):
@@ -26,6 +29,21 @@ def test_every_part_of_it_measures_something(tmp_path, monkeypatch):
     assert all(set(row["same_tokens"].values()) == {1.0} for row in figures["peers"])
     assert [row["sequences"] for row in figures["lookahead"]] == list(shape.batches)
     assert 0 < figures["mixed"][0]["kv_waste"] < 0.5
+
+
+def test_the_engine_and_the_peer_may_compute_as_many_tokens_in_a_step(monkeypatch):
+    step_tokens = []
+
+    def make_config(*, max_batch_tokens, **_):
+        step_tokens.append(max_batch_tokens)
+
+    monkeypatch.setattr(transformers_continuous, "ContinuousBatchingConfig", make_config)
+    monkeypatch.setattr(gpu, "compare_systems", lambda *_, **__: None)
+    tiny = dataclasses.replace(gpu.SHAPES["tiny"], batches=(1,))
+    reference = gpu.random_model(tiny, torch.device("cpu"), torch.float32)
+    model = NeoX(*gpu.share_weights(reference))
+    gpu.measure_peers(model, reference, tiny, rounds=1)
+    assert step_tokens == [gpu._engine_config(model, 1).step_tokens]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,6 +1,7 @@
 """The asyncio shell. `AsyncClient` and `Client` have the same calls; what both know lives in the modules beside."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
@@ -92,6 +93,8 @@ class AsyncCompletionStream:
             APIError: the request failed, or was cancelled.
             ProtocolError: the stream has a gap, a repeat or no end.
         """
+        if self._continuation.error:
+            raise self._continuation.error
         while not self._continuation.is_over:
             try:
                 async for message in self._call:
@@ -103,8 +106,7 @@ class AsyncCompletionStream:
             except APIError as error:
                 await self._recover(error, error)
             except asyncio.CancelledError:
-                # gRPC says this both when our task is cancelled and when the call was closed under its reader.
-                if not self._is_closed:
+                if not self._is_closed or _is_our_task_cancelled():
                     raise
                 raise stream_closed(self.request_id) from None
 
@@ -310,9 +312,9 @@ class AsyncClient:
         on_progress: Callable[[int], object] | None = None,
     ) -> tuple[ItemScore, ...]:
         """How likely each continuation is after its context. Arguments and errors as for `Client.score`."""
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         parts = scoring.split_requests(
-            await self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
+            await self._score_items(list(items), model, deadline_s), model=model, token_logprobs=token_logprobs
         )
         slots = asyncio.Semaphore(scoring.REQUESTS_AT_ONCE)
         num_scored = 0
@@ -320,7 +322,7 @@ class AsyncClient:
         async def score(part: scoring.ScorePart) -> list[ItemScore]:
             nonlocal num_scored
             async with slots:
-                remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                remaining_s = max(0.0, deadline_s - time.monotonic())
                 request_id = part.request.request_id
                 try:
                     with scoring.told_of_all_items(part):
@@ -349,15 +351,13 @@ class AsyncClient:
 
     async def model(self, name: str = "") -> Model:
         """One served model; without a name the only one."""
-        return wire.model_from((await self._query(self._model.GetModel, model_pb2.GetModelRequest(name=name))).model)
+        return await self._get_model(name)
 
     async def tokenize(
         self, *texts: str, model: str = "", parse_control_tokens: bool = False
     ) -> tuple[tuple[int, ...], ...]:
         """The token ids of each text. Any number of texts, as for `Client.tokenize`."""
-        requests = wire.tokenize_requests(texts, model, parse_control_tokens)
-        responses = [await self._query(self._model.Tokenize, request) for request in requests]
-        return tuple(tuple(each.ids) for response in responses for each in response.sequences)
+        return await self._tokenize(texts, model, parse_control_tokens)
 
     async def detokenize(
         self, *sequences: Sequence[int], model: str = "", skip_control_tokens: bool = False
@@ -371,17 +371,29 @@ class AsyncClient:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(await self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
-    async def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
+    async def _get_model(self, name: str, deadline_s: float = math.inf) -> Model:
+        request = model_pb2.GetModelRequest(name=name)
+        return wire.model_from((await self._query(self._model.GetModel, request, deadline_s)).model)
+
+    async def _tokenize(
+        self, texts: Sequence[str], model: str, parse_control_tokens: bool = False, deadline_s: float = math.inf
+    ) -> tuple[tuple[int, ...], ...]:
+        requests = wire.tokenize_requests(texts, model, parse_control_tokens)
+        responses = [await self._query(self._model.Tokenize, request, deadline_s) for request in requests]
+        return tuple(tuple(each.ids) for response in responses for each in response.sequences)
+
+    async def _score_items(self, items: list[ScoreItemLike], model: str, deadline_s: float) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
         texts = scoring.texts_of(pairs)
-        ids = await self.tokenize(*texts, model=model)
+        ids = await self._tokenize(texts, model, deadline_s=deadline_s)
         has_empty_context = any(not pair.context for pair in pairs)
-        end_of_text = (await self.model(model)).control_tokens.end_of_text if has_empty_context else 0
+        end_of_text = (await self._get_model(model, deadline_s)).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)
 
-    async def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
-        return await self._call_again(method, request, self._query_timeout_s)
+    async def _query(self, method: Callable[..., Any], request: ProtoMessage, deadline_s: float = math.inf) -> Any:
+        remaining_s = max(0.0, deadline_s - time.monotonic())
+        return await self._call_again(method, request, min(self._query_timeout_s, remaining_s))
 
     async def _call_again(
         self, method: Callable[..., Any], request: ProtoMessage, timeout_s: float | None, request_id: str = ""
@@ -404,9 +416,7 @@ class AsyncClient:
         try:
             yield
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            # gRPC cancels whoever awaits a call of a channel that is closed, as if the task itself were cancelled.
-            if self._closed.is_set() and not (task and task.cancelling()):
+            if self._closed.is_set() and not _is_our_task_cancelled():
                 raise client_closed(request_id) from error
             raise
 
@@ -430,3 +440,9 @@ class AsyncClient:
             await self._chat.CancelChat(
                 wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=traced(self._metadata)
             )
+
+
+def _is_our_task_cancelled() -> bool:
+    """Whether somebody cancels this task; gRPC says the same where a call is closed under whoever awaits it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

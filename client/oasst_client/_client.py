@@ -1,9 +1,10 @@
 """The synchronous shell: one thread, blocking calls."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack
@@ -17,7 +18,7 @@ from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of, traced
 from oasst_client._continuation import Continuation, EventRequest
-from oasst_client._errors import APIError, client_closed, error_from_call, stream_closed
+from oasst_client._errors import APIError, client_closed, error_from_call, request_given_up, stream_closed
 from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
 from oasst_client._types import (
     Accepted,
@@ -95,6 +96,8 @@ class CompletionStream:
             APIError: the request failed, or was cancelled.
             ProtocolError: the stream has a gap, a repeat or no end.
         """
+        if self._continuation.error:
+            raise self._continuation.error
         while not self._continuation.is_over:
             try:
                 for message in self._call:
@@ -201,6 +204,8 @@ class Client:
         else:
             self._channel = grpc.secure_channel(target, credentials, all_options)
         self._closed = threading.Event()
+        # Calls wait on it for their next attempt, and are notified of what ends the wait.
+        self._next_attempts = threading.Condition()
         self._retry = retry
         self._query_timeout_s = query_timeout_s
         # Any: generated code has no types.
@@ -218,7 +223,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; calls in progress end with RequestCancelledError."""
-        self._closed.set()
+        self._end_calls(self._closed)
         self._channel.close()
 
     def chat(
@@ -346,7 +351,7 @@ class Client:
             items: token ids and how many of them are context, or the texts (context, continuation).
             model: the model's name as `models()` tells it; left out, the server's only model.
             token_logprobs: also returns each token's log-probability.
-            timeout_s: how long all of it may take, retries included.
+            timeout_s: how long all of it may take, tokenizing and retries included.
             on_progress: called with the number of items scored so far, each time it has grown.
 
         Raises:
@@ -357,31 +362,31 @@ class Client:
         >>> blue.logprob, blue.is_greedy
         (-1.0, False)
         """
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         parts = scoring.split_requests(
-            self._score_items(list(items), model), model=model, token_logprobs=token_logprobs
+            self._score_items(list(items), model, deadline_s), model=model, token_logprobs=token_logprobs
         )
-        is_given_up = threading.Event()
+        given_up = threading.Event()
 
         def score(part: scoring.ScorePart) -> list[ItemScore]:
-            if is_given_up.is_set():
-                return []
-            remaining_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            remaining_s, request_id = max(0.0, deadline_s - time.monotonic()), part.request.request_id
             with scoring.told_of_all_items(part):
-                response = self._call_again(self._scoring.Score, part.request, remaining_s, part.request.request_id)
+                response = self._call_again(
+                    self._scoring.Score, part.request, remaining_s, request_id, given_up=given_up
+                )
             return scoring.scores_from(response, part.request)
 
         with ThreadPoolExecutor(scoring.REQUESTS_AT_ONCE, thread_name_prefix="score") as pool:
             under_way = [pool.submit(score, part) for part in parts]
-            scores: list[ItemScore] = []
+            num_scored = 0
             try:
-                for future in under_way:
-                    scores += future.result()
+                for future in as_completed(under_way):
+                    num_scored += len(future.result())
                     if on_progress:
-                        on_progress(len(scores))
-                return tuple(scores)
+                        on_progress(num_scored)
+                return tuple(each for future in under_way for each in future.result())
             except BaseException:
-                is_given_up.set()
+                self._end_calls(given_up)
                 self._cancel_scores(parts, under_way)
                 raise
 
@@ -392,7 +397,7 @@ class Client:
 
     def model(self, name: str = "") -> Model:
         """One served model; without a name the only one."""
-        return wire.model_from(self._query(self._model.GetModel, model_pb2.GetModelRequest(name=name)).model)
+        return self._get_model(name)
 
     def tokenize(self, *texts: str, model: str = "", parse_control_tokens: bool = False) -> tuple[tuple[int, ...], ...]:
         """The token ids of each text. Any number of texts: they travel in several requests.
@@ -400,9 +405,7 @@ class Client:
         >>> client.tokenize("Hi", "you")
         ((72, 105), (121, 111, 117))
         """
-        requests = wire.tokenize_requests(texts, model, parse_control_tokens)
-        responses = (self._query(self._model.Tokenize, request) for request in requests)
-        return tuple(tuple(each.ids) for response in responses for each in response.sequences)
+        return self._tokenize(texts, model, parse_control_tokens)
 
     def detokenize(
         self, *sequences: Sequence[int], model: str = "", skip_control_tokens: bool = False
@@ -420,13 +423,24 @@ class Client:
         """How much waits and runs now, and on which workers."""
         return wire.load_from(self._query(self._model.GetLoad, model_pb2.GetLoadRequest(model=model)))
 
-    def _score_items(self, items: list[ScoreItemLike], model: str) -> list[ScoreItem]:
+    def _get_model(self, name: str, deadline_s: float = math.inf) -> Model:
+        request = model_pb2.GetModelRequest(name=name)
+        return wire.model_from(self._query(self._model.GetModel, request, deadline_s).model)
+
+    def _tokenize(
+        self, texts: Sequence[str], model: str, parse_control_tokens: bool = False, deadline_s: float = math.inf
+    ) -> tuple[tuple[int, ...], ...]:
+        requests = wire.tokenize_requests(texts, model, parse_control_tokens)
+        responses = (self._query(self._model.Tokenize, request, deadline_s) for request in requests)
+        return tuple(tuple(each.ids) for response in responses for each in response.sequences)
+
+    def _score_items(self, items: list[ScoreItemLike], model: str, deadline_s: float) -> list[ScoreItem]:
         """The items as token ids; the server tokenizes texts."""
         pairs = scoring.split_pairs(items)
         texts = scoring.texts_of(pairs)
-        ids = self.tokenize(*texts, model=model)
+        ids = self._tokenize(texts, model, deadline_s=deadline_s)
         has_empty_context = any(not pair.context for pair in pairs)
-        end_of_text = self.model(model).control_tokens.end_of_text if has_empty_context else 0
+        end_of_text = self._get_model(model, deadline_s).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)
 
     def _cancel_scores(self, parts: Sequence[scoring.ScorePart], under_way: Sequence[Future[list[ItemScore]]]) -> None:
@@ -435,21 +449,37 @@ class Client:
             if not future.cancel() and not future.done():
                 self._cancel_quietly(part.request.request_id)
 
-    def _query(self, method: Callable[..., Any], request: ProtoMessage) -> Any:
-        return self._call_again(method, request, self._query_timeout_s)
+    def _query(self, method: Callable[..., Any], request: ProtoMessage, deadline_s: float = math.inf) -> Any:
+        remaining_s = max(0.0, deadline_s - time.monotonic())
+        return self._call_again(method, request, min(self._query_timeout_s, remaining_s))
 
     def _call_again(
-        self, method: Callable[..., Any], request: ProtoMessage, timeout_s: float | None, request_id: str = ""
+        self,
+        method: Callable[..., Any],
+        request: ProtoMessage,
+        timeout_s: float | None,
+        request_id: str = "",
+        *,
+        given_up: threading.Event | None = None,
     ) -> Any:  # The generated stubs carry no types.
-        """The answer, asked for again after errors that may pass."""
+        """The answer, asked for again after errors that may pass, until it is `given_up`."""
+        end = given_up or threading.Event()
         attempts = Attempts(self._retry, timeout_s=timeout_s)
-        while True:
+        while not end.is_set():
             try:
                 with self._told_if_closed(request_id):
                     return method(request, timeout=attempts.remaining_s, metadata=traced(self._metadata))
             except grpc.RpcError as error:
                 delay_s = delay_before_retry(attempts, error_from_call(error, request_id=request_id), cause=error)
-            self._closed.wait(delay_s)
+            with self._next_attempts:
+                self._next_attempts.wait_for(lambda: end.is_set() or self._closed.is_set(), delay_s)
+        raise request_given_up(request_id)
+
+    def _end_calls(self, end: threading.Event) -> None:
+        """The event is set, and no call that it ends waits for its next attempt."""
+        with self._next_attempts:
+            end.set()
+            self._next_attempts.notify_all()
 
     @contextmanager
     def _told_if_closed(self, request_id: str) -> Generator[None]:

@@ -13,7 +13,7 @@ import logging
 from oasst.v1 import chat_pb2
 
 from oasst_client._accumulate import Accumulator
-from oasst_client._errors import APIError, NotFoundError, StreamDivergedError
+from oasst_client._errors import APIError, NotFoundError, OasstError, ProtocolError, StreamDivergedError
 from oasst_client._retry import Attempts, is_cut_short, is_lost, is_transient
 from oasst_client._types import Accepted, Event
 
@@ -37,6 +37,8 @@ class Continuation:
         self.num_resumes: int = 0
         # Whether nothing more will come: it finished, failed, or was given up.
         self.is_over: bool = False
+        # What it failed with: whoever asks again is told the same.
+        self.error: OasstError | None = None
         # The call to make now.
         self.next_call: EventRequest = request
         self._request = request
@@ -59,7 +61,11 @@ class Continuation:
             ProtocolError: the server's answer breaks the contract.
         """
         self.attempts.saw_life()
-        event = self.accumulator.add(message)
+        try:
+            event = self.accumulator.add(message)
+        except ProtocolError as error:
+            self.error = error
+            raise
         self.is_over = self.accumulator.completion is not None
         return event
 
@@ -74,8 +80,9 @@ class Continuation:
             if accepted is None:
                 return self._try_again(error)
             delay_s = self._resume(error, accepted)
-        except APIError:
+        except APIError as final:
             self.is_over = True
+            self.error = final
             raise
         self.num_resumes += 1
         logger.info(

@@ -5,7 +5,7 @@ OasstError
 '-- APIError                    the server, or the way to it, said no
     |-- InvalidArgumentError    field_violations tell what and what is allowed
     |-- MessageTooLargeError
-    |-- OverloadedError         retry_after_s tells when to come back
+    |-- OverloadedError         retry_after_s tells when to try again
     |-- UnavailableError
     |-- DeadlineExceededError
     |-- RequestCancelledError
@@ -19,7 +19,7 @@ OasstError
     '-- InternalError
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -50,6 +50,7 @@ __all__ = [
     "client_closed",
     "error_from_call",
     "error_from_failed",
+    "request_given_up",
     "stream_closed",
 ]
 
@@ -81,8 +82,9 @@ class APIError(OasstError):
         code: the gRPC status code's name, for example "INVALID_ARGUMENT".
         reason: the stable name programs may depend on; empty when the error comes from the connection.
         message: for people.
-        retry_after_s: when it is worth coming back, if the server told.
+        retry_after_s: when a retry is worth it, if the server told.
         field_violations: every refused field, for invalid arguments.
+        metadata: what the server adds to its reason, for example "cause" where a queue refuses writes.
         request_id: of the request that failed, where there was one.
     """
 
@@ -94,6 +96,7 @@ class APIError(OasstError):
         reason: str = "",
         retry_after_s: float | None = None,
         field_violations: tuple[FieldViolation, ...] = (),
+        metadata: Mapping[str, str] | None = None,
         request_id: str = "",
     ) -> None:
         super().__init__(message)
@@ -102,6 +105,7 @@ class APIError(OasstError):
         self.reason = reason
         self.retry_after_s = retry_after_s
         self.field_violations = field_violations
+        self.metadata: Mapping[str, str] = metadata or {}
         self.request_id = request_id
 
     def __str__(self) -> str:
@@ -119,7 +123,7 @@ class MessageTooLargeError(APIError):
 
 
 class OverloadedError(APIError):
-    """The service is full or a share is used up; `retry_after_s` tells when to come back."""
+    """The service is full or a share is used up; `retry_after_s` tells when to try again."""
 
 
 class UnavailableError(APIError):
@@ -198,15 +202,14 @@ def error_from_call(call: grpc.RpcError, *, request_id: str = "") -> APIError:
         # Unpack fills the one message of the detail's own type and leaves the others alone.
         for known in (info, retry, bad_request):
             detail.Unpack(known)
-    reason = info.reason
-    return _error_class(code, reason)(
+    told_s = retry.retry_delay.ToMicroseconds() / 1e6 if retry.HasField("retry_delay") else _pushback_s(metadata)
+    return _error_class(code, info.reason, told_s)(
         call.details() or code.name,
         code=code.name,
-        reason=reason,
-        retry_after_s=retry.retry_delay.ToMicroseconds() / 1e6
-        if retry.HasField("retry_delay")
-        else _pushback_s(metadata),
+        reason=info.reason,
+        retry_after_s=told_s,
         field_violations=tuple(FieldViolation(each.field, each.description) for each in bad_request.field_violations),
+        metadata=dict(info.metadata),
         request_id=request_id,
     )
 
@@ -214,7 +217,7 @@ def error_from_call(call: grpc.RpcError, *, request_id: str = "") -> APIError:
 def error_from_failed(failed: chat_pb2.Failed, *, request_id: str) -> APIError:
     """The typed error of a stream's `failed` event."""
     code = _CODE_OF_NUMBER.get(failed.code, grpc.StatusCode.UNKNOWN)
-    return _error_class(code, failed.reason)(
+    return _error_class(code, failed.reason, None)(
         failed.message or code.name, code=code.name, reason=failed.reason, request_id=request_id
     )
 
@@ -229,8 +232,13 @@ def client_closed(request_id: str) -> RequestCancelledError:
     return RequestCancelledError("the client was closed", code=grpc.StatusCode.CANCELLED.name, request_id=request_id)
 
 
-def _error_class(code: grpc.StatusCode, reason: str) -> type[APIError]:
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not reason:
+def request_given_up(request_id: str) -> RequestCancelledError:
+    """What ends a request that is not wanted any more, before its next attempt."""
+    return RequestCancelledError("the request was given up", code=grpc.StatusCode.CANCELLED.name, request_id=request_id)
+
+
+def _error_class(code: grpc.StatusCode, reason: str, retry_after_s: float | None) -> type[APIError]:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not reason and retry_after_s is None:
         # gRPC's own limit on message sizes shares this code with overload, but waiting does not help against it.
         return MessageTooLargeError
     return _ERROR_OF_CODE.get(code, InternalError)

@@ -1,5 +1,6 @@
 """When to try again, and for how long. Pure: errors and a clock in, delays out."""
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -63,14 +64,14 @@ class Attempts:
         self._policy = policy
         self._clock = clock
         self._draw = draw
-        self._deadline_s = None if timeout_s is None else clock() + timeout_s
+        self._deadline_s = math.inf if timeout_s is None else clock() + timeout_s
         self._num_failures = 0  # Since something came, or from the start.
         self._first_failure_s = 0.0
 
     @property
     def remaining_s(self) -> float | None:
         """What the next attempt may take; None for as long as it wants."""
-        return None if self._deadline_s is None else max(0.0, self._deadline_s - self._clock())
+        return None if self._deadline_s == math.inf else max(0.0, self._deadline_s - self._clock())
 
     def saw_life(self) -> None:
         """The server has answered: failures are counted anew."""
@@ -92,7 +93,7 @@ class Attempts:
             else self._num_failures >= self._policy.max_attempts
         )
         delay_s = self._delay_s(error)
-        is_late = self._deadline_s is not None and now_s + delay_s >= self._deadline_s
+        is_late = now_s + delay_s >= self._deadline_s
         if is_hopeless or is_late or delay_s > self._policy.max_wait_s:
             raise error
         return delay_s

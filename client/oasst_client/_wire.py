@@ -1,5 +1,6 @@
 """Between this package's values and the protobuf messages: pure, used by both shells."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from google.protobuf import duration_pb2
@@ -110,7 +111,7 @@ def submit_request(
 ) -> chat_pb2.ChatRequest:
     """As `chat_request`, with the timeout in it: no call is open that could have one."""
     request = chat_request(messages, prompt, token_ids, options)
-    if (timeout_s := options.get("timeout_s")) is not None:
+    if (timeout_s := options.get("timeout_s")) is not None and timeout_s != math.inf:
         request.timeout.CopyFrom(_duration(timeout_s))
     return request
 

@@ -489,7 +489,7 @@ async def _fail_if(error: APIError | None, context: _Context) -> None:
         return
     details: list[ProtoMessage] = []
     if error.reason:
-        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
+        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=error.metadata))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMicroseconds(round(error.retry_after_s * 1e6))

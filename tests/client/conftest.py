@@ -41,6 +41,8 @@ class ScriptedServer(
     cancelled: list[str] = field(default_factory=list)
     # What scoring does before it answers.
     on_score: Callable[[scoring_pb2.ScoreRequest, grpc.ServicerContext], object] = lambda request, context: None
+    # What tokenizing does before it answers.
+    on_tokenize: Callable[[grpc.ServicerContext], object] = lambda context: None
     # What asking for the load does before it answers.
     on_load: Callable[[grpc.ServicerContext], object] = lambda context: None
     metadata: list[dict[str, str]] = field(default_factory=list)
@@ -189,6 +191,7 @@ class ScriptedServer(
         return model_pb2.GetModelResponse(model=self.ListModels(request, context).models[0])
 
     def Tokenize(self, request, context):
+        self.on_tokenize(context)
         if len(request.texts) > 256:
             self.refuse(context, code_pb2.INVALID_ARGUMENT, "texts must be 1 to 256")
         return model_pb2.TokenizeResponse(

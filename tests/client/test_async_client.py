@@ -214,3 +214,32 @@ async def test_a_task_that_is_cancelled_while_its_client_closes_is_cancelled(ser
     await client.close()
     with pytest.raises(asyncio.CancelledError):
         await answer
+
+
+async def test_a_reader_that_is_cancelled_while_its_stream_closes_is_cancelled(server, async_client):
+    server.script = waits_for_its_caller(server)
+    stream = async_client.stream("Tell me everything.")
+    started = asyncio.Event()
+
+    async def read():
+        async for _ in stream:
+            started.set()
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    task.cancel()
+    await stream.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_stream_that_failed_tells_the_same_when_asked_again(server, async_client):
+    def script(request, context):
+        yield server.accepted(request)
+        server.refuse(context, 13, "broken", server.error_info("NUMERIC"))
+
+    server.script = script
+    stream = async_client.stream("Hi")
+    for _ in range(2):
+        with pytest.raises(InternalError):
+            await stream.completion()

@@ -1,5 +1,6 @@
 """The synchronous client against a real server."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -224,6 +225,50 @@ def test_a_refusal_tells_when_to_come_back(server):
     assert len(server.requests) == 1
 
 
+def test_a_refusal_for_now_is_overload_though_no_reason_is_told(server):
+    """As a proxy refuses that limits rates."""
+
+    def script(request, context):
+        retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=2))
+        server.refuse(context, code_pb2.RESOURCE_EXHAUSTED, "too many requests", retry)
+        yield
+
+    server.script = script
+    with Client(server.address, retry=RetryPolicy(max_attempts=1)) as client, pytest.raises(OverloadedError):
+        client.chat("Hi")
+
+
+def test_what_the_server_adds_to_its_reason_is_told(server, client):
+    def script(request, context):
+        info = error_details_pb2.ErrorInfo(reason="BROKEN", domain="oasst.v1", metadata={"cause": "a wire"})
+        server.refuse(context, code_pb2.INTERNAL, "broken", info)
+        yield
+
+    server.script = script
+    with pytest.raises(InternalError) as error:
+        client.chat("Hi")
+    assert error.value.metadata == {"cause": "a wire"}
+
+
+def test_a_stream_that_failed_tells_the_same_when_asked_again(server, client):
+    def fails(request, context):
+        yield server.accepted(request)
+        yield server.delta(0, "Well, ")
+        server.refuse(context, code_pb2.INTERNAL, "broken", server.error_info("NUMERIC"))
+
+    def has_a_gap(request, context):
+        yield server.accepted(request)
+        yield server.delta(1, "idea ")
+        yield server.finished(2)
+
+    for script, error in ((fails, InternalError), (has_a_gap, ProtocolError)):
+        server.script = script
+        stream = client.stream("Hi")
+        for _ in range(2):
+            with pytest.raises(error):
+                stream.completion()
+
+
 def test_a_message_beyond_grpcs_size_is_not_taken_for_overload(client):
     with pytest.raises(MessageTooLargeError):
         client.chat("x" * 5_000_000)
@@ -234,6 +279,21 @@ def test_the_deadline_of_a_call_ends_it(server, client):
     with pytest.raises(DeadlineExceededError), client.stream("Hi", timeout_s=0.2) as stream:
         list(stream)
     assert server.ended.wait(timeout=5)
+
+
+def test_endless_is_no_deadline(server, client):
+    given_s = []
+
+    def script(request, context):
+        given_s.append(context.time_remaining())
+        yield from server.answer(request, context)
+
+    server.script = script
+    client.chat("Hi", timeout_s=math.inf)
+    client.stream("Hi", timeout_s=math.inf).completion()
+    assert min(given_s) > 1e9
+    client.submit("Hi", timeout_s=math.inf)
+    assert not server.requests[-1].HasField("timeout")
 
 
 def test_an_unavailable_server_is_tried_again_with_the_same_request_id(server, client):

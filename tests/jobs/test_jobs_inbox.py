@@ -334,6 +334,24 @@ async def test_what_was_pushed_while_the_stream_could_not_be_read_is_read_from_t
         assert [each async for each in news] == [make_entry(2, 5), finished(5)]
 
 
+async def test_news_are_heard_after_the_ids_of_the_stream_went_back(
+    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+) -> None:
+    """As after the server's clock was set back: a stream that was gone begins again before where it was."""
+    stream = client.shards[0].keys.updates("gateway-1")
+    await redis_client.xadd(stream, {"batch": b""}, id="9999999999999-0")
+    async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription, asyncio.timeout(10):
+        news = news_of(subscription)
+        await submit(submitter)
+        claimed = await claim_one(claimer)
+        for position in range(2):
+            await push(claimer, claimed, position, position + 1)
+            assert await anext(news) == make_entry(position, position + 1)
+        await redis_client.delete(stream)
+        await push(claimer, claimed, 2, 3)
+        assert await anext(news) == make_entry(2, 3)
+
+
 async def test_a_log_that_was_set_back_is_noticed_by_the_next_news(
     client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
 ) -> None:

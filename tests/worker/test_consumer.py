@@ -250,13 +250,30 @@ async def test_a_choice_whose_logits_are_not_finite_fails_its_job_alone(queue, s
 
 
 async def test_a_job_that_is_not_valid_fails_alone(queue, start_worker):
-    start_worker()
+    worker = start_worker()
     bad, good = make_job("bad"), make_job("good")
     bad.sampling.temperature = math.nan
     await queue.submit(bad)
     await queue.submit(good)
-    assert (await queue.ended(bad.job_id)).outcome.failed.reason == "INVALID_JOB"
+    failed = (await queue.ended(bad.job_id)).outcome.failed
+    assert (failed.reason, failed.usage.prompt_tokens) == ("INVALID_JOB", 4)
     assert choice_text(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
+    assert (worker.jobs_by("refused"), worker.jobs_by("failed")) == (1, 0)
+
+
+async def test_a_refused_job_that_the_queue_has_not_heard_of_holds_up_no_claim(queue, start_worker):
+    worker = start_worker()
+    worker.claimer.may_push.clear()
+    bad, good = make_job("bad"), make_job("good")
+    bad.sampling.temperature = math.nan
+    await queue.submit(bad)
+    await until(lambda: worker.claimed == 1)
+    await queue.submit(good)
+    await until(lambda: worker.claimed == 2)
+    await queue.client.cancel(bad.job_id)
+    worker.claimer.may_push.set()
+    assert choice_text(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
+    assert (worker.jobs_by("refused"), worker.jobs_by("cancelled")) == (0, 1)
 
 
 async def test_a_job_that_never_fits_the_worker_fails_and_blocks_nobody(queue, start_worker):

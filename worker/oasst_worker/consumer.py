@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import TypeVar
 
-from oasst.jobs.v1.job_pb2 import Outcome
 from oasst_jobs import (
     ClaimedJob,
     Claimer,
-    FencedError,
     PushItem,
     PushStatus,
     QueueUnavailableError,
@@ -35,6 +33,7 @@ from oasst_worker.intake import Intake, JobRefusedError
 from oasst_worker.loop import EngineLoop, StepReport, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
 from oasst_worker.parts import Part
+from oasst_worker.refused import RefusedJob
 from oasst_worker.scoring import ScoringJob
 from oasst_worker.spans import JobSpans
 
@@ -214,7 +213,7 @@ class Consumer:
         failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
         for claimed in claimed_jobs:
-            await self._take_in(claimed)
+            self._take_in(claimed)
         return True
 
     def _room_for_chats(self) -> _Room | None:
@@ -252,14 +251,9 @@ class Consumer:
     def _has_solo(self) -> bool:
         return any(job.claimed.is_solo for job in self._jobs.values())
 
-    async def _take_in(self, claimed: ClaimedJob) -> None:
+    def _take_in(self, claimed: ClaimedJob) -> None:
         self._metrics.record_claim(claimed)
-        spans = JobSpans(self._tracer, claimed, clock=self._clock)
-        try:
-            job = self._make_job(claimed, spans)
-        except JobRefusedError as error:
-            await self._refuse(claimed, error, spans)
-            return
+        job = self._make_job(claimed)
         lost = self._jobs.get(claimed.job_id)
         if lost is not None:  # Its lease had lapsed, unknown to us; this claim is its successor.
             self._drop(lost, PushStatus.FENCED)
@@ -277,23 +271,18 @@ class Consumer:
             claimed.end_position,
             claimed.job.n,
             claimed.waited_ms,
-            extra=spans.log_fields,
+            extra=job.spans.log_fields,
         )
 
-    def _make_job(self, claimed: ClaimedJob, spans: JobSpans) -> HeldJob:
+    def _make_job(self, claimed: ClaimedJob) -> HeldJob:
         now_s = self._clock()
-        if claimed.job.score_items:
-            return ScoringJob(claimed, self._intake.accept_scoring(claimed), spans, now_s=now_s)
-        return GeneratingJob(claimed, self._intake.accept(claimed), spans, now_s=now_s)
-
-    async def _refuse(self, claimed: ClaimedJob, error: JobRefusedError, spans: JobSpans) -> None:
-        outcome = Outcome(failed=error.failed)
-        with suppress(FencedError):  # Cancelled meanwhile: it has ended either way.
-            await self._reach("finish", lambda: self._claimer.finish(claimed, outcome), give_up=self._draining)
-        self._metrics.jobs.labels("refused").inc()
-        spans.end("refused", error=error.failed.reason)
-        fields = (claimed.job_id, error.failed.reason, error)
-        logger.warning("job refused job_id=%s reason=%s message=%s", *fields, extra=spans.log_fields)
+        spans = JobSpans(self._tracer, claimed, clock=self._clock)
+        try:
+            if claimed.job.score_items:
+                return ScoringJob(claimed, self._intake.accept_scoring(claimed), spans, now_s=now_s)
+            return GeneratingJob(claimed, self._intake.accept(claimed), spans, now_s=now_s)
+        except JobRefusedError as error:
+            return RefusedJob(claimed, error.failed, spans, now_s=now_s)
 
     # --- Pushing
 
@@ -380,10 +369,13 @@ class Consumer:
     def _finish(self, job: HeldJob) -> None:
         self._forget(job)
         self._metrics.record_end(job)
-        job.end_spans("finished" if job.failed is None else "failed")
+        job.end_spans(job.outcome)
         extra = job.spans.log_fields
         if job.failed is None:
             logger.info("job finished job_id=%s new_tokens=%d", job.job_id, job.num_new_tokens, extra=extra)
+        elif isinstance(job, RefusedJob):
+            fields = (job.job_id, job.failed.reason, job.failed.message)
+            logger.warning("job refused job_id=%s reason=%s message=%s", *fields, extra=extra)
         else:
             logger.error("job failed job_id=%s reason=%s", job.job_id, job.failed.reason, extra=extra)
 

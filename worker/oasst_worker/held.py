@@ -24,7 +24,7 @@ class HeldJob(ABC):
     """
 
     def __init__(self, claimed: ClaimedJob, parts: Sequence[Part], spans: JobSpans, *, now_s: float) -> None:
-        """`parts` belong into the engine, each until it has ended."""
+        """`parts` belong in the engine, each until it has ended."""
         self.claimed = claimed
         self.parts = parts
         self.spans = spans
@@ -38,6 +38,11 @@ class HeldJob(ABC):
     @property
     def job_id(self) -> str:
         return self.claimed.job_id
+
+    @property
+    def outcome(self) -> str:
+        """What metrics and traces call its end here."""
+        return "finished" if self.failed is None else "failed"
 
     @property
     @abstractmethod
@@ -65,9 +70,9 @@ class HeldJob(ABC):
     def take(self, output: Any, *, now_s: float) -> None:  # Any: an output of its own kind of parts.
         """The output is part of the next item. Outputs of parts that have ended change nothing."""
 
-    @abstractmethod
     def end_spans(self, outcome: str) -> None:
-        """The job has left this worker: finished, failed, released, or by the status that lost it."""
+        """The job has left this worker: by its own outcome, released, or by the status that lost it."""
+        self.spans.end(outcome, error=None if self.failed is None else self.failed.reason)
 
     def next_item(self, *, now_s: float, renew_after_s: float) -> PushItem:
         """What is new, and the outcome once the job has ended; with neither the item renews the lease only.

@@ -130,7 +130,7 @@ class WorkerMetrics:
 
     def record_end(self, job: HeldJob) -> None:
         """The job ended here, with an outcome."""
-        self.jobs.labels("finished" if job.failed is None else "failed").inc()
+        self.jobs.labels(job.outcome).inc()
         if isinstance(job, ScoringJob):
             self.scored_tokens.inc(job.num_scored_tokens)
         elif isinstance(job, GeneratingJob):

@@ -102,9 +102,6 @@ class ScoringJob(HeldJob):
         self._num_missing -= len(output.scores)
         self._scored_s = now_s
 
-    def end_spans(self, outcome: str) -> None:
-        self.spans.end(outcome, error=None if self.failed is None else self.failed.reason)
-
     def _next_entry(self) -> LogEntry | None:
         scores, end = [], self._end_position
         while end in self._scores:

@@ -216,6 +216,17 @@ def test_the_fast_paths_draw_the_plain_paths_tokens(logits_of, vocabulary, seed)
 
 
 @by_both_paths
+@pytest.mark.parametrize("params", [params_of(), params_of(top_p=0.7), params_of(top_k=50), params_of(min_p=0.5)])
+def test_equals_at_the_edge_of_the_prefix_are_drawn_as_by_the_plain_path(params):
+    uniforms = [(number + 0.5) / 400 for number in range(400)]
+    logits = torch.zeros(len(uniforms), 200)  # No prefix holds all equals.
+    logits[::2, 7] = 1.0
+    rows = [SamplingRow(params, uniform, seen_ids=[]) for uniform in uniforms]
+    plain = [draw(warp(scores, params), row.uniform) for scores, row in zip(logits, rows, strict=True)]
+    assert Sampler(200, []).sample(logits, rows).token_ids == plain
+
+
+@by_both_paths
 @pytest.mark.parametrize("params", [*map(preset, PRESETS), params_of(top_k=500), params_of(top_k=40, typical_p=0.3)])
 def test_a_language_models_rows_are_decided_without_the_plain_path(params, monkeypatch):
     plain_rows = []

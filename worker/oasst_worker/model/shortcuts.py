@@ -218,7 +218,9 @@ def draw_from_likely(logits: Tensor, columns: Columns, size: int) -> tuple[Tenso
         distances = prefix.distances(kept_total, entropy)
         prefix.keep_typical(distances, columns.typical_p, kept_total, where=columns.is_typical)
     prefix.doubtful |= columns.is_cut & ~closed
-    return prefix.draw(columns.uniform, torch.where(closed, prefix.total(), total))
+    total = torch.where(closed, prefix.total(), total)
+    prefix.keep(prefix.scores > outside, where=~closed)  # Equals of the lowest may lie outside, of any id.
+    return prefix.draw(columns.uniform, total)
 
 
 def draw_from_typical(logits: Tensor, columns: Columns, size: int) -> tuple[Tensor, Tensor]:

@@ -167,8 +167,11 @@ static int64_t draw_from_likely(prefix *p, const spec *q, const sums *all, int64
         double kept = weight_of(p), farthest;
         keep_typical(p, q->typical_p, kept, entropy_of(p, kept), &farthest);
     }
-    if (has_filter(q) && !is_closed) return 0;
-    return draw_token(p, q->uniform, is_closed ? weight_of(p) : total, id);
+    if (is_closed) return draw_token(p, q->uniform, weight_of(p), id);
+    if (has_filter(q)) return 0;
+    /* Equals of the lowest may lie outside, of any id. */
+    while (p->size && p->tokens[p->size - 1].score <= outside) p->size--;
+    return draw_token(p, q->uniform, total, id);
 }
 
 /* From the most typical tokens, without any other filter. */

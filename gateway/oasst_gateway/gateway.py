@@ -86,7 +86,7 @@ async def running_gateway(
         metrics_address = None
         if settings.metrics:
             metrics_address = stack.enter_context(serving_probes(settings.metrics_listen, health, registry))
-        redis = connect(settings.redis_url)
+        redis = connect(settings.redis_url, num_shards=settings.queue_shards)
         stack.push_async_callback(redis.aclose)
         client = QueueClient(redis, num_shards=settings.queue_shards)
         limits = QueueLimits(

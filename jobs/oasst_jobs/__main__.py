@@ -50,8 +50,9 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 async def _act(options: argparse.Namespace) -> int:
-    async with aclosing(connect(options.redis_url)) as redis:
-        client = QueueClient(redis, num_shards=getattr(options, "queue_shards", 1))
+    num_shards = getattr(options, "queue_shards", 1)
+    async with aclosing(connect(options.redis_url, num_shards=num_shards)) as redis:
+        client = QueueClient(redis, num_shards=num_shards)
         await client.check_server()
         if options.command == "load":
             sys.stdout.write(f"{LIBRARY.name} is loaded\n")

@@ -51,8 +51,11 @@ _SOCKET_TIMEOUT_S = 3.0
 MAX_BLOCK_S = 1.0
 
 _CONNECT_TIMEOUT_S = 2.0
+# For calls; those that wait for news of a shard have their own: a gateway for its stream, a worker for jobs to generate
+# and jobs to score.
 _MAX_CONNECTIONS = 64
 _MAX_CONNECTIONS_PER_CLUSTER_NODE = 1024  # A cluster's pools do not wait for a free one.
+_READERS_PER_SHARD = 2
 
 # What uvloop says, as a RuntimeError, of a connection that broke since its last use; the client library passes it on.
 _BROKEN_ON_UVLOOP = "the handler is closed"
@@ -192,8 +195,8 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"has an unknown option: {name}")
 
 
-def connect(url: str) -> RedisClient:
-    """A client for the servers of a ServerAddress. Nothing is sent before the first call.
+def connect(url: str, *, num_shards: int = 1) -> RedisClient:
+    """A client for the servers of a ServerAddress that hold a queue of so many shards. It sends nothing yet.
 
     A call that meets a dead connection is sent once more on a fresh one: every function may be applied twice. A server
     that has become a replica (READONLY) is left and looked up again. Timeouts are not retried; their caller decides.
@@ -202,14 +205,17 @@ def connect(url: str) -> RedisClient:
         ValueError: if the URL is none; the sentence says what is wrong with it.
     """
     address = ServerAddress.parse(url)
+    is_cluster = address.kind is ServerKind.CLUSTER
+    num_for_calls = _MAX_CONNECTIONS_PER_CLUSTER_NODE if is_cluster else _MAX_CONNECTIONS
     settings: dict[str, Any] = {
         "socket_timeout": _SOCKET_TIMEOUT_S,
         "socket_connect_timeout": _CONNECT_TIMEOUT_S,
         "protocol": 2,
         "decode_responses": False,
+        "max_connections": num_for_calls + _READERS_PER_SHARD * num_shards,
         **address.options,
     }
-    if address.kind is ServerKind.CLUSTER:
+    if is_cluster:
         return _connect_cluster(address, settings)
     settings["retry"] = Retry(
         ExponentialWithJitterBackoff(base=0.02, cap=0.2),
@@ -220,7 +226,7 @@ def connect(url: str) -> RedisClient:
             RuntimeError,  # type: ignore[arg-type]  # any exception will do; see _BROKEN_ON_UVLOOP
         ),
     )
-    settings = {"max_connections": _MAX_CONNECTIONS, "timeout": _SOCKET_TIMEOUT_S, **settings}
+    settings = {"timeout": _SOCKET_TIMEOUT_S, **settings}
     if address.kind is ServerKind.SENTINEL:
         return _connect_sentinel(address, settings)
     connection_class = _UnixConnection if "path" in settings else _SSLConnection if address.is_tls else _Connection
@@ -245,7 +251,6 @@ def _connect_sentinel(address: ServerAddress, settings: dict[str, Any]) -> redis
 
 
 def _connect_cluster(address: ServerAddress, settings: dict[str, Any]) -> RedisCluster:
-    settings = {"max_connections": _MAX_CONNECTIONS_PER_CLUSTER_NODE, **settings}
     return RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in address.nodes], ssl=address.is_tls, **settings
     )

@@ -132,6 +132,9 @@ _REASON_OF_REPLY = {
     "WRONGPASS": UnavailableReason.ACCESS_DENIED,
 }
 
+# What the client library says, as a ConnectionError, when all connections stayed in use for too long.
+_ALL_IN_USE = "No connection available"
+
 # The client library turns some replies into classes of their own and cuts the first word off. Subclasses come first.
 _REASON_OF_CLASS: tuple[tuple[type[Exception], UnavailableReason], ...] = (
     (redis.exceptions.AuthenticationError, UnavailableReason.ACCESS_DENIED),
@@ -146,6 +149,7 @@ _REASON_OF_CLASS: tuple[tuple[type[Exception], UnavailableReason], ...] = (
     (redis.exceptions.MasterDownError, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.TryAgainError, UnavailableReason.CLUSTER_DOWN),
     (redis.exceptions.TimeoutError, UnavailableReason.TIMEOUT),
+    (redis.exceptions.MaxConnectionsError, UnavailableReason.BUSY),
     (redis.exceptions.ConnectionError, UnavailableReason.UNREACHABLE),
 )
 
@@ -153,6 +157,8 @@ _REASON_OF_CLASS: tuple[tuple[type[Exception], UnavailableReason], ...] = (
 def translate(error: redis.exceptions.RedisError | redis.exceptions.RedisClusterException) -> QueueError:
     """Our error for one of the client library's; a plain QueueError is a defect, not a state of the server."""
     message = f"Redis: {str(error) or type(error).__name__}"
+    if isinstance(error, redis.exceptions.ConnectionError) and str(error).startswith(_ALL_IN_USE):
+        return QueueUnavailableError(UnavailableReason.BUSY, message)
     # What a server says to a new connection comes wrapped into "no connection".
     refusal = error.__cause__ if type(error) is redis.exceptions.ConnectionError else None
     for error_class, reason in _REASON_OF_CLASS:

@@ -214,6 +214,23 @@ def test_each_trouble_of_the_server_has_its_reason(
     assert translated.reason is reason
 
 
+def test_whoever_waits_for_news_of_every_shard_leaves_connections_for_calls() -> None:
+    one, many = (connect("redis://127.0.0.1", num_shards=number) for number in (1, 1024))
+    assert many.connection_pool.max_connections - one.connection_pool.max_connections == 2 * 1023
+
+
+async def test_whoever_finds_no_free_connection_is_told_that_the_queue_is_busy(valkey_url: str) -> None:
+    redis_client = connect(valkey_url)
+    redis_client.connection_pool.max_connections = 1
+    redis_client.connection_pool.timeout = 0.01
+    async with redis_client.pipeline(transaction=False) as pipeline:
+        await pipeline.watch("holds the only connection")
+        with pytest.raises(QueueUnavailableError) as caught:
+            await QueueClient(redis_client).status("unknown")
+    assert caught.value.reason is UnavailableReason.BUSY
+    await redis_client.aclose()
+
+
 def test_a_defect_is_not_taken_for_an_unavailable_server() -> None:
     translated = translate(redis.exceptions.ResponseError("WRONGTYPE Operation against a key"))
     assert type(translated) is QueueError

@@ -59,7 +59,7 @@ class Worker:
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
-            redis = connect(settings.redis_url)
+            redis = connect(settings.redis_url, num_shards=settings.queue_shards)
             stack.push_async_callback(redis.aclose)
             client = QueueClient(redis, num_shards=settings.queue_shards)
             claimer = Claimer(

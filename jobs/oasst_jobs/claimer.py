@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
-from oasst_jobs.errors import FencedError, QueueUnavailableError
+from oasst_jobs.errors import QueueUnavailableError
 from oasst_jobs.functions import ClaimReply, scoring_queue
 from oasst_jobs.outcomes import malformed
 from oasst_jobs.records import ClaimedJob, PushItem, PushStatus
@@ -150,17 +150,6 @@ class Claimer:
         been applied are recognised by their positions.
         """
         return await self._client.push(self._worker_id, items, lease_ms=self._lease_ms)
-
-    async def finish(self, claimed: ClaimedJob, outcome: job_pb2.Outcome) -> None:
-        """The job has ended without a token of this attempt.
-
-        Raises:
-            FencedError: if it was no longer this worker's to end.
-        """
-        item = PushItem(claimed.job_id, claimed.fence, claimed.end_position, outcome=outcome)
-        (status,) = await self.push([item])
-        if status is not PushStatus.OK:
-            raise FencedError(claimed.job_id, status.value)
 
     async def release(self, claims: Iterable[ClaimedJob]) -> None:
         """The jobs that were still this worker's wait again, at their old places. No attempt is charged."""

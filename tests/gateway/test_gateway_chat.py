@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2, model_pb2
 from oasst_gateway.model import ServedModel
-from oasst_jobs import Claimer, JobState, PushStatus, QueueClient, QueueLimits, Submitter, job_id_for
+from oasst_jobs import Claimer, JobState, PushItem, PushStatus, QueueClient, QueueLimits, Submitter, job_id_for
 from waiting import until
 
 
@@ -65,7 +65,8 @@ async def test_an_answer_without_a_token_still_has_its_choices(gateway: Gateway,
         generation_pb2.ChoiceFinish(choice=choice, reason=generation_pb2.FINISH_REASON_END_OF_TEXT)
         for choice in range(2)
     ]
-    await claimer.finish(claimed, job_pb2.Outcome(finished=chat_pb2.Finished(finishes=finishes)))
+    outcome = job_pb2.Outcome(finished=chat_pb2.Finished(finishes=finishes))
+    await claimer.push([PushItem(claimed.job_id, claimed.fence, 0, outcome=outcome)])
     response = await call
     assert [(choice.text, list(choice.token_ids), choice.finish) for choice in response.choices] == [
         ("", [], finish) for finish in finishes

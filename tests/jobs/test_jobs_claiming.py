@@ -12,7 +12,6 @@ from oasst.v1 import chat_pb2
 from oasst_jobs import (
     JOB_VERSION,
     Claimer,
-    FencedError,
     JobState,
     PushItem,
     PushStatus,
@@ -262,24 +261,17 @@ async def test_an_index_entry_without_a_job_is_cleared_away(
     assert await redis_client.exists(waiting) == 0
 
 
-async def test_a_finished_claim_ends_without_a_token(submitter: Submitter, claimer: Claimer) -> None:
+async def test_a_claimed_job_may_end_without_a_token(submitter: Submitter, claimer: Claimer) -> None:
     job = make_job("refused")
     await submit(submitter, job)
     [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
-    await claimer.finish(claimed, failed("TOO_LARGE"))
-    await claimer.finish(claimed, failed("TOO_LARGE"))
+    item = PushItem(claimed.job_id, claimed.fence, 0, outcome=failed("TOO_LARGE"))
+    for _ in range(2):
+        assert await claimer.push([item]) == [PushStatus.OK]
 
     snapshot = await submitter.status(job.job_id)
     assert snapshot is not None
     assert (snapshot.state, snapshot.outcome) == (JobState.FAILED, failed("TOO_LARGE"))
-
-
-async def test_finishing_what_is_no_longer_ours_is_refused(submitter: Submitter, claimer: Claimer) -> None:
-    await submit(submitter, make_job("cancelled"))
-    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
-    await submitter.cancel(claimed.job_id)
-    with pytest.raises(FencedError, match="cancelled"):
-        await claimer.finish(claimed, failed("TOO_LATE"))
 
 
 async def test_released_jobs_take_their_old_places_and_are_charged_no_attempt(

@@ -287,7 +287,8 @@ async def test_a_workers_own_failure_reaches_the_reader_as_it_was_written(
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
         await submit(submitter)
         reading = asyncio.create_task(collect(subscription))
-        await claimer.finish(await claim_one(claimer), failed("NUMERIC"))
+        claimed = await claim_one(claimer)
+        await claimer.push([PushItem(claimed.job_id, claimed.fence, 0, outcome=failed("NUMERIC"))])
         assert await reading == [failed("NUMERIC")]
 
 

@@ -30,6 +30,7 @@ _MAX_RETRY_AFTER_S = 30.0
 _RETRY_AFTER_WITHOUT_SPEED_S = 1.0
 # In a flood, more calls at once would only wait for each other's connections, and then fail for having waited.
 _SUBMISSIONS_AT_ONCE = 32
+_LONGEST_TOLD_WAIT_S = 86_400.0
 # What runs already is not counted as ahead: it is taken for requests like this one, half done.
 _HALF_DONE = 0.5
 # For so long a queue that was full is taken to be so still, without asking.
@@ -49,6 +50,11 @@ class Outlook:
     def wait_s(self, tokens_ahead: int) -> float | None:
         """How long it takes until so many tokens are served."""
         return None if self.tokens_per_s is None else tokens_ahead / self.tokens_per_s
+
+    def told_wait_s(self, tokens_ahead: int) -> float | None:
+        """As `wait_s`, for callers: what is more than a day nobody knows."""
+        wait_s = self.wait_s(tokens_ahead)
+        return None if wait_s is None or wait_s > _LONGEST_TOLD_WAIT_S else wait_s
 
     def max_tokens_ahead(self, remaining_s: float | None, *, own_tokens: int = 0) -> int | None:
         """The most tokens that can be served before a request of so many must begin; None if any number may be."""
@@ -90,9 +96,13 @@ class SpeedEstimate:
         """None while no speed is known."""
         return self._generated_per_s * self._asked_per_generated or None
 
-    def saw_speed(self, generated_per_s: float, *, num_running: int = 0) -> None:
-        """The workers' speed now, with so much running. Told in even intervals; a peak counts for about fifty."""
-        self._generated_per_s = max(generated_per_s, self._decay * self._generated_per_s)
+    def saw_speed(self, generated_per_s: float, *, num_running: int = 0, num_waiting: int = 0) -> None:
+        """The workers' speed now, with so much running and waiting. Told in even intervals.
+
+        A peak counts for about fifty of those in which something waits: otherwise workers may be slow for want of work.
+        """
+        peak = self._generated_per_s * (self._decay if num_waiting else 1.0)
+        self._generated_per_s = max(generated_per_s, peak)
         if num_running and generated_per_s:
             # Of late they ran as many or fewer: nobody can be slower than all of them at the peak.
             self._generated_token_s = num_running / max(generated_per_s, self._generated_per_s)

@@ -272,7 +272,7 @@ class Chats:
 
     def _describe_queue(self, place: Submitted | JobSnapshot) -> chat_pb2.QueueStatus:
         status = chat_pb2.QueueStatus(position=place.queue_position)
-        wait_s = self._monitor.look_out().wait_s(place.tokens_ahead)
+        wait_s = self._monitor.look_out().told_wait_s(place.tokens_ahead)
         if wait_s is not None:
             status.estimated_wait.FromMilliseconds(round(wait_s * 1000))
         return status

@@ -89,6 +89,7 @@ class QueueMonitor:
                 self._speed.saw_speed(
                     sum(status.tokens_per_second for status in statuses),
                     num_running=sum(status.running_sequences for status in statuses),
+                    num_waiting=load.waiting_jobs,
                 )
             self._metrics.record_load(load)
             await self._tell(True)

@@ -16,6 +16,8 @@ from oasst_gateway.validation import check_detokenize, check_model_name, check_t
 
 __all__ = ["ChatServicer", "ModelServicer", "ScoringServicer"]
 
+_SERVER_VERSION = importlib.metadata.version("oasst-serve")
+
 
 class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
     """Chats."""
@@ -113,9 +115,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetLoadResponse:
         check_model_name(request.model, "model", self._model.name)
         load = await self._submitter.load()
-        wait_s = self._monitor.look_out().wait_s(load.waiting_tokens)
+        wait_s = self._monitor.look_out().told_wait_s(load.waiting_tokens)
         response = model_pb2.GetLoadResponse(
-            server_version=importlib.metadata.version("oasst-serve"),
+            server_version=_SERVER_VERSION,
             waiting_requests=load.waiting_jobs,
             waiting_tokens=load.waiting_tokens,
             running_requests=load.running_jobs,

@@ -8,7 +8,7 @@ import pytest
 from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway
 from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
-from oasst.v1 import chat_pb2
+from oasst.v1 import chat_pb2, model_pb2
 from oasst_gateway.admission import Outlook, SpeedEstimate
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
@@ -44,10 +44,20 @@ def test_the_speed_is_the_recent_peak_of_what_is_generated() -> None:
     assert speed.asked_per_s is None
     for generated_per_s in (0.0, 80.0, 20.0):
         speed.saw_speed(generated_per_s)
+    assert speed.asked_per_s == 80.0
+    speed.saw_speed(20.0, num_waiting=1)
     assert speed.asked_per_s == pytest.approx(80 * 0.98)
     for _ in range(200):
-        speed.saw_speed(20.0)
+        speed.saw_speed(20.0, num_waiting=1)
     assert speed.asked_per_s == pytest.approx(20.0)
+
+
+def test_workers_for_whom_nothing_waits_are_as_fast_as_before() -> None:
+    speed = SpeedEstimate()
+    speed.saw_speed(80.0)
+    for _ in range(40_000):  # A night.
+        speed.saw_speed(0.0)
+    assert speed.asked_per_s == 80.0
 
 
 def test_requests_that_use_a_quarter_of_what_they_ask_for_make_the_queue_four_times_as_fast() -> None:
@@ -126,6 +136,17 @@ async def test_a_deadline_that_what_is_ahead_outlasts_is_refused(gateway: Gatewa
     late = await gateway.chat.SubmitChat(ask("Hello!", timeout=Duration(seconds=500)))
     assert late.accepted.queue.position == 2
     assert 10 < late.accepted.queue.estimated_wait.ToSeconds() < 40
+
+
+async def test_a_wait_that_is_more_than_a_day_is_not_told(gateway: Gateway, queue: QueueClient) -> None:
+    idle = Claimer(queue, worker_id="idle", model="tiny")
+    await idle.heartbeat(job_pb2.WorkerStatus(worker_id="idle", model="tiny", tokens_per_second=1e-300))
+    await until(lambda: gateway.sample("workers") == 1)
+    for position in range(2):
+        accepted = (await gateway.chat.SubmitChat(ask("Hello!"))).accepted
+        assert accepted.queue.position == position
+    assert not accepted.queue.HasField("estimated_wait")
+    assert not (await gateway.model.GetLoad(model_pb2.GetLoadRequest())).HasField("estimated_wait")
 
 
 async def test_too_many_waiting_tokens_are_a_full_queue(model: ServedModel, valkey_url: str) -> None:

@@ -1,6 +1,8 @@
 """Neighbours that tests of several parts need."""
 
 import os
+import shlex
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Of all the processes that tests start, only the first compiles a module of ours.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import pytest
 from valkey_server import ValkeyServer
 
@@ -23,6 +28,23 @@ def _heard_signals() -> None:
     """What tests start hears the signals it is sent, though whoever runs the tests in the background ignores them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests start finds a C compiler that remembers the kernels: it compiles each of them once."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        yield
+        return
+    folder, made = tmp_path_factory.mktemp("compiler"), tmp_path_factory.mktemp("kernels")
+    command = shlex.join([str(Path(__file__).with_name("compile_once.sh")), compiler, str(made)])
+    cc = folder / "cc"
+    cc.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    cc.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import promql_parser as promql
 import yaml
-from oasst_gateway.metrics import GatewayMetrics
+from oasst_gateway.metrics import FleetMetrics, GatewayMetrics
 from oasst_worker.metrics import WorkerMetrics
 from prometheus_client import CollectorRegistry, GCCollector, Metric, PlatformCollector, ProcessCollector
 
@@ -47,6 +47,7 @@ def declared_metrics(component: str) -> CollectorRegistry:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
         GatewayMetrics(registry)
+        FleetMetrics(registry)
     else:
         WorkerMetrics(registry)
     return registry

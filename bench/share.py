@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oasst_client import AsyncClient
@@ -11,7 +12,7 @@ from bench.options import Measured, Options
 from bench.services import MODEL, steps_of, timed_service
 from bench.turns import median_of
 
-__all__ = ["ShareRow", "measure", "share_table"]
+__all__ = ["ShareRow", "measure", "seen_tokens_per_s", "share_table"]
 
 # Streams, seconds of a step, tokens of each stream.
 _LOADS = ((1, 0.01, 400), (64, 0.025, 200), (256, 0.05, 200))
@@ -24,7 +25,7 @@ class ShareRow:
     streams: int
     step_ms: float
     worker_tokens_per_s: float  # Streams over the mean seconds of its steps.
-    tokens_per_s: float  # What callers saw.
+    tokens_per_s: float  # What callers saw; see `seen_tokens_per_s`.
     share: float
 
 
@@ -48,27 +49,29 @@ def share_table(rows: list[ShareRow]) -> Table:
     return table
 
 
+def seen_tokens_per_s(arrivals_s: Sequence[Sequence[float]]) -> float:
+    """By when each stream's tokens arrived: from the first token of the last to begin, to the last token of all."""
+    all_begun_s = max(arrived_s[0] for arrived_s in arrivals_s)
+    ended_s = max(arrived_s[-1] for arrived_s in arrivals_s)
+    num_tokens = sum(token_s > all_begun_s for arrived_s in arrivals_s for token_s in arrived_s)
+    return num_tokens / (ended_s - all_begun_s)
+
+
 def _measure(streams: int, step_s: float, tokens: int) -> ShareRow:
-    """So many streams at once, each of so many tokens; counted between the first token of all and the last of any."""
+    """So many streams at once, each of so many tokens."""
     with timed_service(streams, step_s) as service:
-        elapsed_s = asyncio.run(_stream_all(service.address, streams, tokens))
+        seen = seen_tokens_per_s(asyncio.run(_stream_all(service.address, streams, tokens)))
         num_steps, seconds = steps_of(service.worker_metrics)
-    own, seen = streams * num_steps / seconds, streams * (tokens - 1) / elapsed_s
+    own = streams * num_steps / seconds
     return ShareRow(streams, step_s * 1e3, own, seen, seen / own)
 
 
-async def _stream_all(address: str, streams: int, tokens: int) -> float:
-    """Seconds from the first token of the last to begin, to the last token of all."""
+async def _stream_all(address: str, streams: int, tokens: int) -> list[list[float]]:
+    """When each token of each stream arrived, in seconds."""
     async with AsyncClient(address) as client:
-        begun_s: list[float] = []
 
-        async def read() -> None:
+        async def read() -> list[float]:
             async with client.stream("Hello!", model=MODEL, max_new_tokens=tokens, ignore_eos=True) as stream:
-                num_pieces = 0
-                async for _ in stream:
-                    if not num_pieces:
-                        begun_s.append(time.perf_counter())
-                    num_pieces += 1
+                return [time.perf_counter() async for _ in stream.tokens()]
 
-        await asyncio.gather(*(read() for _ in range(streams)))
-        return time.perf_counter() - max(begun_s)
+        return await asyncio.gather(*(read() for _ in range(streams)))

@@ -1,6 +1,6 @@
 """Grafana's dashboards, written from the panels below: `make generated`.
 
-A panel's queries hold `$release`, which the dashboard's variable fills in.
+A panel's queries hold `release="$release"`, which the dashboard's variables fill in, the release's namespace with it.
 """
 
 import json
@@ -350,7 +350,7 @@ def render(dashboard: Dashboard) -> dict[str, Any]:
         "schemaVersion": 39,
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_datasource_variable(), _release_variable()]},
+        "templating": {"list": [_datasource_variable(), *_release_variables()]},
         "panels": [_render_panel(panel, number) for number, panel in enumerate(dashboard.panels)],
     }
 
@@ -367,14 +367,22 @@ def _datasource_variable() -> dict[str, Any]:
     return {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
 
 
-def _release_variable() -> dict[str, Any]:
-    query = "label_values(oasst_gateway_redis_up, release)"
+def _release_variables() -> list[dict[str, Any]]:
+    """Releases of two namespaces may have one name. Where no series has a namespace, as with Compose, it is empty."""
+    return [
+        _label_variable("namespace", "oasst_gateway_redis_up"),
+        _label_variable("release", 'oasst_gateway_redis_up{namespace="$namespace"}'),
+    ]
+
+
+def _label_variable(label: str, series: str) -> dict[str, Any]:
+    query = f"label_values({series}, {label})"
     return {
-        "name": "release",
+        "name": label,
         "type": "query",
-        "label": "Release",
+        "label": label.capitalize(),
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "query": {"query": query, "refId": "release"},
+        "query": {"query": query, "refId": label},
         "definition": query,
         "refresh": 2,
     }
@@ -397,8 +405,12 @@ def _render_panel(panel: Panel, number: int) -> dict[str, Any]:
         "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": {"fillOpacity": 8}}, "overrides": []},
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
         "targets": [
-            {"refId": chr(ord("A") + index), "expr": query.expr, "legendFormat": query.legend}
+            {"refId": chr(ord("A") + index), "expr": _in_namespace(query.expr), "legendFormat": query.legend}
             | ({"exemplar": True} if query.has_exemplars else {})
             for index, query in enumerate(panel.queries)
         ],
     }
+
+
+def _in_namespace(expr: str) -> str:
+    return expr.replace('release="$release"', 'namespace="$namespace",release="$release"')

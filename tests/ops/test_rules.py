@@ -116,6 +116,15 @@ def test_the_dashboards_in_the_chart_are_as_their_panels_say(dashboard) -> None:
     assert written == render(dashboard), "run `make generated`"
 
 
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=[dashboard.name for dashboard in DASHBOARDS])
+def test_a_panel_shows_one_release_of_one_namespace(dashboard) -> None:
+    written = json.loads((FOLDER / f"{dashboard.name}.json").read_text())
+    exprs = [target["expr"] for panel in written["panels"] for target in panel["targets"]]
+    selectors = [labels for expr in exprs for _, labels in names_in(expr.replace("$__rate_interval", "1m"))]
+    assert {(labels.get("namespace"), labels.get("release")) for labels in selectors} == {("$namespace", "$release")}
+    assert [variable["name"] for variable in written["templating"]["list"]] == ["datasource", "namespace", "release"]
+
+
 def test_the_table_of_metrics_is_as_the_code_declares() -> None:
     assert PAGE.read_text() == render_page(), "run `make generated`"
 

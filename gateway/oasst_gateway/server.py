@@ -14,7 +14,10 @@ from oasst_gateway.service import ChatServicer, ModelServicer, ScoringServicer
 from oasst_gateway.services import SERVICES
 from oasst_gateway.tls import ServerCertificate
 
-__all__ = ["create_server"]
+__all__ = ["MAX_STREAMS", "create_server"]
+
+# Of one connection; more of them wait in their client.
+MAX_STREAMS = 1024
 
 _DESCRIBED = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
 
@@ -63,8 +66,7 @@ def _options(*, max_message_bytes: int, reuse_port: bool) -> Sequence[tuple[str,
         ("grpc.so_reuseport", int(reuse_port)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
-        # More streams of one connection wait in their client.
-        ("grpc.max_concurrent_streams", 1024),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
         # A caller whose machine vanished is noticed within 40 s, and its work given up.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

@@ -1,10 +1,12 @@
 """What the harness asks for is what the service is asked for, or refused with a reason."""
 
+import time
+
 import pytest
 from lm_eval.api.instance import Instance
 from oasst_cli.__main__ import app
 from oasst_cli.eval.model import OasstLM
-from oasst_client import InternalError, ItemScore
+from oasst_client import InternalError, ItemScore, OverloadedError
 from oasst_client.testing import FakeServer
 from typer.testing import CliRunner
 
@@ -44,6 +46,18 @@ def test_a_generation_that_fails_ends_the_others():
     with FakeServer(failed) as server, pytest.raises(InternalError):
         OasstLM(server.address, num_concurrent=1).generate_until(generations(*[{}] * 50))
     assert len(server.requests) < 50
+
+
+def test_a_generation_that_fails_ends_the_wait_of_the_others_for_their_next_attempt():
+    full = OverloadedError("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after_s=20)
+    failed = InternalError("broken", code="INTERNAL", reason="NUMERIC")
+    with FakeServer(full, failed) as server:
+        model = OasstLM(server.address, num_concurrent=2)
+        begun_s = time.monotonic()
+        with pytest.raises(InternalError):
+            model.generate_until(generations({}, {}))
+        assert time.monotonic() - begun_s < 10
+        assert len(server.requests) == 2
 
 
 def test_every_score_is_kept_for_a_run_that_goes_on():
@@ -90,6 +104,16 @@ def test_what_is_not_there_is_told_with_what_is(arguments, complaint):
     result = CliRunner().invoke(app, ["eval", *arguments], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert complaint in result.stderr
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    out = tmp_path / "no folder" / "eval.json"
+    with FakeServer() as server:
+        result = CliRunner().invoke(
+            app, ["eval", "--address", server.address, "--out", str(out)], env={"COLUMNS": "400"}
+        )
+        assert (result.exit_code, server.score_requests) == (2, [])
+    assert "eval.json cannot be written: No such file or directory" in result.stderr
 
 
 def test_without_the_harness_it_is_told_what_to_install(monkeypatch):

@@ -52,6 +52,8 @@ def evaluate(
         check_harness()
     except HarnessError as error:
         raise typer.BadParameter(str(error)) from error
+    if out:
+        _check_writable(out)
     from oasst_cli.eval.model import OasstLM  # The harness is heavy, and not in the extra `cli`.
 
     served = OasstLM(address, profile, model or "", num_concurrent=concurrency)
@@ -60,12 +62,25 @@ def evaluate(
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(Exit.FAILED) from error
-    if out:
-        out.write_text(json.dumps(told, indent=2, default=str) + "\n")
     if as_json:
         print(json_line(_summary(chosen, scores, served.model_name, limit, told)))
     else:
         print_suite(Console(highlight=False), chosen, scores, model=served.model_name, limit=limit)
+    if out:
+        out.write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _check_writable(out: Path) -> None:
+    """The file can be written: asked before the hours of work that it is to hold.
+
+    Raises:
+        BadParameter: it cannot.
+    """
+    try:
+        with out.open("a"):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"{out} cannot be written: {error.strerror}", param_hint="--out") from error
 
 
 def _chosen(name: str, only: list[str] | None) -> Suite:

@@ -1,9 +1,9 @@
 """The lm-evaluation-harness's model `oasst-grpc`: a running service, asked through the SDK."""
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice, repeat
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from oasst_client import ChatOptions, Client, OasstError, Priority, ScoreItem, new_request_id, render_transcript
+from oasst_client import ChatOptions, Client, CompletionStream, Priority, ScoreItem, render_transcript
 from tqdm import tqdm
 
 from oasst_cli.options import connected
@@ -205,28 +205,36 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         """
         contexts = [request.args[0] for request in requests]
         options = [self._chat_options(request.args[1]) for request in requests]
-        answers: list[str] = []
+        streams: set[CompletionStream] = set()
+        given_up = threading.Event()
+
+        def generate(token_ids: Sequence[int], options: ChatOptions) -> str:
+            with self._client.stream(token_ids=token_ids, **options) as stream:
+                streams.add(stream)
+                if given_up.is_set():
+                    stream.close()  # It came too late to be closed with the others.
+                try:
+                    return stream.completion().text
+                finally:
+                    streams.discard(stream)
+
         with (
             tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar,
             ThreadPoolExecutor(self._num_concurrent, thread_name_prefix="generate") as pool,
         ):
-            prompts = map(self._prompt, self._encode(contexts), options)
-            under_way = [pool.submit(self._generate, ids, each) for ids, each in zip(prompts, options, strict=True)]
+            prompts = list(map(self._prompt, self._encode(contexts), options))
+            under_way = dict(zip(map(pool.submit, repeat(generate), prompts, options), requests, strict=True))
             try:
-                for request, future in zip(requests, under_way, strict=True):
-                    answers.append(future.result())
-                    self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+                for future in as_completed(under_way):
+                    self.cache_hook.add_partial("generate_until", under_way[future].args, future.result())
                     bar.update()
             except BaseException:
-                for future, each in zip(under_way, options, strict=True):
-                    if not future.cancel() and not future.done():
-                        with suppress(OasstError):  # It has ended by itself, or never began.
-                            self._client.cancel(each["request_id"])
+                pool.shutdown(wait=False, cancel_futures=True)
+                given_up.set()
+                for stream in tuple(streams):
+                    stream.close()
                 raise
-        return answers
-
-    def _generate(self, token_ids: Sequence[int], options: ChatOptions) -> str:
-        return self._client.chat(token_ids=token_ids, **options).text
+        return [future.result() for future in under_way]
 
     def _chat_options(self, wanted: Mapping[str, Any]) -> ChatOptions:
         """The options of the call that does what a task's `generation_kwargs` ask for."""
@@ -243,7 +251,6 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
             "stop": [text for text in wanted["until"] if text],
             "max_new_tokens": wanted["max_gen_toks"],
             "priority": Priority.BULK,
-            "request_id": new_request_id(),
         }
         if wanted["do_sample"]:
             drawn: Any = {name: wanted[name] for name in _SAMPLING if name in wanted}

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pkgutil
 import socket
 import ssl
 import statistics
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
@@ -137,12 +139,14 @@ def _endpoints(address: str) -> list[tuple[str, int]]:
     [('chat.example', 443)]
 
     Raises:
-        ValueError: a port is no number.
+        ValueError: a port is no number, or a name is none that can be looked up.
     """
     if address.startswith(("unix:", "unix-abstract:", "xds:")):
         return []
     parts = address.removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:").lstrip("/").split(",")
     split = [urlsplit(f"//{part}") for part in parts]
+    for each in split:
+        (each.hostname or "").encode("idna")  # As looking it up does.
     return [(each.hostname or "", each.port or _DEFAULT_PORT) for each in split]
 
 
@@ -151,8 +155,11 @@ def _network(host: str, port: int) -> Finding:
         start_s = time.perf_counter()
         with socket.create_connection((host, port), _TIMEOUT_S):
             took_ms = (time.perf_counter() - start_s) * 1000
-    except socket.gaierror:
-        return Finding("network", Verdict.BROKEN, f"there is no host {host}", "check the address for a slip of the pen")
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_AGAIN:
+            message = f"the name {host} cannot be looked up now: {error.strerror}"
+            return Finding("network", Verdict.BROKEN, message, "is this machine connected, does its DNS server answer?")
+        return Finding("network", Verdict.BROKEN, f"there is no host {host}", "check the address for a typo")
     except OSError as error:
         advice = "is the service running (oasst up), is the port right, does a firewall let you through?"
         return Finding("network", Verdict.BROKEN, f"{host}:{port} takes no connection: {error}", advice)
@@ -162,7 +169,7 @@ def _network(host: str, port: int) -> Finding:
 def _certificate(profile: Profile, host: str, port: int) -> Finding:
     """Whether the server proves who it is, and for how long it still can."""
     try:
-        context = ssl.create_default_context(cafile=profile.tls_ca_file)
+        context = _trusting(profile.tls_ca_file)
     except OSError as error:
         advice = "give the PEM file of whoever signed the server's certificate"
         return Finding("tls", Verdict.BROKEN, f"tls_ca_file {profile.tls_ca_file} is no certificate: {error}", advice)
@@ -191,6 +198,14 @@ def _certificate(profile: Profile, host: str, port: int) -> Finding:
     if days < _MIN_DAYS_OF_CERTIFICATE:
         return Finding("tls", Verdict.WARNING, f"{host}'s certificate ends in {days:.1f} days", "renew it")
     return Finding("tls", Verdict.OK, f"{host}'s certificate is good for {days:.0f} days")
+
+
+def _trusting(ca_file: Path | None) -> ssl.SSLContext:
+    """A context that trusts whom the client trusts: without a file gRPC's own authorities, not the system's."""
+    if ca_file:
+        return ssl.create_default_context(cafile=ca_file)
+    roots = pkgutil.get_data("grpc._cython", "_credentials/roots.pem") or b""
+    return ssl.create_default_context(cadata=roots.decode())
 
 
 def _refusal(encrypted: ssl.SSLSocket) -> str:

@@ -42,7 +42,7 @@ _OPTIONS: tuple[tuple[str, str | int], ...] = (
 def target_of(address: str) -> str:
     """The gRPC target of an address.
 
-    One `host:port` is resolved by DNS, all of its addresses are used in turn. Several, parted by commas, are the IP
+    One `host:port` is resolved by DNS, all of its addresses are used in turn. Several, separated by commas, are the IP
     addresses of gateways beside each other; gRPC looks up no list of names. A target with a scheme is left as it is.
 
     >>> target_of("chat.example:50051")
@@ -123,10 +123,13 @@ def call_metadata(
     """What is sent with every call.
 
     Raises:
-        ValueError: the key would go to another machine in plain text, and nobody said that it may.
+        ValueError: the key would go to another machine in plain text, and nobody said that it may; or it holds a
+            character that no header can carry, such as the line break at the end of a file.
     """
     if api_key is None:
         return tuple(metadata)
+    if strange := next((each for each in api_key if not " " <= each <= "~"), None):
+        raise ValueError(f"the API key holds {strange!r}, which no header can carry")
     if tls is None and not _stays_here(address):
         raise ValueError("the API key would travel unencrypted: give tls=True, or tls=False if something else encrypts")
     return (*metadata, ("authorization", f"Bearer {api_key}"))

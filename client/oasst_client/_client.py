@@ -176,7 +176,7 @@ class Client:
     'An idea that spreads.'
 
     Args:
-        address: `host:port`, several `ip:port` parted by commas, or any gRPC target.
+        address: `host:port`, several `ip:port` separated by commas, or any gRPC target.
         api_key: proves who is calling. Over a plain connection it is sent to this machine only, unless `tls` is False.
         tls: True, or a `Tls` with files of one's own; without it the connection is plain.
         metadata: sent with every call.

@@ -54,7 +54,7 @@ class ProfileError(OasstError):
 class Profile:
     """How a service is reached. Each field is a key of the file, and `OASST_` and its name a variable."""
 
-    # `host:port`, several `ip:port` parted by commas, or any gRPC target.
+    # `host:port`, several `ip:port` separated by commas, or any gRPC target.
     address: str = _DEFAULT_ADDRESS
     # Sent with every call. Secret.
     api_key: str | None = field(default=None, repr=False)

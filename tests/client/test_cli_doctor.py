@@ -125,6 +125,7 @@ def test_a_certificate_is_checked_against_the_profile(serve, authority, tmp_path
     assert trusted["tls"][0] is Verdict.WARNING
     assert "renew it" in trusted["tls"][1]
     assert trusted["access"][0] is Verdict.OK
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca))  # Whom the system trusts, gRPC need not.
     verdict, message = found(address, "doubting")["tls"]
     assert verdict is Verdict.BROKEN
     assert "tls_ca_file" in message
@@ -166,11 +167,28 @@ def test_tls_files_that_cannot_be_used_are_named(serve, authority, tmp_path, mon
     [
         ("http://127.0.0.1:50051", "is a URL; give HOST:PORT"),
         ("127.0.0.1:grpc", "write HOST:PORT"),
-        ("no-port.invalid", "there is no host no-port.invalid"),
+        ("chat..example:50051", "write HOST:PORT"),
     ],
 )
 def test_an_address_that_is_none_is_told_at_once(address, complaint):
     *_, (verdict, message) = found(address).values()
+    assert verdict is Verdict.BROKEN
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "unknown"), "there is no host chat.example"),
+        (socket.gaierror(socket.EAI_AGAIN, "no answer"), "the name chat.example cannot be looked up now: no answer"),
+    ],
+)
+def test_a_name_that_is_none_differs_from_one_that_cannot_be_looked_up(monkeypatch, error, complaint):
+    def look_up(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    verdict, message = found("chat.example:50051")["network"]
     assert verdict is Verdict.BROKEN
     assert complaint in message
 

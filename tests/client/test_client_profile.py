@@ -94,6 +94,13 @@ def test_a_channel_of_an_address_that_is_none_is_refused_as_well():
         open_channel(Profile(address="localhost:1,localhost:2"))
 
 
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told():
+    """As it comes from a file that ends with a line break."""
+    with pytest.raises(ProfileError, match=r"the API key holds '\\n', which no header can carry") as error:
+        connect(Profile(api_key="secret\n"))
+    assert "secret" not in str(error.value)
+
+
 async def test_both_clients_bring_the_key():
     with FakeServer() as server:
         profile = Profile(address=server.address, api_key="secret")

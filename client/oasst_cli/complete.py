@@ -1,6 +1,5 @@
 """`oasst complete`: one answer to one question."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -20,6 +19,7 @@ from oasst_cli.options import (
     connected,
     given_options,
     json_line,
+    text_or_stdin,
 )
 
 __all__ = ["complete"]
@@ -49,7 +49,7 @@ def complete(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    question = sys.stdin.read() if text is None else text
+    question = text_or_stdin(text)
     messages, prompt = (None, question) if raw else (question, None)
     with connected(address, profile) as client, client.stream(messages, prompt=prompt, **options) as stream:
         if as_json:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "connected",
     "given_options",
     "json_line",
+    "text_or_stdin",
 ]
 
 DEFAULT_ADDRESS = Profile().address
@@ -33,7 +35,8 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help=f"The gateway, or several IP addresses parted by commas. [env: OASST_ADDRESS; default: {DEFAULT_ADDRESS}]",
+        help="The gateway, or several IP addresses separated by commas. "
+        f"[env: OASST_ADDRESS; default: {DEFAULT_ADDRESS}]",
     ),
 ]
 ProfileName = Annotated[
@@ -66,7 +69,7 @@ def chosen_profile(address: str | None, profile: str | None) -> Profile:
     """
     if address is None:
         return load_profile(profile)
-    is_file_meant = profile is not None or "OASST_PROFILE" in os.environ
+    is_file_meant = profile is not None or bool(os.environ.get("OASST_PROFILE"))
     loaded = load_profile(profile) if is_file_meant else load_profile(path=Path(os.devnull))
     return dataclasses.replace(loaded, address=address)
 
@@ -74,6 +77,22 @@ def chosen_profile(address: str | None, profile: str | None) -> Profile:
 def connected(address: str | None, profile: str | None) -> Client:
     """A client of the service that the options name."""
     return connect(chosen_profile(address, profile))
+
+
+def text_or_stdin(text: str | None) -> str:
+    """The argument, or without one what standard input holds.
+
+    Raises:
+        BadParameter: it is no UTF-8.
+    """
+    try:
+        if text is None:
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]  # a text file
+            return sys.stdin.read()
+        text.encode()  # Python keeps what is no UTF-8 of an argument as lone surrogates.
+    except UnicodeError as error:
+        raise typer.BadParameter(f"{'standard input' if text is None else 'the text'} is not UTF-8") from error
+    return text
 
 
 def given_options(

@@ -1,13 +1,12 @@
 """`oasst tokenize`: a text as the model reads it."""
 
-import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from oasst_cli.options import Address, AsJson, ModelName, ProfileName, connected, json_line
+from oasst_cli.options import Address, AsJson, ModelName, ProfileName, connected, json_line, text_or_stdin
 
 __all__ = ["tokenize"]
 
@@ -27,7 +26,7 @@ def tokenize(
     as_json: AsJson = False,
 ) -> None:
     """Show a text's tokens: each piece, its id, and how many there are."""
-    read = sys.stdin.read() if text is None else text
+    read = text_or_stdin(text)
     with connected(address, profile) as client:
         (ids,) = client.tokenize(read, model=model or "", parse_control_tokens=control_tokens)
         # Of a token that holds part of a character, U+FFFD.

@@ -70,6 +70,18 @@ def test_complete_answers_one_question(server):
     assert server.requests[1].prompt == "<|prompter|>Hi"
 
 
+@pytest.mark.parametrize("command", ["complete", "tokenize"])
+def test_what_is_no_utf_8_is_unusable_and_told_in_a_line(command):
+    """There is no service: nothing is asked before the text is read."""
+    start = [sys.executable, "-m", "oasst_cli", command, "--address", "127.0.0.1:1"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    piped = subprocess.run(start, input=b"\xff\xfe", capture_output=True, timeout=60, env=environment)
+    given = subprocess.run([*start, b"\xff\xfe"], capture_output=True, timeout=60, env=environment)
+    assert (piped.returncode, given.returncode) == (2, 2)
+    assert b"standard input is not UTF-8" in piped.stderr
+    assert b"the text is not UTF-8" in given.stderr
+
+
 def test_complete_tells_the_kind_of_failure_by_its_exit_code():
     kinds = {
         2: InvalidArgumentError("no", code="INVALID_ARGUMENT", reason="INVALID_FIELD"),
@@ -104,7 +116,9 @@ def test_a_profile_tells_address_and_key_and_its_key_does_not_go_elsewhere(serve
     monkeypatch.setenv("OASST_CONFIG", str(path))
     assert run("complete", "Hi").exit_code == 0
     assert run("complete", "Hi", "--address", server.address).exit_code == 0
-    assert [each.get("authorization") for each in server.metadata] == ["Bearer secret", None]
+    monkeypatch.setenv("OASST_PROFILE", "")  # As good as not set.
+    assert run("complete", "Hi", "--address", server.address).exit_code == 0
+    assert [each.get("authorization") for each in server.metadata] == ["Bearer secret", None, None]
     assert run("complete", "Hi", "--profile", "work").exception.__class__ is ProfileError
 
 

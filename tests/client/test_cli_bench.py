@@ -10,7 +10,7 @@ from oasst_cli.__main__ import app
 from oasst_cli.bench.arrivals import ClosedLoad, OpenLoad
 from oasst_cli.bench.measurement import Overhead, RequestRecord, summarize, tokens_per_s_over_time
 from oasst_cli.bench.workload import Lengths, PromptFile, RandomPrompts, WorkloadError
-from oasst_client import Client, OverloadedError
+from oasst_client import Client, Message, OverloadedError
 from oasst_client.testing import FakeServer
 from typer.testing import CliRunner
 
@@ -83,9 +83,22 @@ def test_prompts_of_a_file_are_questions_or_conversations(tmp_path):
     lines = [json.dumps("Why?"), json.dumps({"prompt": "Who?"}), json.dumps({"messages": turns})]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     read = PromptFile.read(tmp_path / "prompts.jsonl", None)
-    assert read.prompts == [[("user", "Why?")], [("user", "Who?")], turns]
-    (tmp_path / "prompts.jsonl").write_text('"Why?"\n{"text": "Who?"}')
-    with pytest.raises(WorkloadError, match=r"prompts\.jsonl:2 must be a string"):
+    conversation = [Message(each["role"], each["content"]) for each in turns]
+    assert read.prompts == [[("user", "Why?")], [("user", "Who?")], conversation]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": "Who?"}', "must be a string"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}', r"messages\[1\] must"),
+        ('{"messages": [{"role": "user", "content": 5}]}', r"messages\[0\] must have a role .* and a content, a text"),
+        ('{"messages": ["Who?"]}', r"messages\[0\] must have a role \(.*user.*\)"),
+    ],
+)
+def test_a_prompt_of_another_form_is_refused_with_its_line(tmp_path, line, complaint):
+    (tmp_path / "prompts.jsonl").write_text(f'"Why?"\n{line}')
+    with pytest.raises(WorkloadError, match=rf"prompts\.jsonl:2:? {complaint}"):
         PromptFile.read(tmp_path / "prompts.jsonl", None)
 
 

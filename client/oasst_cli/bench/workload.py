@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from oasst_client import ChatOptions, MessageLike, Model
+from oasst_client import ChatOptions, Message, MessageLike, Model, Role
 
 __all__ = ["Lengths", "PromptFile", "RandomPrompts", "Request", "Workload", "WorkloadError"]
 
@@ -153,8 +153,13 @@ def _messages(line: str, where: str) -> list[MessageLike]:
     match entry:
         case str() | {"prompt": str()}:
             return [("user", entry if isinstance(entry, str) else entry["prompt"])]
-        case {"messages": [*messages]} if all(
-            isinstance(each, dict) and each.keys() == {"role", "content"} for each in messages
-        ):
-            return messages
+        case {"messages": [*messages]}:
+            return [_message(each, f"{where}: messages[{index}]") for index, each in enumerate(messages)]
     raise WorkloadError(f'{where} must be a string, {{"prompt": ...}} or {{"messages": [...]}}')
+
+
+def _message(value: Any, where: str) -> Message:
+    match value:
+        case {"role": role, "content": str(content), **others} if role in tuple(Role) and not others:
+            return Message(Role(role), content)
+    raise WorkloadError(f"{where} must have a role ({', '.join(Role)}) and a content, a text, and nothing else")

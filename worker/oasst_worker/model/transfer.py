@@ -7,9 +7,9 @@ __all__ = ["Fetch", "to_device"]
 
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers of (nested) sequences on a device. The host goes on at once: on a GPU they are copied meanwhile."""
-    is_on_gpu = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=is_on_gpu).to(device, non_blocking=is_on_gpu)
+    """The numbers of an array or of (nested) sequences on a device. The copy to a GPU goes on in the background."""
+    on_host = torch.as_tensor(values, dtype=dtype)
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
 
 
 class Fetch:

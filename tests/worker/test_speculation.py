@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oasst_worker.engine import Batch, Engine, EngineConfig, FinishReason, GenerationParams, Sample, Sequence
+from oasst_worker.engine import Engine, EngineConfig, FinishReason, GenerationParams, Sequence
 from oasst_worker.engine.pace import StepCost
 from oasst_worker.engine.speculation import Speculator
 from oasst_worker.model.attention import PlainAttention, build_attention
@@ -168,12 +168,12 @@ class RecordingRunner(ModelRunner):
         super().__init__(model, num_blocks=num_blocks)
         self.logits: dict[tuple[str, int], torch.Tensor] = {}
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Sample]:
+    def _draw(self, batch, logits, last_ids=None):
         rows = iter(logits)
         for chunk in batch.chunks:
             for position in range(chunk.end, chunk.end + chunk.num_draws):
                 self.logits[chunk.sequence.sequence_id, position] = next(rows).clone()
-        return super()._sample(batch, logits)
+        return super()._draw(batch, logits, last_ids)
 
 
 @pytest.fixture(params=[build_attention, PlainAttention], ids=["fastest attention", "plain attention"])
@@ -220,5 +220,6 @@ def test_a_model_draws_the_same_tokens_from_the_same_bits(make_runner, sampling)
     assert outputs == expected  # Log-probabilities among them.
     assert engine.num_accepted_tokens > 10
     assert fewer_steps < num_steps
+    assert plain.logits
     for place, logits in plain.logits.items():
         assert torch.equal(guessing.logits[place], logits), place

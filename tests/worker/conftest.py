@@ -1,11 +1,13 @@
 """Tiny random GPT-NeoX checkpoints, as transformers makes and saves them; a queue, and workers on it."""
 
+import functools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import torch
 from oasst_jobs import QueueClient, connect
+from oasst_worker.model import kernels
 from running_worker import RunningWorker
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from watched_queue import Queue
@@ -46,6 +48,12 @@ def make_checkpoint(make_model, tmp_path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def no_kernels_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled anew in this test, and those of other tests are kept for them."""
+    monkeypatch.setattr(kernels, "start_compiling", functools.cache(kernels.start_compiling.__wrapped__))
 
 
 @pytest.fixture

@@ -159,34 +159,28 @@ def test_on_a_cpu_an_fp8_cache_is_the_plain_paths(caplog):
     )
 
 
+@pytest.mark.usefixtures("no_kernels_yet")
 @pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])
 def test_without_a_working_compiler_the_plain_path_serves(fault, monkeypatch, caplog):
     def fail(command, **_):
         raise subprocess.CalledProcessError(1, command, stderr="unknown option")
 
-    kernels.start_compiling.cache_clear()
     if fault == "no compiler":
         monkeypatch.setattr(kernels.shutil, "which", lambda _: None)
     else:
         monkeypatch.setattr(kernels.subprocess, "run", fail)
-    try:
-        attention = build_attention(make_config(64, 16), dtype=torch.float32, device=CPU)
-    finally:
-        kernels.start_compiling.cache_clear()
+    attention = build_attention(make_config(64, 16), dtype=torch.float32, device=CPU)
     assert isinstance(attention, PlainAttention)
     assert "attention runs on the plain path" in caplog.text
 
 
+@pytest.mark.usefixtures("no_kernels_yet")
 def test_a_kernel_that_is_compiled_and_cannot_be_loaded_says_what_may_be_wrong(monkeypatch, caplog):
     # As on a mount that is noexec: the compiler is content, and the loader will not map what it wrote.
     def write_what_is_no_library(command, **_):
         Path(command[command.index("-o") + 1]).write_bytes(b"")
 
-    kernels.start_compiling.cache_clear()
     monkeypatch.setattr(kernels.subprocess, "run", write_what_is_no_library)
-    try:
-        assert kernels.load_kernels("attention") is None
-    finally:
-        kernels.start_compiling.cache_clear()
+    assert kernels.load_kernels("attention") is None
     assert "attention is compiled but cannot be loaded" in caplog.text
     assert "noexec" in caplog.text

@@ -135,7 +135,7 @@ PROCESSORS = {
 
 
 @pytest.fixture(params=PROCESSORS)
-def processor(request, monkeypatch):
+def processor(request, monkeypatch, no_kernels_yet):
     cpuinfo = Path("/proc/cpuinfo")
     if (
         platform.machine() != "x86_64"
@@ -146,13 +146,11 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(
         kernels, "_FLAGS", [flag.replace("march=native", f"march={request.param}") for flag in kernels._FLAGS]
     )
-    kernels.start_compiling.cache_clear()
-    yield request.param
-    kernels.start_compiling.cache_clear()
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
-def test_other_processors_give_the_same(processor):
+def test_other_processors_give_the_same():
     x = torch.randn(45, 300)
     weight, bias = random_layer(70, 300)
     assert torch.equal(compiled_int8(weight, None)(x), PlainQuantizedLinear(weight, None)(x))

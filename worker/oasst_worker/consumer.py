@@ -6,14 +6,11 @@ jobs of a shard. While a call is under way the engine goes on; what comes meanwh
 
 import asyncio
 import logging
-import random
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import TypeVar
 
 from oasst_jobs import (
     ClaimedJob,
@@ -33,6 +30,7 @@ from oasst_worker.intake import Intake, JobRefusedError
 from oasst_worker.loop import EngineLoop, StepReport, StepWatchdog
 from oasst_worker.metrics import WorkerMetrics
 from oasst_worker.parts import Part
+from oasst_worker.reaching import QueueCaller, wait_at_most
 from oasst_worker.refused import RefusedJob
 from oasst_worker.scoring import ScoringJob
 from oasst_worker.spans import JobSpans
@@ -41,8 +39,6 @@ __all__ = ["Consumer"]
 
 logger = logging.getLogger(__name__)
 
-_Answer = TypeVar("_Answer")
-
 # How long to wait for word of new work before looking anyway.
 _LISTEN_S = 1.0
 # More tokens than any job asks for: an idle worker takes the next job whatever its size.
@@ -50,7 +46,6 @@ _ANY_SIZE = 2**50
 _SCORING_JOBS = 4  # Held at once.
 # KV cache kept free for the next tokens of each running choice, so that a claim does not preempt at once.
 _LOOKAHEAD_TOKENS = 64
-_MIN_BACKOFF_S = 0.05
 # Between two pushes of tokens that nobody waits for in particular: more often than anyone can see costs only work.
 _PUSH_INTERVAL_S = 0.02
 
@@ -96,12 +91,14 @@ class Consumer:
         self._tracer = tracer
         # A lease that began this long ago is renewed, with news or without; and no try to reach the queue comes later.
         self._renew_after_s = lease_s / 3
+        self._queue = QueueCaller(
+            metrics.queue_errors, longest_delay_s=self._renew_after_s, on_change=self._note_more_room
+        )
         self._clock = clock
         self.num_generated_tokens = 0  # Since the start.
         self._jobs: dict[str, HeldJob] = {}
         self._owners: dict[Part, HeldJob] = {}  # Parts that belong in the engine.
         self._drain_ends_s = float("inf")
-        self._unanswered: list[str] = []  # Operations that failed last and are tried again.
         # By shard: when the last push to it began, and whether that is still under way.
         self._pushed_s = [float("-inf")] * claimer.num_shards
         self._pushing: set[int] = set()
@@ -123,7 +120,7 @@ class Consumer:
     @property
     def queue_is_reachable(self) -> bool:
         """Whether the queue answers all that it is asked."""
-        return not self._unanswered
+        return self._queue.is_answered
 
     @property
     def is_draining(self) -> bool:
@@ -175,7 +172,7 @@ class Consumer:
         """Has the claiming task look whenever there may be work, while there is room for it."""
         while not self._draining.is_set():
             await room.wait()
-            await self._reach(
+            await self._queue.call(
                 "wait",
                 lambda: self._claimer.wait_for_work(_LISTEN_S, is_scoring=is_scoring),
                 give_up=self._draining,
@@ -195,7 +192,7 @@ class Consumer:
         if room is None:
             return False
         started_s = self._clock()
-        claimed_jobs = await self._reach(
+        claimed_jobs = await self._queue.call(
             "claim",
             lambda: self._claimer.claim(
                 max_jobs=room.jobs,
@@ -246,7 +243,7 @@ class Consumer:
 
     def _is_unheard(self) -> bool:
         """No shard answers a push: what was claimed now could not keep its lease either."""
-        return self._unanswered.count("push") == self._claimer.num_shards
+        return self._queue.num_unanswered("push") == self._claimer.num_shards
 
     def _has_solo(self) -> bool:
         return any(job.claimed.is_solo for job in self._jobs.values())
@@ -292,7 +289,7 @@ class Consumer:
         quiet_until_s = float("-inf")  # The loop tells of some reports only; then we look by ourselves.
         async with asyncio.TaskGroup() as pushes:
             while not self._closing.is_set():
-                await _wait_at_most(self._news, delay_s)
+                await wait_at_most(self._news, delay_s)
                 self._news.clear()
                 if len(self._pushing) < self._claimer.num_shards:  # While none answers, the engine is held back.
                     reports = self._loop.take()
@@ -350,7 +347,7 @@ class Consumer:
         tries = _tries(items)
         failpoints.reach("worker.pushing")
         try:
-            statuses = await self._reach("push", lambda: self._claimer.push(next(tries)), give_up=self._closing)
+            statuses = await self._queue.call("push", lambda: self._claimer.push(next(tries)), give_up=self._closing)
         finally:
             self._pushing.discard(shard)
             self._news.set()
@@ -404,7 +401,7 @@ class Consumer:
     async def _wait_until_drained(self) -> None:
         while self._jobs and (left_s := self._drain_ends_s - self._clock()) > 0:
             self._job_left.clear()
-            await _wait_at_most(self._job_left, left_s)
+            await wait_at_most(self._job_left, left_s)
 
     async def _release_jobs(self) -> None:
         jobs = list(self._jobs.values())
@@ -422,34 +419,7 @@ class Consumer:
             fields = (job.job_id, job.num_new_tokens)
             logger.info("job released job_id=%s new_tokens=%d", *fields, extra=job.spans.log_fields)
 
-    # --- The queue's moods, and room
-
-    async def _reach(
-        self, operation: str, call: Callable[[], Awaitable[_Answer]], *, give_up: asyncio.Event
-    ) -> _Answer | None:
-        """The call's answer, asked for until there is one; None if `give_up` is set before."""
-        has_failed = False
-        for delay_s in _backoff(self._renew_after_s):
-            try:
-                answer = await call()
-            except QueueUnavailableError as error:
-                self._metrics.queue_errors.labels(operation).inc()
-                if not self._unanswered:
-                    logger.warning("queue away, waiting for it operation=%s error=%s", operation, error)
-                if not has_failed:
-                    self._unanswered.append(operation)
-                    self._note_room()
-                has_failed = True
-            else:
-                if has_failed:
-                    self._unanswered.remove(operation)
-                    self._note_more_room()
-                    if not self._unanswered:
-                        logger.info("queue back operation=%s", operation)
-                return answer
-            if await _wait_at_most(give_up, delay_s):
-                break
-        return None
+    # --- Room
 
     def _note_room(self) -> None:
         """Lets the listening tasks listen only while there is room: a wake-up they take is one that others miss."""
@@ -469,19 +439,3 @@ def _tries(items: list[PushItem]) -> Iterator[list[PushItem]]:
     """What is pushed at first and each time after that. By then leases that were young are not: all are renewed."""
     yield items
     yield from repeat([replace(item, renews=True) for item in items])
-
-
-def _backoff(longest_s: float) -> Iterator[float]:
-    """Delays before each further try, growing, and spread so that workers do not come back all at once."""
-    delay_s = _MIN_BACKOFF_S
-    while True:
-        yield delay_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-        delay_s = max(_MIN_BACKOFF_S, min(2 * delay_s, longest_s))
-
-
-async def _wait_at_most(event: asyncio.Event, timeout_s: float) -> bool:
-    """Whether the event was set in time."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    return event.is_set()

@@ -2,8 +2,9 @@
 
 A feeder in place of a worker logs one token of every stream at each step, and a caller reads all streams. Gateway,
 feeder and caller are processes of their own, so the figure is the gateway's alone: processor time, not wall time.
-Beside it stands a bare gRPC server that writes messages of the same size to as many streams and does nothing else: what
-is left between the two is ours.
+Beside it stands a bare gRPC server that writes messages of one token to as many streams and does nothing else: what is
+left between the two is ours. Where tokens come as fast as they go, a gateway's messages hold several, and nothing
+stands beside them.
 
     python -m bench.gateway feed URL STREAMS TOKENS STEP_S     is the feeder
     python -m bench.gateway bare STREAMS TOKENS STEP_S         is the bare server
@@ -44,7 +45,7 @@ class GatewayRow:
     messages_per_token: float  # Below 1 where tokens that waited together left together.
     cpu_us_per_message: float
     cpu_us_per_token: float
-    bare_us_per_message: float  # Of a server that only writes.
+    bare_us_per_message: float | None  # Of a server that only writes; None where messages hold several tokens.
 
 
 def measure(options: Options) -> Measured:
@@ -63,7 +64,7 @@ def gateway_table(rows: list[GatewayRow]) -> Table:
             f"{row.tokens_per_s:.0f}",
             f"{row.messages_per_token:.2f}",
             f"{row.cpu_us_per_message:.1f}",
-            f"{row.bare_us_per_message:.1f}",
+            "-" if row.bare_us_per_message is None else f"{row.bare_us_per_message:.1f}",
             f"{row.cpu_us_per_token:.1f}",
         )
     return table
@@ -86,14 +87,9 @@ def chat_request(tokens: int) -> chat_pb2.ChatRequest:
 
 def _measure(streams: int, tokens: int, step_s: float) -> GatewayRow:
     """All streams at once, from the first token of the first to the end of the last."""
-    numbers = [str(streams), str(tokens), str(step_s)]
-    with contextlib.ExitStack() as exits:
-        bare = start(exits, sys.executable, "-m", "bench.gateway", "bare", *numbers)
-        address = first_line(bare)
-        spent_s, _, num_messages = asyncio.run(_read_all(psutil.Process(bare.pid), address, streams, tokens))
-        bare_us = spent_s / num_messages * 1e6
+    bare_us = _bare_us_per_message(streams, tokens, step_s) if step_s else None
     with running_gateway() as (process, address, url), contextlib.ExitStack() as exits:
-        start(exits, sys.executable, "-m", "bench.gateway", "feed", url, *numbers)
+        start(exits, sys.executable, "-m", "bench.gateway", "feed", url, *map(str, (streams, tokens, step_s)))
         spent_s, elapsed_s, num_messages = asyncio.run(_read_all(process, address, streams, tokens))
     num_tokens = streams * tokens
     return GatewayRow(
@@ -105,6 +101,14 @@ def _measure(streams: int, tokens: int, step_s: float) -> GatewayRow:
         cpu_us_per_token=spent_s / num_tokens * 1e6,
         bare_us_per_message=bare_us,
     )
+
+
+def _bare_us_per_message(streams: int, tokens: int, step_s: float) -> float:
+    with contextlib.ExitStack() as exits:
+        bare = start(exits, sys.executable, "-m", "bench.gateway", "bare", *map(str, (streams, tokens, step_s)))
+        address = first_line(bare)
+        spent_s, _, num_messages = asyncio.run(_read_all(psutil.Process(bare.pid), address, streams, tokens))
+    return spent_s / num_messages * 1e6
 
 
 async def _read_all(process: psutil.Process, address: str, streams: int, tokens: int) -> tuple[float, float, int]:

@@ -160,6 +160,13 @@ def test_a_bad_option_is_exit_code_2_and_named(arguments):
     assert "Error" in result.stderr or "Invalid" in result.stderr
 
 
+def test_one_address_for_the_metrics_of_several_gateways_is_exit_code_2(monkeypatch):
+    monkeypatch.setenv("OASST_GATEWAY_METRICS_LISTEN", "127.0.0.1:9464")
+    result = CliRunner().invoke(app, ["up", "--gateways", "2"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "OASST_GATEWAY_METRICS_LISTEN is one address, not 2" in result.stderr
+
+
 class Terminal:
     """`oasst chat` in a terminal of its own, seen from that terminal's other end."""
 

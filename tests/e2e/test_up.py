@@ -76,6 +76,15 @@ def test_a_gateway_of_several_processes_has_one_address_and_one_page_and_leaves_
     assert list(up.temporary.iterdir()) == []
 
 
+def test_what_has_no_flag_is_set_by_its_variable(start_up, short_folder, monkeypatch):
+    monkeypatch.setenv("OASST_GATEWAY_METRICS_LISTEN", f"unix:{short_folder}/metrics")
+    monkeypatch.setenv("OASST_WORKER_THREADS", "1")
+    up = start_up("--workers", "2")
+    up.wait_until_serving()
+    assert f"unix:{short_folder}/metrics" in up.summary["metrics"]
+    assert "--threads" not in up.process_of("worker").cmdline()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_it_starts_leaves_nothing_either(start_up, number):
     up = start_up()

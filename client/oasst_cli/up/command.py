@@ -17,7 +17,7 @@ from oasst_cli.options import DEFAULT_ADDRESS
 from oasst_cli.up.checkpoint import NoDemoError, demo_checkpoint
 from oasst_cli.up.child import Announcement, die_with_parent
 from oasst_cli.up.notices import Notices
-from oasst_cli.up.stack import Stack, StackOptions
+from oasst_cli.up.stack import Stack, StackOptions, metrics_variable
 from oasst_cli.up.state import StateDirectory, StateInUseError
 from oasst_cli.up.supervisor import UNUSABLE_EXIT_CODE, Keeper, ServiceFailedError
 from oasst_cli.up.valkey import NoServerError
@@ -86,6 +86,9 @@ def up(
     """
     if chat and as_json:
         raise typer.BadParameter("--json and --chat both want standard output")
+    for role, number in (("worker", workers), ("gateway", gateways)):
+        if number > 1 and (variable := metrics_variable(role)) in os.environ:
+            raise typer.BadParameter(f"{variable} is one address, not {number}: unset it, and each takes a free port")
     host, port = _split_address(listen or (_ANY_PORT if chat else DEFAULT_ADDRESS), gateways)
     try:
         options = StackOptions(

@@ -13,7 +13,7 @@ from oasst_cli.up.state import StateDirectory, state_directory
 from oasst_cli.up.supervisor import Command, Keeper, Observer, RestartPolicy, Service, keep_running
 from oasst_cli.up.valkey import find_server, socket_path, socket_url, valkey_service
 
-__all__ = ["Stack", "StackOptions"]
+__all__ = ["Stack", "StackOptions", "metrics_variable"]
 
 _ANY_PORT = "127.0.0.1:0"
 
@@ -105,12 +105,11 @@ def _worker_services(options: StackOptions, redis_url: str) -> list[Service]:
         value = getattr(options, name)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    if options.workers > 1:
+    if options.workers > 1 and "OASST_WORKER_THREADS" not in os.environ:
         flags += ["--threads", str(max(1, _num_cores() // options.workers))]
 
     def command(before: Announcement | None) -> list[str]:
-        metrics = (before and before.metrics) or _ANY_PORT
-        return [sys.executable, "-m", "oasst_worker", *flags, "--metrics-listen", metrics]
+        return [sys.executable, "-m", "oasst_worker", *flags, *_metrics_flags("worker", before)]
 
     # In the environment, not on the command line: a URL may hold a password, and command lines are public.
     environment = {"OASST_WORKER_REDIS_URL": redis_url}
@@ -144,10 +143,22 @@ def _gateway_command(options: StackOptions, listen: str) -> Command:
             *(sys.executable, "-m", "oasst_gateway", "--model", options.model),
             *("--processes", str(options.gateway_processes)),
             *("--listen", (before and before.listen) or listen),
-            *("--metrics-listen", (before and before.metrics) or _ANY_PORT),
+            *_metrics_flags("gateway", before),
         ]
 
     return command
+
+
+def _metrics_flags(role: str, before: Announcement | None) -> list[str]:
+    """Metrics are served where they were before; else where the environment says, or at a free port."""
+    if before and before.metrics:
+        return ["--metrics-listen", before.metrics]
+    return [] if metrics_variable(role) in os.environ else ["--metrics-listen", _ANY_PORT]
+
+
+def metrics_variable(role: str) -> str:
+    """The variable that says where the processes of this role serve their metrics."""
+    return f"OASST_{role.upper()}_METRICS_LISTEN"
 
 
 def _listen_address(options: StackOptions, index: int) -> str:

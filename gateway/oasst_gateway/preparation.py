@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oasst.jobs.v1 import job_pb2
@@ -161,28 +161,27 @@ def _format_conversation(request: chat_pb2.ChatRequest, model: ServedModel, budg
     """All turns of the conversation, or the newest that fit if the oldest may be dropped."""
     system, all_turns = split_system(request.conversation)
     turns: Sequence[Turn] = all_turns
-    may_drop = request.truncation == chat_pb2.TRUNCATION_DROP_OLDEST_TURNS
-    if may_drop:
-        turns = _drop_hopeless(turns, model.limits, budget)
     encode_part = functools.cache(model.tokenizer.encode_part)
-    while True:
-        try:
-            token_ids = [token_id for part in format_prompt(turns, system=system) for token_id in encode_part(part)]
-        except ControlTokenInTextError as error:
-            raise InvalidRequestError([Violation("conversation", "must not encode to control tokens")]) from error
-        shorter = drop_oldest(turns)
-        if len(token_ids) <= budget or not may_drop or not shorter:
-            return _Prompt("conversation", token_ids, dropped_turns=len(all_turns) - len(turns))
-        turns = shorter
+    try:
+        if request.truncation == chat_pb2.TRUNCATION_DROP_OLDEST_TURNS:
+            # First by what their characters must take: a long history is not tokenized only to be dropped.
+            turns = _newest_turns(turns, lambda text: len(text) // model.limits.longest_token, budget)
+            left = (
+                budget - len(encode_part(system)) - 1
+            )  # Beside the system text, and the assistant's token at the end.
+            turns = _newest_turns(turns, lambda text: len(encode_part(text)), left)
+        token_ids = [token_id for part in format_prompt(turns, system=system) for token_id in encode_part(part)]
+    except ControlTokenInTextError as error:
+        raise InvalidRequestError([Violation("conversation", "must not encode to control tokens")]) from error
+    return _Prompt("conversation", token_ids, dropped_turns=len(all_turns) - len(turns))
 
 
-def _drop_hopeless(turns: Sequence[Turn], limits: ModelLimits, budget: int) -> Sequence[Turn]:
-    """The newest turns that might fit, so that a long history is not tokenized only to be dropped."""
-    # A turn is at least its speaker, its end and what its characters must take.
-    least_tokens = [2 + len(turn.text) // limits.longest_token for turn in turns]
-    num_tokens = sum(least_tokens)
+def _newest_turns(turns: Sequence[Turn], num_tokens_of: Callable[[str], int], budget: int) -> Sequence[Turn]:
+    """The newest turns that fit by these numbers of tokens of their texts, and the last one in any case."""
+    sizes = [2 + num_tokens_of(turn.text) for turn in turns]  # With its speaker and its end.
+    num_tokens = sum(sizes)
     while num_tokens > budget and (shorter := drop_oldest(turns)):
-        num_tokens -= sum(least_tokens[-len(turns) : -len(shorter)])
+        num_tokens -= sum(sizes[-len(turns) : -len(shorter)])
         turns = shorter
     return turns
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oasst.prompt import ControlToken
+from oasst.prompt import ControlToken, format_prompt
 from oasst.v1 import chat_pb2, generation_pb2
+from oasst_gateway import preparation
 from oasst_gateway.authentication import DEFAULT_TENANT
 from oasst_gateway.errors import InvalidRequestError, StartError
 from oasst_gateway.model import ServedModel
@@ -178,6 +179,43 @@ def test_the_oldest_exchanges_are_dropped_until_it_fits(model: ServedModel) -> N
     assert list(job.prompt_token_ids) == prompt_ids(model, request_of(kept, system="Be kind."))
     more = request_of(LONG_TALK[job.dropped_turns - 2 :], system="Be kind.")
     assert too_long(model, more)[0] == "conversation"
+
+
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=21).filter(lambda texts: len(texts) % 2 == 1),
+    system=st.text(max_size=30),
+)
+@settings(max_examples=200, deadline=None)
+def test_as_few_exchanges_are_dropped_as_must_be(model: ServedModel, texts: list[str], system: str) -> None:
+    """As if every conversation without the oldest ones were tried in turn."""
+    limits = generation_pb2.GenerationLimits(max_new_tokens=model.limits.max_positions - 60)
+    for kept in (texts[start:] for start in range(0, len(texts), 2)):
+        try:
+            expected = prompt_ids(model, request_of(kept, system=system, limits=limits))
+        except InvalidRequestError:
+            continue
+        assert prompt_ids(model, request_of(texts, system=system, limits=limits, truncation=DROP)) == expected
+        return
+
+
+def test_each_turn_is_tokenized_once_however_many_are_dropped(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    formatted: list[int] = []
+    encode_text = ModelTokenizer.encode_text
+    monkeypatch.setattr(
+        ModelTokenizer, "encode_text", lambda self, text: encoded.append(text) or encode_text(self, text)
+    )
+    monkeypatch.setattr(
+        preparation,
+        "format_prompt",
+        lambda turns, *, system: formatted.append(len(turns)) or format_prompt(turns, system=system),
+    )
+    texts = [f"turn {index}" for index in range(101)]
+    prompt_ids(model, request_of(texts, truncation=DROP))
+    assert len(encoded) <= len(texts) + 1
+    assert len(formatted) == 1
 
 
 def test_an_immense_history_is_dropped_without_being_tokenized(model: ServedModel) -> None:

@@ -495,6 +495,17 @@ async def test_jobs_that_outlast_the_drain_are_released_and_another_worker_goes_
     assert waits == [1, 0]
 
 
+async def test_a_drained_worker_releases_its_jobs_of_the_shards_that_answer(valkey_url):
+    async with running_on_two_shards(valkey_url) as (queue, lame, worker, job_ids):
+        lame.away = FIRST_SHARD
+        worker.consumer.drain(0)
+        await worker.task
+        states = {queue.client.shard_number(job_id): await queue.state(job_id) for job_id in job_ids}
+        assert states == {0: JobState.RUNNING, 1: JobState.WAITING}
+        num_present = sum(queue.client.shard_number(job_id) for job_id in job_ids)
+        assert (worker.jobs_by("released"), worker.jobs_by("abandoned")) == (num_present, 8 - num_present)
+
+
 async def test_a_drain_ends_even_if_the_queue_stays_away(queue, start_worker, valkey: ValkeyServer):
     worker = start_worker()
     worker.executor.allow(3)

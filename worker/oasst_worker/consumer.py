@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -312,12 +312,14 @@ class Consumer:
     def _jobs_to_push(self) -> dict[int, list[HeldJob]]:
         """Those with news, and those whose lease is to be renewed, by shard; none while a push to it is under way."""
         due_s = self._clock() - self._renew_after_s
-        jobs: dict[int, list[HeldJob]] = defaultdict(list)
-        for job in self._jobs.values():
-            shard = self._claimer.shard_number(job.job_id)
-            if shard not in self._pushing and (job.has_news or job.renewed_s < due_s):
-                jobs[shard].append(job)
-        return jobs
+        jobs = self._by_shard(job for job in self._jobs.values() if job.has_news or job.renewed_s < due_s)
+        return {shard: of_shard for shard, of_shard in jobs.items() if shard not in self._pushing}
+
+    def _by_shard(self, jobs: Iterable[HeldJob]) -> dict[int, list[HeldJob]]:
+        by_shard: dict[int, list[HeldJob]] = defaultdict(list)
+        for job in jobs:
+            by_shard[self._claimer.shard_number(job.job_id)].append(job)
+        return by_shard
 
     def _push_delay_s(self, shard: int, jobs: Sequence[HeldJob]) -> float:
         """How long these can wait for more to come; 0 if they must not."""
@@ -404,20 +406,25 @@ class Consumer:
             await wait_at_most(self._job_left, left_s)
 
     async def _release_jobs(self) -> None:
-        jobs = list(self._jobs.values())
-        if not jobs:
+        if not self._jobs:
             return
         failpoints.reach("worker.releasing")
+        async with asyncio.TaskGroup() as releases:
+            for shard, jobs in self._by_shard(self._jobs.values()).items():
+                releases.create_task(self._release(jobs), name=f"release to shard {shard}")
+
+    async def _release(self, jobs: Sequence[HeldJob]) -> None:
+        outcome = "released"
         try:
             await self._claimer.release([job.claimed for job in jobs])
         except QueueUnavailableError as error:
             logger.warning("jobs not released, their leases will lapse jobs=%d error=%s", len(jobs), error)
-            return
+            outcome = "abandoned"
         for job in jobs:
-            self._metrics.jobs.labels("released").inc()
-            job.end_spans("released")
-            fields = (job.job_id, job.num_new_tokens)
-            logger.info("job released job_id=%s new_tokens=%d", *fields, extra=job.spans.log_fields)
+            self._metrics.jobs.labels(outcome).inc()
+            job.end_spans(outcome)
+            fields = (outcome, job.job_id, job.num_new_tokens)
+            logger.info("job left outcome=%s job_id=%s new_tokens=%d", *fields, extra=job.spans.log_fields)
 
     # --- Room
 

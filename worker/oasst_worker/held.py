@@ -71,7 +71,7 @@ class HeldJob(ABC):
         """The output is part of the next item. Outputs of parts that have ended change nothing."""
 
     def end_spans(self, outcome: str) -> None:
-        """The job has left this worker: by its own outcome, released, or by the status that lost it."""
+        """The job has left this worker: by its own outcome, released, abandoned to its lease, or lost by a status."""
         self.spans.end(outcome, error=None if self.failed is None else self.failed.reason)
 
     def next_item(self, *, now_s: float, renew_after_s: float) -> PushItem:

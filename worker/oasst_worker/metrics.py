@@ -59,7 +59,7 @@ class WorkerMetrics:
 
         self.jobs = counter(
             "jobs_total",
-            "Jobs that left this worker: finished, failed, refused, released, or by the status that lost them.",
+            "Jobs that left this worker: finished, failed, refused, released, abandoned, or the status that lost them.",
             "outcome",
         )
         self.claimed_jobs = counter("claimed_jobs_total", "Jobs claimed.")

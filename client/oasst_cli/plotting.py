@@ -49,7 +49,7 @@ def check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401  # Heavy, and not in the extra `cli`.
     except ImportError as error:
-        raise PlotError("plots need matplotlib: pip install 'oasst-serve[plot]'") from error
+        raise PlotError("plots need matplotlib: pip install '.[plot]' in a clone of oasst-serve") from error
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def start_tracer(endpoint: str | None, *, service: str, instance: str) -> Tracer
     try:
         from oasst_telemetry.otlp import OtlpTracer
     except ImportError as error:
-        raise TracingError(f"traces need OpenTelemetry: pip install 'oasst-serve[trace]' ({error})") from error
+        install = "pip install '.[trace]' in a clone of oasst-serve"
+        raise TracingError(f"traces need OpenTelemetry: {install} ({error})") from error
     return OtlpTracer(endpoint, service=service, instance=instance)
 
 

@@ -120,4 +120,4 @@ def test_without_the_harness_it_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["eval"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert "pip install 'oasst-serve[eval]'" in result.stderr
+    assert "pip install '.[eval]'" in result.stderr

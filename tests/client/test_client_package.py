@@ -33,6 +33,13 @@ def test_importing_the_client_loads_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
+def test_the_command_without_its_packages_tells_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from oasst_cli.entry import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: oasst needs typer: pip install '.[cli]' in a clone of oasst-serve\n"
+
+
 def test_all_names_exactly_what_is_imported_from_the_modules_beside():
     modules = {name.removeprefix("oasst_client.") for name in sys.modules}
     public = {name for name in vars(oasst_client) if not name.startswith("_") and name not in modules}

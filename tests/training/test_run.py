@@ -197,3 +197,10 @@ def test_the_command_explains_what_to_change(command, capsys):
 def test_the_command_trains_and_says_how_to_serve(command, tmp_path, capsys):
     assert main(command(num_train_epochs=0.1)) == 0
     assert f"oasst up --model {tmp_path}/run/model" in capsys.readouterr().out
+
+
+def test_without_its_packages_the_command_tells_what_to_install(command):
+    code = "import sys; sys.modules['yaml'] = None; from oasst_training.__main__ import main; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code, *command()], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "oasst-train needs yaml: pip install '.[train]' in a clone of oasst-serve\n"

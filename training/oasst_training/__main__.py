@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oasst_training.errors import TrainingError
-from oasst_training.recipe import load_recipe
 
 __all__ = ["main"]
 
@@ -14,6 +13,13 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 2 if something must be changed first."""
     options = _parse_options(argv)
+    try:
+        from oasst_training.recipe import load_recipe
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("oasst"):
+            raise  # It would be a fault of ours.
+        print(f"oasst-train needs {error.name}: pip install '.[train]' in a clone of oasst-serve", file=sys.stderr)
+        return 2
     try:
         recipe = load_recipe(options.recipe, options.configs, options.set)
         # Not above: PyTorch takes seconds to load, and a misspelt key should not.

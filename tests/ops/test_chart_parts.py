@@ -1,5 +1,6 @@
 """The parts that the chart promises are there, and say what they are for."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -80,26 +81,6 @@ def test_weights_are_fetched_by_hash_onto_a_claim_that_outlives_the_pod(render: 
     assert release.one("ConfigMap", "fetch")["data"]["fetch_model.py"].strip() == read("files/fetch_model.py").strip()
 
 
-def test_a_gateway_fetches_no_weights(render: Render) -> None:
-    [fetch] = pod_of(render(**read_profile("production")), "Deployment", "gateway")["initContainers"]
-    files = [each.split("=")[1] for each in fetch["args"] if each.startswith("--file=")]
-    assert files == ["config.json", "tokenizer.json"]
-
-
-def test_a_route_lets_in_the_api_and_nothing_else(render: Render) -> None:
-    [route] = render(**read_profile("production")).of_kind("GRPCRoute")
-    [rule] = route["spec"]["rules"]
-    assert [match["method"] for match in rule["matches"]] == [{"service": name} for name in API]
-    assert [(backend["name"][-7:], backend["port"]) for backend in rule["backendRefs"]] == [("gateway", 50051)]
-    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "gateways"}]
-    assert route["spec"]["hostnames"] == ["chat.example.com"]
-
-
-def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> None:
-    release = render(
-        gateway={"autoscaling": {"enabled": True, "targetOpenRequests": 200}},
-        networkPolicy={"prometheus": [{"podSelector": {}}]},
-    )
 @pytest.mark.parametrize(
     ("endpoint", "port"),
     [

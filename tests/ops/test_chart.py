@@ -135,6 +135,9 @@ def test_pods_have_longer_to_stop_than_their_chats(release: Release) -> None:
         drain_s = next(int(each["value"]) for each in container["env"] if each["name"] == variable)
         delay_s = sum(int(each["value"]) for each in container["env"] if each["name"].endswith("DRAIN_DELAY_S"))
         assert spec["terminationGracePeriodSeconds"] >= delay_s + drain_s + 10
+            elif container["name"] == "valkey":
+                # While it reads its file it listens, and answers nothing.
+                assert container["startupProbe"]["exec"] == container["readinessProbe"]["exec"]
 
 
 def test_selectors_find_exactly_the_pods_of_their_component(release: Release) -> None:

@@ -86,6 +86,15 @@ def test_names_are_unique_and_short_enough_for_labels(release: Release) -> None:
     assert max(len(name) for _, name in names) <= 63
 
 
+def test_a_release_of_the_chart_that_changes_no_pod_starts_none_again(release: Release) -> None:
+    """A label with the chart's version would, in the template of any pod."""
+    for maker in release.of_kind("Deployment", "StatefulSet", "Job"):
+        labels = labels_of(maker["spec"]["template"])
+        of_release = {"app.kubernetes.io/version", "app.kubernetes.io/managed-by", "helm.sh/chart"}
+        assert set(labels_of(maker)) - set(labels) == of_release, maker["metadata"]["name"]
+        assert set(labels) <= set(labels_of(maker))
+
+
 def test_every_container_is_restricted(release: Release) -> None:
     """What the `restricted` pod security standard asks, and a root file system that cannot be written."""
     for name, pod in release.pods().items():
@@ -126,6 +135,9 @@ def test_every_server_is_probed_by_what_it_does(release: Release) -> None:
                 assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
                 assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
                 assert "startupProbe" in container
+            elif container["name"] == "valkey":
+                # While it reads its file it listens, and answers nothing.
+                assert container["startupProbe"]["exec"] == container["readinessProbe"]["exec"]
 
 
 def test_pods_have_longer_to_stop_than_their_chats(release: Release) -> None:
@@ -135,9 +147,6 @@ def test_pods_have_longer_to_stop_than_their_chats(release: Release) -> None:
         drain_s = next(int(each["value"]) for each in container["env"] if each["name"] == variable)
         delay_s = sum(int(each["value"]) for each in container["env"] if each["name"].endswith("DRAIN_DELAY_S"))
         assert spec["terminationGracePeriodSeconds"] >= delay_s + drain_s + 10
-            elif container["name"] == "valkey":
-                # While it reads its file it listens, and answers nothing.
-                assert container["startupProbe"]["exec"] == container["readinessProbe"]["exec"]
 
 
 def test_selectors_find_exactly_the_pods_of_their_component(release: Release) -> None:

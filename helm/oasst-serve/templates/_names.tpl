@@ -19,9 +19,14 @@ app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- end }}
 
-{{- define "oasst.labels" -}}
+{{/* Of pods: nothing that another release of the chart changes, which would start them all again. */}}
+{{- define "oasst.podLabels" -}}
 {{ include "oasst.selector" . }}
 app.kubernetes.io/part-of: oasst-serve
+{{- end }}
+
+{{- define "oasst.labels" -}}
+{{ include "oasst.podLabels" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}

@@ -47,6 +47,25 @@ def test_pods_spread_over_nodes_and_zones(release: Release, kind: str, component
     assert all(each["labelSelector"]["matchLabels"] == labels for each in spread)
 
 
+def test_every_pod_may_pull_its_images_and_runs_where_it_is_told_to(render: Render) -> None:
+    def placement(name: str) -> dict[str, Any]:
+        return {"nodeSelector": {"pool": name}, "tolerations": [{"key": name, "operator": "Exists"}]}
+
+    release = render(
+        image={"pullSecrets": [{"name": "registry"}]},
+        gateway=placement("gateways"),
+        worker=placement("workers"),
+        redis={"builtIn": placement("queues") | {"priorityClassName": "high"}},
+    )
+    pools = {"worker": "workers", "valkey": "queues"}
+    for pod in release.pods().values():
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+        # The Job and the test are of the gateway's image.
+        pool = pools.get(pod["metadata"]["labels"]["app.kubernetes.io/component"], "gateways")
+        assert {key: pod["spec"][key] for key in placement(pool)} == placement(pool)
+    assert pod_of(release, "StatefulSet", "valkey")["priorityClassName"] == "high"
+
+
 def test_a_worker_has_its_gpus_and_shared_memory_for_them_to_talk_through(render: Render) -> None:
     pod = pod_of(render(worker={"gpus": 4, "sharedMemory": "8Gi"}), "StatefulSet", "worker")
     [worker] = pod["containers"]
@@ -103,6 +122,26 @@ def test_whoever_fetches_a_model_is_let_out_to_the_hub(
     assert to_hub["ports"] == [{"port": port, "protocol": "TCP"}]
 
 
+def test_a_gateway_fetches_no_weights(render: Render) -> None:
+    [fetch] = pod_of(render(**read_profile("production")), "Deployment", "gateway")["initContainers"]
+    files = [each.split("=")[1] for each in fetch["args"] if each.startswith("--file=")]
+    assert files == ["config.json", "tokenizer.json"]
+
+
+def test_a_route_lets_in_the_api_and_nothing_else(render: Render) -> None:
+    [route] = render(**read_profile("production")).of_kind("GRPCRoute")
+    [rule] = route["spec"]["rules"]
+    assert [match["method"] for match in rule["matches"]] == [{"service": name} for name in API]
+    assert [(backend["name"][-7:], backend["port"]) for backend in rule["backendRefs"]] == [("gateway", 50051)]
+    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "gateways"}]
+    assert route["spec"]["hostnames"] == ["chat.example.com"]
+
+
+def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> None:
+    release = render(
+        gateway={"autoscaling": {"enabled": True, "targetOpenRequests": 200}},
+        networkPolicy={"prometheus": [{"podSelector": {}}]},
+    )
     [scaler] = release.of_kind("HorizontalPodAutoscaler")
     cpu, requests = scaler["spec"]["metrics"]
     assert cpu["resource"] == {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}
@@ -120,6 +159,8 @@ def test_keda_scales_workers_by_waiting_and_running_tokens(render: Render) -> No
     for name in SCALED_BY:
         assert f'{name}{{release="chat",namespace="oasst"}}' in trigger["metadata"]["query"]
     assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (1, 8)
+    behavior = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == 600
     # Blind is not idle: callers are kept, money is not.
     assert scaled["spec"]["fallback"] == {"failureThreshold": 4, "replicas": 8}
     assert trigger["metadata"]["ignoreNullValues"] == "false"
@@ -162,8 +203,6 @@ def test_gateways_and_workers_are_given_an_external_queue_and_let_out_to_it(
     render: Render, url: str, server: ServerKind, ports: list[int]
 ) -> None:
     release = render(redis={"builtIn": {"enabled": False}, "external": {"url": url, "ports": ports}})
-    behavior = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == 600
     for kind, component in (("Deployment", "gateway"), ("StatefulSet", "worker")):
         [container] = pod_of(release, kind, component)["containers"]
         given = environment_of(container)[f"OASST_{component.upper()}_REDIS_URL"]
@@ -225,6 +264,13 @@ def test_the_built_in_queue_takes_its_users_from_a_secret_of_yours(render: Rende
     assert volumes["users"]["secret"]["secretName"] == "oasst-users"
     [gateway] = pod_of(release, "Deployment", "gateway")["containers"]
     assert environment_of(gateway)["REDIS_PASSWORD"]["secretKeyRef"]["name"] == "oasst-users"
+
+
+def test_the_built_in_queue_starts_again_for_other_users_and_settings(render: Render) -> None:
+    annotations = render().one("StatefulSet", "valkey")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["checksum/users"] == hashlib.sha256((CHART / "files" / "users.acl").read_bytes()).hexdigest()
+    changed = render(redis={"builtIn": {"maxmemory": "1gb"}}).one("StatefulSet", "valkey")
+    assert changed["spec"]["template"]["metadata"]["annotations"]["checksum/config"] != annotations["checksum/config"]
 
 
 def test_the_built_in_queue_keeps_its_file_on_a_claim(render: Render) -> None:

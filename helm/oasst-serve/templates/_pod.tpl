@@ -1,4 +1,4 @@
-{{/* What every pod has. */}}
+{{/* What pods have in common. */}}
 
 {{- define "oasst.podSecurity" -}}
 runAsNonRoot: true
@@ -15,9 +15,8 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Placement of gateway and worker pods, and what they run as. */}}
-{{- define "oasst.podSettings" -}}
-{{- $values := index .root.Values .component -}}
+{{/* What every pod runs as, and where it may: `placement` is the values that say so. */}}
+{{- define "oasst.podBase" -}}
 serviceAccountName: {{ include "oasst.fullname" .root }}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -27,21 +26,26 @@ securityContext:
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.priorityClassName }}
+{{- with .placement.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with $values.nodeSelector }}
+{{- with .placement.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.tolerations }}
+{{- with .placement.tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.affinity }}
+{{- with .placement.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{/* Gateways and workers, of which there are several. */}}
+{{- define "oasst.podSettings" -}}
+{{ include "oasst.podBase" (dict "root" .root "placement" (index .root.Values .component)) }}
 topologySpreadConstraints:
   {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
   - maxSkew: 1

@@ -1,5 +1,8 @@
 """The model: what is added to it before it is trained, what is changed while it trains, what is exported."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from oasst.prompt import ControlToken
@@ -62,13 +65,13 @@ def test_an_untuned_checkpoint_gets_rows_for_the_new_tokens_up_to_a_multiple_of_
     model, tokenizer = load_base(str(tmp_path), tmp_path, seed=0)
     assert tokenizer.get_vocab_size() == 263
     assert model.config.vocab_size == 272
-    assert (model.config.eos_token_id, model.config.pad_token_id) == (0, 1), "as the tokenizer has them"
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (0, 1)  # As the tokenizer has them.
     for name in ("gpt_neox.embed_in.weight", "lm_head.weight"):
         weight, old = model.state_dict()[name], before.state_dict()[name]
         assert weight.shape == (272, 32)
         assert torch.equal(weight[:258], old[:258])
     again, _ = load_base(str(tmp_path), tmp_path, seed=0)
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight), "new rows are drawn by the seed"
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)  # New rows are drawn by the seed.
 
 
 def test_a_checkpoint_that_fits_is_loaded_as_it_is(tiny_checkpoint):
@@ -77,12 +80,30 @@ def test_a_checkpoint_that_fits_is_loaded_as_it_is(tiny_checkpoint):
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_missing_or_foreign_checkpoint_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=rf"model_name: {tmp_path} cannot be loaded"):
-        load_base(str(tmp_path), tmp_path, seed=0)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(RecipeError, match="is a llama; this recipe trains gpt_neox"):
-        load_base(str(tmp_path), tmp_path, seed=0)
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("config.json", lambda file: file.unlink(), "config.json"),
+        ("config.json", lambda file: file.write_text('{"model_type": "llama"}'), "it is a llama; this recipe trains"),
+        ("config.json", lambda file: replace(file, '"hidden_size": 32', '"hidden_size": 64'), "mismatch"),
+        ("tokenizer.json", lambda file: file.unlink(), "tokenizer.json"),
+        ("tokenizer.json", lambda file: file.write_text("{"), "EOF"),
+        ("tokenizer.json", lambda file: replace(file, "<|padding|>", "<|filling|>"), r"has no <\|padding\|>"),
+        ("model.safetensors", lambda file: file.unlink(), "model.safetensors"),
+        ("model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:10_000]), "header"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_named_with_the_reason(tiny_checkpoint, tmp_path, file, damage, reason):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    damage(folder / file)
+    with pytest.raises(RecipeError, match=rf"model_name: {folder} cannot be loaded: (.|\n)*{reason}"):
+        load_base(str(folder), tmp_path, seed=0)
 
 
 def test_without_dropout_the_model_computes_what_it_computed_before(model):

@@ -72,22 +72,19 @@ def load_base(name: str, cache_dir: Path, *, seed: int) -> tuple[GPTNeoXForCausa
     """The fp32 model and the tokenizer of a checkpoint, a folder or an id on the hub, made ready for dialogues.
 
     Raises:
-        RecipeError: there is no such checkpoint, or it is of another kind.
+        RecipeError: there is no such checkpoint, it is of another kind, or it is broken.
     """
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model_name: {name} cannot be loaded: {error}") from error
-    if config.model_type != "gpt_neox":
-        raise RecipeError(f"model_name: {name} is a {config.model_type}; this recipe trains gpt_neox")
-    try:
+        if config.model_type != "gpt_neox":
+            raise ValueError(f"it is a {config.model_type}; this recipe trains gpt_neox")
         tokenizer_file = cached_file(name, "tokenizer.json", cache_dir=cache_dir)
         tokenizer = load_tokenizer(Path(str(tokenizer_file)).parent)
+        add_control_tokens(tokenizer)
         model = GPTNeoXForCausalLM.from_pretrained(name, dtype=torch.float32, cache_dir=cache_dir)
-    except OSError as error:
+        fit_vocabulary(model, tokenizer, seed=seed)
+    except Exception as error:  # `tokenizers` raises nothing narrower, and safetensors' error derives from it.
         raise RecipeError(f"model_name: {name} cannot be loaded: {error}") from error
-    add_control_tokens(tokenizer)
-    fit_vocabulary(model, tokenizer, seed=seed)
     return model, tokenizer
 
 

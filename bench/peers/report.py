@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from bench.peers.measure import Cell, Figure, Missing
+from bench.turns import paired_ratio
 
 __all__ = ["absolute_table", "best_peer", "missing_list", "ratio_table"]
 
@@ -26,7 +27,7 @@ def absolute_table(figures: Sequence[Figure], names: Mapping[str, str]) -> str:
 
 
 def ratio_table(figures: Sequence[Figure], names: Mapping[str, str], ours: str) -> str:
-    """Ours against the best peer of each cell, which is named."""
+    """Ours against the best peer of each cell, round by round, and which peer that is."""
     concurrents = sorted({figure.cell.concurrent for figure in figures})
     rows = []
     for shape, dtype in dict.fromkeys((figure.cell.shape, figure.cell.dtype) for figure in figures):
@@ -52,8 +53,8 @@ def _ratio(figures: Sequence[Figure], cell: Cell, names: Mapping[str, str], ours
     if best is None:
         return "no peer"
     if own is None or not own.counts:
-        return f"missing ({names[best.system]})"
-    return f"{own.tokens_per_s / best.tokens_per_s:.2f} ({names[best.system]})"
+        return f"missing, {names[best.system]}"
+    return f"{paired_ratio(own.rounds, best.rounds)}, {names[best.system]}"
 
 
 def _tokens_per_s(figure: Figure | None) -> str:

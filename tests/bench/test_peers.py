@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def start(tmp_path):
         process.stop()
 
 
-def figure(system: str, tokens_per_s: float, *, cell: Cell = CELL, agreement: float = 1.0) -> Figure:
-    return Figure(cell, system, tokens_per_s, [tokens_per_s], 1.0, agreement)
+def figure(system: str, *rounds: float, cell: Cell = CELL, agreement: float = 1.0) -> Figure:
+    return Figure(cell, system, statistics.median(rounds), list(rounds), 1.0, agreement)
 
 
 def test_a_system_answers_each_question_whatever_its_libraries_print(start):
@@ -103,7 +104,13 @@ def test_the_table_of_ratios_names_the_best_peer_of_each_cell():
         figure("second", 50, cell=cells[0]),
         figure("second", 200, cell=cells[1]),
     ]
-    assert ratio_table(figures, NAMES, "ours").splitlines()[-1] == "| 160m | fp32 | 1.10 (First) | missing (Second) |"
+    row = ratio_table(figures, NAMES, "ours").splitlines()[-1]
+    assert row == "| 160m | fp32 | 1.10 (1.10-1.10), First | missing, Second |"
+
+
+def test_a_ratio_is_of_what_was_measured_in_the_same_round():
+    figures = [figure("ours", 100, 220, 330), figure("first", 100, 110, 300)]
+    assert "| 1.10 (1.00-2.00), First |" in ratio_table(figures, NAMES, "ours")
 
 
 def test_the_table_of_figures_brackets_what_does_not_count():

@@ -7,10 +7,12 @@ temporary folder, loaded, and the folder removed. Where there is no compiler the
 import ctypes
 import functools
 import logging
+import os
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,23 +53,32 @@ def _compilers() -> ThreadPoolExecutor:
 
 
 def _compile(name: str, definitions: Sequence[str]) -> ctypes.CDLL | None:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        _log.warning("no C compiler found (%s): %s runs on the plain path", ", ".join(_COMPILERS), name)
-        return None
+    reason = f"no C compiler found ({', '.join(_COMPILERS)}, or what CC names)"
+    for compiler in _found_compilers():
+        try:
+            return _compile_with(compiler, name, definitions)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = f"{' '.join(compiler)}: {getattr(error, 'stderr', None) or error}"
+    _log.warning("%s runs on the plain path: %s", name, reason)
+    return None
+
+
+def _found_compilers() -> Iterator[list[str]]:
+    """The commands to try in turn; one compiler may lack OpenMP where the next has it."""
+    if named := shlex.split(os.environ.get("CC", "")):
+        yield named
+    yield from ([path] for path in filter(None, map(shutil.which, _COMPILERS)))
+
+
+def _compile_with(compiler: list[str], name: str, definitions: Sequence[str]) -> ctypes.CDLL:
+    """Raises OSError or SubprocessError."""
     source = Path(__file__).with_name(f"{name}.c")
     with tempfile.TemporaryDirectory(prefix="oasst-kernels-") as folder:
         library = Path(folder, f"{name}.so")
-        command = [compiler, *_FLAGS, *(f"-D{each}" for each in definitions), "-o", str(library), str(source), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            _log.warning("%s cannot be compiled, it runs on the plain path: %s", name, reason)
-            return None
+        command = [*compiler, *_FLAGS, *(f"-D{each}" for each in definitions), "-o", str(library), str(source), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         try:
             return ctypes.CDLL(str(library))
         except OSError as error:
             hint = "is the temporary folder on a noexec mount? TMPDIR names another"
-            _log.warning("%s is compiled but cannot be loaded, it runs on the plain path: %s; %s", name, error, hint)
-            return None
+            raise OSError(f"the compiled kernel cannot be loaded: {error}; {hint}") from error

@@ -182,5 +182,22 @@ def test_a_kernel_that_is_compiled_and_cannot_be_loaded_says_what_may_be_wrong(m
 
     monkeypatch.setattr(kernels.subprocess, "run", write_what_is_no_library)
     assert kernels.load_kernels("attention") is None
-    assert "attention is compiled but cannot be loaded" in caplog.text
+    assert "attention runs on the plain path" in caplog.text
+    assert "the compiled kernel cannot be loaded" in caplog.text
     assert "noexec" in caplog.text
+
+
+@pytest.mark.usefixtures("no_kernels_yet")
+def test_a_compiler_that_fails_makes_way_for_the_next(monkeypatch, caplog):
+    monkeypatch.setenv("CC", "false --as if it were a compiler")
+    assert kernels.load_kernels("attention", *kernels.SIZES) is not None
+    assert not caplog.text
+
+
+def test_scores_too_large_for_fp16_are_scaled_before_they_are_rounded():
+    config = make_config(128, 0)
+    qkv = torch.full((20, 3 * config.hidden_size), 24.0, dtype=torch.float16)
+    attention = PlainAttention(config, dtype=torch.float16, device=CPU)
+    by_tiles, by_tokens = (attend_in_chunks(attention, qkv, [], [0, 1], prompt_end) for prompt_end in (20, 0))
+    assert torch.equal(by_tiles, torch.full_like(by_tiles, 24.0))
+    assert torch.equal(by_tokens, by_tiles)

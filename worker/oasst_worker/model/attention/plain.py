@@ -136,7 +136,8 @@ def _attend_prompt_tile(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor
     softmax in fp32.
     """
     tile, length = queries.shape[-2], keys.shape[-2]
-    scores = torch.matmul(queries, keys.transpose(-1, -2)).float().mul_(1 / math.sqrt(queries.shape[-1]))
+    # Unscaled, a score may lie beyond fp16.
+    scores = torch.matmul(queries.float(), keys.float().transpose(-1, -2)).mul_(1 / math.sqrt(queries.shape[-1]))
     future = torch.ones(tile, tile, dtype=torch.bool, device=scores.device).triu_(1)
     scores[..., length - tile :].masked_fill_(future, -math.inf)
     return torch.matmul(torch.softmax(scores, dim=-1).to(values.dtype), values)

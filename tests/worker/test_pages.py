@@ -53,9 +53,6 @@ def test_what_is_written_whole_lies_in_large_pages() -> None:
     assert kib_of("AnonHugePages", tensor) >= 16 << 10
 
 
-@pytest.mark.skipif(
-    not SETTING.exists() or "[always]" in SETTING.read_text(), reason="the system gives large pages to all memory"
-)
 def test_what_is_written_here_and_there_takes_little() -> None:
     tensor = zeros_in_small_pages(64, 1 << 20, dtype=torch.float32)
     before = kib_of("Rss", tensor)
@@ -63,6 +60,8 @@ def test_what_is_written_here_and_there_takes_little() -> None:
     assert kib_of("Rss", tensor) - before <= 64 * 16
 
 
-def test_a_system_without_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert zeros_in_large_pages(2, 3, dtype=torch.bfloat16).fill_(1).sum() == 6
+@both
+def test_a_system_that_takes_no_advice_gives_memory_all_the_same(zeros: Zeros, monkeypatch: pytest.MonkeyPatch) -> None:
+    for advice in ("MADV_HUGEPAGE", "MADV_NOHUGEPAGE"):
+        monkeypatch.delattr(mmap, advice, raising=False)
+    assert zeros(2, 3, dtype=torch.bfloat16).fill_(1).sum() == 6

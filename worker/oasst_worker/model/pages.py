@@ -16,11 +16,7 @@ def zeros_in_large_pages(*shape: int, dtype: torch.dtype) -> Tensor:
     A step reads every weight once. In pages of 4 KiB that is a search of the page table each, and the processor's own
     prefetching ends at a page's end.
     """
-    memory = _private_memory(shape, dtype)
-    # Where the system has none, or none is allowed, small pages do.
-    with suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return _view(memory, shape, dtype)
+    return _zeros(shape, dtype, advice="MADV_HUGEPAGE")
 
 
 def zeros_in_small_pages(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -28,14 +24,13 @@ def zeros_in_small_pages(*shape: int, dtype: torch.dtype) -> Tensor:
 
     A first write to a large page clears 2 MiB of it, while streams wait.
     """
-    return _view(_private_memory(shape, dtype), shape, dtype)
+    return _zeros(shape, dtype, advice="MADV_NOHUGEPAGE")
 
 
-def _private_memory(shape: tuple[int, ...], dtype: torch.dtype) -> mmap.mmap:
-    """What `mmap` shares by default, the system counts as a file, which has rules of its own for large pages."""
-    size = math.prod(shape) * dtype.itemsize
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _view(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, *, advice: str) -> Tensor:
+    """By default `mmap` maps shared memory, for which Linux has separate rules of huge pages; hence MAP_PRIVATE."""
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # The system need not know the advice, nor follow it.
+        memory.madvise(getattr(mmap, advice))
+    return torch.frombuffer(memory, dtype=dtype, count=size).view(shape)

@@ -31,7 +31,7 @@ from oasst_worker.model.linear import (
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.ranks import ALONE, ConnectedRanks, ExchangeError, Ranks, Share, connect_ranks
 from oasst_worker.model.weights import LayerPlace, NeoXWeights, Progress, open_weights
-from oasst_worker.runtime.memory import free_bytes
+from oasst_worker.runtime.memory import usable_bytes
 from oasst_worker.runtime.placement import (
     DeviceMemory,
     UnplacedError,
@@ -140,7 +140,7 @@ def _build_executor(
         )
     if split.num_ranks == 1:
         model = open_share(folder, options, Share(), progress).load(ALONE)
-        return _make_runner(model, options, free_bytes(model.device), banned_token_ids)
+        return _make_runner(model, options, usable_bytes(model.device), banned_token_ids)
     threads = options.threads or torch.get_num_threads()
     of_rank = replace(options, threads=max(1, threads // split.num_ranks))
     processes = RankProcesses(split.num_ranks, {"folder": str(folder), "options": asdict(of_rank)})
@@ -178,7 +178,7 @@ def build_layered(
     _log.info("layers by device: %s", describe_places(places))
     of_devices = replace(options, kv_tokens=kv_tokens, device=str(devices[0].device))
     model = open_share(folder, of_devices, Share(), progress, places).load(ALONE)
-    return _make_runner(model, of_devices, free_bytes(model.device), banned_token_ids)
+    return _make_runner(model, of_devices, usable_bytes(model.device), banned_token_ids)
 
 
 def _load_split(
@@ -190,7 +190,7 @@ def _load_split(
     ranks = opened.connect(processes.meeting_file)
     model = opened.load(ranks)
     of_others = map(int, processes.wait_until_ready())
-    least = min(free_bytes(model.device), *of_others)
+    least = min(usable_bytes(model.device), *of_others)
     is_shared = model.device.type == "cpu"
     return SplitModel(model, processes, ranks), least if is_shared else least * share.num_ranks
 

@@ -14,7 +14,7 @@ from oasst_worker.model.config import CheckpointError
 from oasst_worker.model.neox import KVCache, NeoX
 from oasst_worker.model.ranks import ExchangeError, Share
 from oasst_worker.runtime.build import RuntimeOptions, open_share
-from oasst_worker.runtime.memory import free_bytes
+from oasst_worker.runtime.memory import usable_bytes
 from oasst_worker.runtime.ranks import Command, read_command, unpack_rows
 
 __all__ = ["follow", "main"]
@@ -60,7 +60,7 @@ def _load(told: dict[str, Any], answers: IO[bytes]) -> NeoX:  # Any: JSON.
     opened = open_share(Path(told["folder"]), RuntimeOptions(**told["options"]), share)
     _answer(answers, "ready to meet")
     model = opened.load(opened.connect(Path(told["meeting_file"])))
-    _answer(answers, str(free_bytes(model.device)))
+    _answer(answers, str(usable_bytes(model.device)))
     return model
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["free_bytes", "machine_bytes"]
+__all__ = ["machine_bytes", "usable_bytes"]
 
 
-def free_bytes(device: torch.device) -> int:
-    """What nobody has taken yet of a GPU's memory; of a CPU's all that there is."""
+def usable_bytes(device: torch.device) -> int:
+    """A GPU's free memory; on a CPU, all the memory that this process may have."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_bytes()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from oasst_worker.model.attention import kv_bytes
 from oasst_worker.model.config import NeoXConfig
 from oasst_worker.model.weights import LayerPlace
-from oasst_worker.runtime.memory import free_bytes, machine_bytes
+from oasst_worker.runtime.memory import machine_bytes, usable_bytes
 
 __all__ = [
     "DeviceMemory",
@@ -66,7 +66,7 @@ def find_devices(device: torch.device, memory: Mapping[str, int], offload: str) 
     if device.type == "cuda":
         for index in range(torch.cuda.device_count()):
             gpu = torch.device("cuda", index)
-            found.append(DeviceMemory(gpu, int(free_bytes(gpu) * _GPU_SHARE)))
+            found.append(DeviceMemory(gpu, int(usable_bytes(gpu) * _GPU_SHARE)))
     if device.type == "cpu" or offload != "none":
         found.append(DeviceMemory(torch.device("cpu"), int(machine_bytes() * _CPU_SHARE)))
     names = {str(each.device) for each in found}

@@ -22,7 +22,7 @@ from oasst_worker.runtime.tensors import make_inputs
 __all__ = ["CudaGraphs", "DecodeBuckets", "Record", "record_nothing"]
 
 # From a function that launches work on a device to one that launches the same work on the same memory and returns the
-# same tensor. It need not keep the function, which owns that memory: its caller does, as long as it calls the other.
+# same tensor. The caller keeps the function alive, and with it that memory, for as long as it replays the recording.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 # A recording is tried on a sequence as long as this, which several programs attend to.

@@ -37,7 +37,9 @@ def make_config(head_dim: int, rotary_dim: int, num_heads: int = 3) -> NeoXConfi
     )
 
 
-def make_inputs(chunks: list[tuple[int, int, list[int]]], prompt_end: int = 1024) -> StepInputs:
+def make_inputs(
+    chunks: list[tuple[int, int, list[int]]], prompt_end: int = 1024, device: torch.device | None = None
+) -> StepInputs:
     """Rows of the chunks (start, end, blocks); positions from `prompt_end` on are generated."""
     spans, positions, cells = [], [], []
     for start, end, blocks in chunks:
@@ -46,7 +48,8 @@ def make_inputs(chunks: list[tuple[int, int, list[int]]], prompt_end: int = 1024
         positions += range(start, end)
         cells += [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start, end)]
     none = torch.zeros(len(positions), dtype=torch.int64)
-    return StepInputs(none, torch.tensor(positions), torch.tensor(cells), spans, none)
+    inputs = StepInputs(none, torch.tensor(positions), torch.tensor(cells), spans, none)
+    return inputs.to(device) if device else inputs
 
 
 def make_unread_cache(attention) -> torch.Tensor:
@@ -61,7 +64,7 @@ def attend_in_chunks(
     """One sequence's rows, cut at these borders."""
     cache = make_unread_cache(attention)
     outcomes = [
-        attention.prepare(make_inputs([(start, end, blocks)], prompt_end))(qkv[start:end].clone(), cache[0])
+        attention.prepare(make_inputs([(start, end, blocks)], prompt_end, qkv.device))(qkv[start:end].clone(), cache[0])
         for start, end in zip([0, *borders], [*borders, len(qkv)], strict=True)
     ]
     return torch.cat(outcomes)

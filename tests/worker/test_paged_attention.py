@@ -114,7 +114,7 @@ def test_a_sequences_bits_do_not_depend_on_its_batch(dtype, kv_dtype):
                 chunks.append((start, end, blocks))
                 rows.append(of_one[start:end])
                 expected.append(alone[number][start:end])
-            inputs = make_inputs(chunks, prompt_end=1024 if step == 0 else 0)
+            inputs = make_inputs(chunks, prompt_end=1024 if step == 0 else 0, device=DEVICE)
             outcome = attention.prepare(inputs)(torch.cat(rows), cache)
             assert torch.equal(outcome, torch.cat(expected)), (step, together)
 
@@ -139,7 +139,7 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are(broken_numb
     parts = {"all": slice(None), "keys": slice(128, 256), "values": slice(256, None)}
     broken[:, parts[broken_part]] = broken_number
     cache = attention.make_cache(NUM_BLOCKS)[0]
-    inputs = make_inputs([(0, len(other), other_blocks), (0, len(sound), blocks)])
+    inputs = make_inputs([(0, len(other), other_blocks), (0, len(sound), blocks)], device=DEVICE)
     outcome = attention.prepare(inputs)(torch.cat([broken, sound]), cache)
     assert not outcome[: len(broken)].isfinite().any()
     assert torch.equal(outcome[len(broken) :], attend_in_chunks(attention, sound, [], blocks))
@@ -156,7 +156,7 @@ def test_fp8_is_written_as_the_plain_path_writes_it():
     attention = PagedAttention(make_config(128, 0, num_heads=8), dtype=torch.float32, device=DEVICE, kv_dtype=FP8)
     blocks = [*range(len(values) // BLOCK_SIZE)]
     cache = attention.make_cache(len(blocks))
-    attention.prepare(make_inputs([(0, len(values), blocks)]))(qkv, cache[0])
+    attention.prepare(make_inputs([(0, len(values), blocks)], device=DEVICE))(qkv, cache[0])
     written = cache[0, :, 1].transpose(1, 2).reshape(-1).cpu()
     expected = to_fp8(numbers)
     assert torch.equal(written.isnan(), expected.isnan())

@@ -10,6 +10,9 @@ from oasst_jobs import Claimer, QueueClient, QueueLimits, Submitter, Sweeper, co
 # Long enough for nobody to lose a lease by accident; tests that lose one on purpose say so.
 LEASE_MS = 10_000
 
+# Longer than a slow machine takes from sweep to sweep, and shorter than the stalls that tests make.
+STALL_S = 9.0
+
 
 @pytest.fixture
 async def redis_client(valkey_url: str) -> AsyncIterator[redis.asyncio.Redis]:
@@ -41,4 +44,4 @@ def hasty_claimer(client: QueueClient) -> Claimer:
 
 @pytest.fixture
 def sweeper(client: QueueClient) -> Sweeper:
-    return Sweeper(client)
+    return Sweeper(client, stall_s=STALL_S)

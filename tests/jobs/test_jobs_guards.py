@@ -53,14 +53,17 @@ class Queue:
         assert log is not None
         return [token for entry in log.entries for delta in entry.deltas for token in delta.token_ids]
 
+    async def sweep(self) -> None:
+        await Sweeper(self.client, stall_s=9.0).sweep()  # Shorter than the stall below, longer than one by accident.
+
     async def lose_lease(self) -> None:
         await self.redis.zadd(f"{self.client.shards[0].keys.root}:leases", {self.job_id: 1})
 
 
 async def zombie_writes_nothing(queue: Queue) -> None:
-    await Sweeper(queue.client).sweep()
+    await queue.sweep()
     await queue.lose_lease()
-    await Sweeper(queue.client).sweep()
+    await queue.sweep()
     heir = Claimer(queue.client, worker_id="heir", model=MODEL)
     [claimed] = await heir.claim(max_jobs=1, max_tokens=1000)
     await queue.push(claimed.fence, 3, 4)
@@ -82,18 +85,18 @@ async def log_has_no_repeat(queue: Queue) -> None:
 
 async def stall_costs_nobody_its_job(queue: Queue) -> None:
     root = queue.client.shards[0].keys.root
-    await Sweeper(queue.client).sweep()
+    await queue.sweep()
     await queue.redis.hincrby(f"{root}:counters", "swept_ms", -10_000)
     await queue.lose_lease()
-    await Sweeper(queue.client).sweep()
+    await queue.sweep()
     assert await queue.push(queue.fence, 3, 4) is PushStatus.OK
 
 
 async def restart_costs_nobody_its_job(queue: Queue) -> None:
-    await Sweeper(queue.client).sweep()
+    await queue.sweep()
     await queue.redis.hset(f"{queue.client.shards[0].keys.root}:counters", "swept_run", "another")
     await queue.lose_lease()
-    await Sweeper(queue.client).sweep()
+    await queue.sweep()
     assert await queue.push(queue.fence, 3, 4) is PushStatus.OK
 
 

@@ -25,12 +25,14 @@ from oasst_jobs.__main__ import main
 class Workers:
     """Workers that die. Each has a name of its own."""
 
-    def __init__(self, client: QueueClient, redis_client: redis.asyncio.Redis, submitter: Submitter) -> None:
+    def __init__(
+        self, client: QueueClient, redis_client: redis.asyncio.Redis, submitter: Submitter, sweeper: Sweeper
+    ) -> None:
         self._client = client
         self._redis = redis_client
         self._root = client.shards[0].keys.root
         self._submitter = submitter
-        self._sweeper = Sweeper(client)
+        self._sweeper = sweeper
         self._number = 0
 
     def start(self) -> Claimer:
@@ -52,8 +54,8 @@ class Workers:
 
 
 @pytest.fixture
-def workers(client: QueueClient, redis_client: redis.asyncio.Redis, submitter: Submitter) -> Workers:
-    return Workers(client, redis_client, submitter)
+def workers(client: QueueClient, redis_client: redis.asyncio.Redis, submitter: Submitter, sweeper: Sweeper) -> Workers:
+    return Workers(client, redis_client, submitter, sweeper)
 
 
 async def submit(submitter: Submitter, *request_ids: str) -> None:

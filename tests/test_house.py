@@ -45,9 +45,9 @@ FORBIDDEN = {
     "oasst_client": {"torch", "redis", "transformers", "rich", "typer"},
     "oasst_gateway": {"torch", "transformers"},
 }
-# Package -> files beside its settings that read the environment, or hand it on to processes of their own.
+# Package -> files beside its settings that read the environment, or hand it on to processes or libraries.
 ENVIRONMENT_READERS = {
-    "oasst_gateway": {"fleet.py"},
+    "oasst_gateway": {"fleet.py", "tokenizer.py"},
     "oasst_client": {"_profile.py"},
     "oasst_cli": {
         "__main__.py",

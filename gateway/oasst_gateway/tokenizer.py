@@ -2,9 +2,13 @@
 
 Two encoders share one vocabulary. The *text* encoder never forms a control token: what a person types stays text,
 however it is split over fields. The *prompt* encoder parses control tokens, for callers trusted to form turns.
+
+The library's calls for one text hold Python's lock to their end; those for a batch let other threads run meanwhile. So
+each text is a batch of one.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +20,10 @@ from tokenizers import Tokenizer
 from oasst_gateway.errors import StartError
 
 __all__ = ["ControlTokenInTextError", "ModelTokenizer"]
+
+# Read by the library at each call. Otherwise all texts would wait in line for threads of its own: a short one, encoded
+# in the event loop, behind long ones. So each is encoded by the thread that asks.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 _REQUIRED = (ControlToken.PROMPTER, ControlToken.ASSISTANT, ControlToken.END_OF_TEXT)
 
@@ -72,20 +80,19 @@ class ModelTokenizer:
         Raises:
             ControlTokenInTextError: rather than returning one.
         """
-        ids: list[int] = self._text_encoder.encode(text, add_special_tokens=False).ids
+        ids = _encode(self._text_encoder, text)
         if not self._control_ids.isdisjoint(ids):
             raise ControlTokenInTextError("plain text encodes to a control token")
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of text whose control tokens are meant as such."""
-        ids: list[int] = self._prompt_encoder.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._prompt_encoder, text)
 
     def decode(self, ids: Sequence[int], *, skip_control_tokens: bool) -> str:
         """The text of `ids`; bytes that form no character become U+FFFD."""
-        text: str = self._prompt_encoder.decode(ids, skip_special_tokens=skip_control_tokens)
-        return text
+        texts: list[str] = self._prompt_encoder.decode_batch([ids], skip_special_tokens=skip_control_tokens)
+        return texts[0]
 
     def _check_safety(self, control_ids: Mapping[str, int]) -> None:
         for token in _REQUIRED:
@@ -96,6 +103,11 @@ class ModelTokenizer:
                 self.encode_text(content)
             except ControlTokenInTextError as error:
                 raise StartError(f"tokenizer.json turns plain text into the control token {content}") from error
+
+
+def _encode(encoder: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _parse(tokenizer_json: str) -> dict[str, Any]:  # Any: the shape of a JSON file that tokenizers owns.

@@ -1,7 +1,9 @@
 """Prompts are exactly the trained format, and no text can forge a turn."""
 
+import functools
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,6 +82,31 @@ def test_any_honest_conversation_equals_the_trained_format(
 def control_ids_in(model: ServedModel, ids: Sequence[int]) -> list[int]:
     control_ids = set(model.tokenizer.control_ids.values())
     return [token_id for token_id in ids if token_id in control_ids]
+
+
+@pytest.mark.parametrize("act", ["encode_text", "encode_prompt", "decode"])
+def test_a_long_text_keeps_no_other_thread_from_running(model: ServedModel, act: str) -> None:
+    tokenizer = model.tokenizer
+    text = "all the words of a long text " * 20_000
+    if act == "decode":
+        work = functools.partial(tokenizer.decode, tokenizer.encode_text(text), skip_control_tokens=True)
+    else:
+        work = functools.partial(getattr(tokenizer, act), text)
+    has_begun, has_ended = threading.Event(), threading.Event()
+
+    def do_it() -> None:
+        has_begun.set()
+        work()
+        has_ended.set()
+
+    working = threading.Thread(target=do_it)
+    working.start()
+    has_begun.wait()
+    num_turns = 0
+    while not has_ended.wait(0.001):
+        num_turns += 1
+    working.join()
+    assert num_turns > 5
 
 
 @pytest.mark.parametrize("control", CONTROL_TEXTS)

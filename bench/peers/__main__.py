@@ -158,8 +158,8 @@ def _report(plan: Plan, figures: list[Figure], missing: list[Missing], names: di
             f" share of tokens before a sequence's first difference from the fp32 tokens of {SYSTEMS[REFERENCE].name};"
             " an fp32 figure with less than all of them is in brackets and is no peer.",
             absolute_table(figures, names),
-            f"{SYSTEMS[OURS].name} / best peer round by round, the median with the least and the largest in brackets, and"
-            " which peer that is:",
+            f"{SYSTEMS[OURS].name} / best peer, which is named: the median of the rounds' ratios, and in brackets the"
+            " least and the largest.",
             ratio_table(figures, names, OURS),
             missing_list(missing, names),
         ]

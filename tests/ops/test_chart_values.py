@@ -18,12 +18,14 @@ Render = Callable[..., Release]
 HUB = {"id": "example/model", "revision": "0" * 40, "sha256": {"config.json": "a" * 64, "tokenizer.json": "b" * 64}}
 NO_BUILT_IN = {"enabled": False}
 
-# Options that follow from other values, or must be as the chart's probes, ports and mounts are.
+# Options that follow from other values, or must be as the chart's probes, ports and mounts are: no volume of a worker's
+# own is there to keep a converted checkpoint in.
 CLOSED = {
     "gateway": {"gateway-id", "listen", "metrics", "metrics-listen", "model", "model-name", "redis-url", "reuse-port"}
     | {"drain-delay-s", "drain-grace-s", "resume-secret", "tls-cert", "tls-key", "tls-client-ca", "tenants", "jwt-key"}
     | {"otlp-endpoint"},
-    "worker": {"device", "drain-s", "metrics-listen", "model", "model-name", "otlp-endpoint", "redis-url", "worker-id"},
+    "worker": {"device", "drain-s", "metrics-listen", "model", "model-name", "otlp-endpoint", "redis-url", "worker-id"}
+    | {"convert-bin"},
 }
 FOR_TESTS = {"failpoints"}
 
@@ -37,6 +39,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"worker": {"gpu": 1}}, "additional properties 'gpu' not allowed"),
     ({"worker": {"options": {"max-sequence": 8}}}, "additional properties 'max-sequence' not allowed"),
     ({"worker": {"options": {"device": "cpu"}}}, "additional properties 'device' not allowed"),
+    ({"worker": {"options": {"convert-bin": "/models/x"}}}, "additional properties 'convert-bin' not allowed"),
     ({"traces": {"endpoint": "collector:4317"}}, "does not match pattern"),
     ({"worker": {"options": {"dtype": "int3"}}}, "value must be one of"),
     ({"gateway": {"replicas": 0}}, "minimum: got 0, want 1"),

@@ -7,6 +7,7 @@ from typing import Any, Self, Unpack
 
 from oasst_client._async_client import AsyncClient, AsyncCompletionStream
 from oasst_client._client import Client, CompletionStream
+from oasst_client._files import write_atomically
 from oasst_client._transcript import parse_transcript, render_transcript
 from oasst_client._types import ChatOptions, Completion, Message, MessageLike, Role
 from oasst_client._wire import message_from
@@ -59,8 +60,8 @@ class _History:
         return json.dumps(saved, ensure_ascii=False, indent=2) + "\n"
 
     def save(self, path: Path | str) -> None:
-        """The file at `path` holds the conversation as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """The file at `path` holds the conversation as JSON; if it cannot be written, what it held before."""
+        write_atomically(Path(path), self.to_json())
 
     # What follows tells the shells what to ask and what to make of the answer.
 

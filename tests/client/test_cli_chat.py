@@ -11,7 +11,7 @@ from oasst_cli.__main__ import app
 from oasst_cli.chat.markdown import MarkdownStream, split_settled
 from oasst_cli.chat.session import COMMANDS, ChatSession
 from oasst_cli.up.command import chat_options
-from oasst_client import Client, Conversation, InternalError
+from oasst_client import ChatOptions, Client, Conversation, InternalError, Truncation
 from oasst_client.testing import Answer, FakeServer
 from rich.console import Console
 from typer.testing import CliRunner
@@ -126,6 +126,15 @@ def test_an_answer_that_breaks_is_told_and_the_chat_goes_on():
         shown = chat.type("Why?", "Why?")
     assert shown.index("half an") < shown.index("error: the worker died") < shown.index("whole")
     assert chat.turns == ["Why?", "whole"]
+
+
+def test_a_conversation_that_is_loaded_is_asked_with_the_options_of_the_command_line(server, tmp_path):
+    with Client(server.address) as client:
+        Conversation(client, messages=[("user", "a"), ("assistant", "b")], top_k=7).save(tmp_path / "chat.json")
+        given = ChatOptions(temperature=0, truncation=Truncation.DROP_OLDEST_TURNS)
+        session = ChatSession(client, Conversation(client, **given), Console(), is_plain=True, options=given)
+        session.handle(f"/load {tmp_path / 'chat.json'}")
+        assert session.conversation.options == {"top_k": 7, **given}
 
 
 def test_a_saved_conversation_is_gone_on_with_from_the_command_line(server, tmp_path):

@@ -130,6 +130,20 @@ def test_a_saved_conversation_comes_back_with_turns_and_options(echo, tmp_path):
     assert Conversation.from_text(echo, conversation.to_text()).messages == conversation.messages
 
 
+def test_a_conversation_that_cannot_be_saved_leaves_the_file_as_it_was(echo, tmp_path):
+    file, link = tmp_path / "chat.json", tmp_path / "link.json"
+    Conversation(echo, messages=[("user", "Why?")]).save(file)
+    file.chmod(0o600)
+    link.symlink_to(file)
+    before = file.read_text()
+    with pytest.raises(UnicodeEncodeError):
+        Conversation(echo, messages=[("user", "\ud800")]).save(link)
+    assert (file.read_text(), sorted(tmp_path.iterdir())) == (before, [file, link])
+    Conversation(echo, messages=[("user", "Who?")]).save(link)
+    assert "Who?" in file.read_text()
+    assert (link.is_symlink(), file.stat().st_mode & 0o777) == (True, 0o600)
+
+
 @pytest.mark.parametrize(
     ("saved", "complaint"),
     [

@@ -11,7 +11,7 @@ import typer
 from oasst_client import ChatOptions, Client, Conversation, OasstError, Truncation
 from rich.console import Console
 
-from oasst_cli.chat.session import COMMANDS, ChatSession
+from oasst_cli.chat.session import COMMANDS, ChatSession, load_conversation
 from oasst_cli.options import (
     Address,
     AsJson,
@@ -76,7 +76,8 @@ def chat(
         conversation = _load(client, load, options) if load else Conversation(client, system=system, **options)
         if sys.stdin.isatty():
             console = Console(highlight=False, soft_wrap=plain)
-            _converse(ChatSession(client, conversation, console, is_plain=plain), keeps_history=history)
+            session = ChatSession(client, conversation, console, is_plain=plain, options=options)
+            _converse(session, keeps_history=history)
         else:
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # a text file
             if not answer_lines(conversation, sys.stdin, sys.stdout, as_json=as_json):
@@ -102,13 +103,15 @@ def answer_lines(
 
 
 def _load(client: Client, file: Path, options: ChatOptions) -> Conversation:
-    """The saved conversation, with the options of the command line on top of its own."""
+    """The saved conversation to begin with.
+
+    Raises:
+        BadParameter: it cannot be read, or is none.
+    """
     try:
-        saved = Conversation.load(client, file)
+        return load_conversation(client, file, options)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--load") from error
-    together: ChatOptions = {**saved.options, **options}
-    return Conversation(client, messages=saved.messages, **together)
 
 
 def _converse(session: ChatSession, *, keeps_history: bool) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oasst_client import Client, CompletionStream, Conversation, OasstError, Role
+from oasst_client import ChatOptions, Client, CompletionStream, Conversation, OasstError, Role
 from rich.console import Console
 from rich.table import Table
 
 from oasst_cli.chat.markdown import MarkdownStream
 
-__all__ = ["COMMANDS", "ChatSession"]
+__all__ = ["COMMANDS", "ChatSession", "load_conversation"]
 
 # What a preset decides, unless it is told beside it.
 _PRESET_OPTIONS = frozenset(
@@ -29,12 +29,29 @@ _PRESET_OPTIONS = frozenset(
 )
 
 
+def load_conversation(client: Client, file: Path, options: ChatOptions) -> Conversation:
+    """The saved conversation, with these options on top of its own. Raises what `Conversation.load` raises."""
+    saved = Conversation.load(client, file)
+    together: ChatOptions = {**saved.options, **options}
+    return Conversation(client, messages=saved.messages, **together)
+
+
 class ChatSession:
     """One person's chat. Owns the conversation; /new, /back, /preset and /load put another one in its place."""
 
-    def __init__(self, client: Client, conversation: Conversation, console: Console, *, is_plain: bool) -> None:
+    def __init__(
+        self,
+        client: Client,
+        conversation: Conversation,
+        console: Console,
+        *,
+        is_plain: bool,
+        options: ChatOptions | None = None,
+    ) -> None:
         self.conversation = conversation
         self._client = client
+        # Of the command line: they hold for conversations that are loaded, too.
+        self._options = options or ChatOptions()
         self._console = console
         self._is_plain = is_plain or console.is_dumb_terminal
 
@@ -89,7 +106,7 @@ class ChatSession:
         self.conversation.save(Path(file).expanduser())
 
     def load(self, file: str) -> None:
-        self.conversation = Conversation.load(self._client, Path(file).expanduser())
+        self.conversation = load_conversation(self._client, Path(file).expanduser(), self._options)
 
     def help(self, _: str) -> None:
         table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from oasst_client import OasstError, Profile, connect, connect_async
+from oasst_client._files import write_atomically
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,7 +19,7 @@ from oasst_cli.options import Address, AsJson, ProfileName, chosen_profile, json
 from oasst_cli.plotting import PlotError, check_plotting
 from oasst_cli.report.analysis import compare_reports, describe_report
 from oasst_cli.report.configs import NOPREFIX, SamplingConfig, read_configs
-from oasst_cli.report.document import Report, ReportError, read_prompts, write_atomically
+from oasst_cli.report.document import Report, ReportError, read_prompts
 from oasst_cli.report.journal import Journal
 from oasst_cli.report.sampling import sample_prompts
 from oasst_cli.report.screen import draw_comparison, print_agreement, print_statistics

@@ -13,7 +13,6 @@ __all__ = [
     "ReportError",
     "SamplingResult",
     "read_prompts",
-    "write_atomically",
 ]
 
 END_OF_TEXT = "<|endoftext|>"
@@ -117,13 +116,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ReportError(f"{path} has no prompts")
     return prompts
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds `text`; at no moment does it hold half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _prompt(line: str, where: str) -> str:

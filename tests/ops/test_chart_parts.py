@@ -81,6 +81,13 @@ def test_a_worker_without_gpus_asks_for_none(render: Render) -> None:
     assert environment_of(worker)["OASST_WORKER_DEVICE"] == "cpu"
 
 
+def test_a_worker_that_has_loaded_its_model_waits_for_the_queue_as_long_as_its_start_may_take(render: Render) -> None:
+    [worker] = pod_of(render(worker={"startSeconds": 900}), "StatefulSet", "worker")["containers"]
+    assert environment_of(worker)["OASST_WORKER_REDIS_WAIT_S"] == "900"
+    [worker] = pod_of(render(worker={"options": {"redis-wait-s": 5}}), "StatefulSet", "worker")["containers"]
+    assert [each["value"] for each in worker["env"] if each["name"] == "OASST_WORKER_REDIS_WAIT_S"] == ["5"]
+
+
 def test_weights_are_fetched_by_hash_onto_a_claim_that_outlives_the_pod(render: Render) -> None:
     profile = read_profile("production")
     hub = profile["model"]["hub"]

@@ -24,11 +24,11 @@ from oasst_gateway.arrival import Arrival
 from oasst_gateway.chat import Chat
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import GatewayLeavingError, UnknownChatError
-from oasst_gateway.event_loop import beside_streams
 from oasst_gateway.events import build_response
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
+from oasst_gateway.offloading import run_off_loop
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.preparation import PreparedJob, prepare_chat
 from oasst_gateway.spans import describe_chat, submitting, trace_of
@@ -201,7 +201,7 @@ class Chats:
             remaining_s=remaining_s,
             default_grace_s=default_grace_s,
         )
-        return await beside_streams(request, prepare)
+        return await run_off_loop(request, prepare)
 
     @contextmanager
     def _following(

@@ -10,6 +10,7 @@ __all__ = [
     "INVALID_UTF8",
     "MALFORMED",
     "PROMPT_TOO_LONG",
+    "TOO_MANY_RETRY_S",
     "ChatFailedError",
     "GatewayError",
     "GatewayLeavingError",
@@ -27,6 +28,9 @@ INVALID_FIELD = "INVALID_FIELD"
 INVALID_UTF8 = "INVALID_UTF8"
 MALFORMED = "MALFORMED"
 PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+
+# When to come back to a gateway that has as much to do as it may.
+TOO_MANY_RETRY_S = 1.0
 
 
 class StartError(Exception):

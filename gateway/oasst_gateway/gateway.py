@@ -24,6 +24,7 @@ from oasst_gateway.interceptors import RpcInterceptor
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor, watch_event_loop
+from oasst_gateway.offloading import TenantThreads
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.probes import serving_probes
 from oasst_gateway.scores import Scores
@@ -43,6 +44,8 @@ _FLUSH_S = 0.2
 _RESTART_S = 1.0
 # So many RPCs of any kind may be open for each chat that may be: chats leave room for those who only ask.
 _RPCS_PER_CHAT = 2
+# For each so many chats that may be open, a tenant may have one RPC that tokenizes or detokenizes much text.
+_CHATS_PER_TENANTS_TEXT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,11 @@ class RunningGateway:
 
 @asynccontextmanager
 async def running_gateway(
-    settings: GatewaySettings, model: ServedModel, registry: CollectorRegistry
+    settings: GatewaySettings, model: ServedModel, registry: CollectorRegistry, *, recheck_s: float = 5.0
 ) -> AsyncIterator[RunningGateway]:
     """A gateway serves as long as the context is open; open chats may then go on for the drain's grace.
+
+    It looks after `recheck_s` at the log of a job that it hears nothing of.
 
     Raises:
         StartError: if Redis does not answer in time, an address is taken, or a file of the settings is wrong.
@@ -96,7 +101,12 @@ async def running_gateway(
         )
         submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits, durability=settings.durability)
         failures = metrics.loop_failures
-        inbox = Inbox(client, gateway_id=settings.gateway_id, on_defect=failures.labels("inbox").inc)
+        inbox = Inbox(
+            client,
+            gateway_id=settings.gateway_id,
+            recheck_s=recheck_s,
+            on_defect=failures.labels("inbox").inc,
+        )
         sweeper = Sweeper(client, on_sweep=metrics.record_sweep, on_defect=failures.labels("sweeper").inc)
         await health.start()
         monitor = QueueMonitor(submitter, model_name=model.name, metrics=metrics, on_change=health.set_queue_available)
@@ -141,11 +151,13 @@ async def running_gateway(
             grace_s=settings.detach_grace_s,
         )
         await stack.enter_async_context(_running(metrics, chats=chats.run))
+        threads = TenantThreads(most_per_tenant=max(1, settings.max_open_chats // _CHATS_PER_TENANTS_TEXT))
+        stack.callback(threads.close)
         server, port = create_server(
             listen=settings.listen,
             certificate=certificate,
             chat_servicer=ChatServicer(chats),
-            model_servicer=ModelServicer(model, submitter, monitor),
+            model_servicer=ModelServicer(model, submitter, monitor, threads),
             scoring_servicer=ScoringServicer(scores),
             health=health,
             interceptor=RpcInterceptor(

@@ -15,7 +15,15 @@ from google.protobuf.message import DecodeError, Message
 from oasst_telemetry import NO_TRACE, Span, SpanKind, TraceContext, Tracer
 
 from oasst_gateway.call import Call, Context
-from oasst_gateway.errors import INVALID_UTF8, MALFORMED, ChatFailedError, InvalidRequestError, RefusedError, Violation
+from oasst_gateway.errors import (
+    INVALID_UTF8,
+    MALFORMED,
+    TOO_MANY_RETRY_S,
+    ChatFailedError,
+    InvalidRequestError,
+    RefusedError,
+    Violation,
+)
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.status import UNFORESEEN, RpcStatus, status_of
 from oasst_gateway.tenants import Authenticator
@@ -26,7 +34,6 @@ __all__ = ["RpcInterceptor"]
 logger = logging.getLogger(__name__)
 
 _OURS = "/oasst.v1."
-_TOO_MANY_RETRY_S = 1.0
 
 # What OpenTelemetry's conventions call a server's own failures; other codes are its callers'.
 _SERVER_ERRORS = frozenset(
@@ -93,7 +100,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             async with self._observed(rpc, context) as span, self._translated(rpc, context, span):
                 if self._num_open_rpcs > self._max_open_rpcs:
                     message = f"this gateway already has its {self._max_open_rpcs} open RPCs"
-                    raise RefusedError("TOO_MANY_RPCS", message, retry_after_s=_TOO_MANY_RETRY_S)
+                    raise RefusedError("TOO_MANY_RPCS", message, retry_after_s=TOO_MANY_RETRY_S)
                 call = Call(self._authenticator.tenant_of(_header(context, "authorization")), context, span)
                 return await behavior(_decode(data, parse, descriptor), call)
 

@@ -6,12 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from oasst_gateway.arrival import Arrival
-from oasst_gateway.errors import GatewayLeavingError, RefusedError
+from oasst_gateway.errors import TOO_MANY_RETRY_S, GatewayLeavingError, RefusedError
 from oasst_gateway.tenants import Tenant
 
 __all__ = ["OpenRequests"]
 
-_TOO_MANY_RETRY_S = 1.0
 # For each so many, one more may be open of a request that was accepted before: refused, its job would be given up.
 _REQUESTS_PER_RETURN = 4
 # For each so many, one more may be open of a tenant that has less than its share of them: no other keeps it out.
@@ -45,7 +44,7 @@ class OpenRequests:
         tenant = arrival.tenant
         if len(self._scopes) >= self._most and not (self._is_below_share(tenant) or await self._may_return(arrival)):
             message = f"this gateway already has its {self._most} open chats"
-            raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=_TOO_MANY_RETRY_S)
+            raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=TOO_MANY_RETRY_S)
         if self._is_leaving:
             raise GatewayLeavingError
         scope = asyncio.timeout(None)

@@ -14,9 +14,9 @@ from oasst_gateway.admission import Admission
 from oasst_gateway.arrival import Arrival
 from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import ChatFailedError, GatewayLeavingError
-from oasst_gateway.event_loop import beside_streams
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
+from oasst_gateway.offloading import run_off_loop
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.preparation import PreparedJob, prepare_score
 from oasst_gateway.spans import describe_score, submitting, trace_of
@@ -95,7 +95,7 @@ class Scores:
             remaining_s=remaining_s,
             grace_s=self._grace_s,
         )
-        return await beside_streams(request, prepare)
+        return await run_off_loop(request, prepare)
 
     async def _submit(self, prepared: PreparedJob, tenant: Tenant, arrival: Arrival, span: Span) -> job_pb2.Job:
         with submitting(prepared.job, span):

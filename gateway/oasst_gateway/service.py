@@ -8,9 +8,9 @@ from oasst_jobs import Submitter
 
 from oasst_gateway.call import Call
 from oasst_gateway.chats import Chats
-from oasst_gateway.event_loop import beside_streams
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
+from oasst_gateway.offloading import TenantThreads
 from oasst_gateway.scores import Scores
 from oasst_gateway.validation import check_detokenize, check_model_name, check_tokenize
 
@@ -70,8 +70,9 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """The model, and how busy it is."""
 
-    def __init__(self, model: ServedModel, submitter: Submitter, monitor: QueueMonitor) -> None:
+    def __init__(self, model: ServedModel, submitter: Submitter, monitor: QueueMonitor, threads: TenantThreads) -> None:
         self._model = model
+        self._threads = threads
         self._submitter = submitter
         self._monitor = monitor
 
@@ -97,7 +98,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 sequences=[model_pb2.TokenSequence(ids=to_ids(text)) for text in request.texts]
             )
 
-        return await beside_streams(request, encode)
+        return await self._threads.run(call.tenant, request, encode)
 
     async def Detokenize(  # noqa: N802
         self, request: model_pb2.DetokenizeRequest, call: Call
@@ -108,7 +109,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             texts = [self._model.tokenizer.decode(ids.ids, skip_control_tokens=skip) for ids in request.sequences]
             return model_pb2.DetokenizeResponse(texts=texts)
 
-        return await beside_streams(request, decode)
+        return await self._threads.run(call.tenant, request, decode)
 
     async def GetLoad(  # noqa: N802
         self, request: model_pb2.GetLoadRequest, call: Call

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import math
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,6 +20,7 @@ from oasst_jobs import (
     QueueClient,
     connect,
 )
+from oasst_worker.intake import Intake, ResumedChoice
 from running_worker import RunningWorker
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
 from sick_shards import FIRST_SHARD, PartlyAway, SlowlyLosingClaims
@@ -274,6 +276,23 @@ async def test_a_refused_job_that_the_queue_has_not_heard_of_holds_up_no_claim(q
     worker.claimer.may_push.set()
     assert choice_text(await queue.ended(good.job_id)) == expected_text(good.job_id, 16)
     assert (worker.jobs_by("refused"), worker.jobs_by("cancelled")) == (0, 1)
+
+
+async def test_the_event_loop_runs_while_a_log_is_replayed(queue, start_worker, monkeypatch):
+    replaying, has_run = threading.Event(), threading.Event()
+    accept = Intake.accept
+
+    def accept_slowly(intake: Intake, claimed: ClaimedJob) -> list[ResumedChoice]:
+        replaying.set()
+        assert has_run.wait(timeout=5)
+        return accept(intake, claimed)
+
+    monkeypatch.setattr(Intake, "accept", accept_slowly)
+    start_worker()
+    job_id = await queue.submit(make_job("long"))
+    await until(replaying.is_set)
+    has_run.set()
+    assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
 
 
 async def test_a_job_that_never_fits_the_worker_fails_and_blocks_nobody(queue, start_worker):

@@ -209,8 +209,9 @@ class Consumer:
             return False
         failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
-        for claimed in claimed_jobs:
-            self._take_in(claimed)
+        # A long log takes a while to replay.
+        for job in await asyncio.to_thread(lambda: [self._make_job(claimed) for claimed in claimed_jobs]):
+            self._take_in(job)
         return True
 
     def _room_for_chats(self) -> _Room | None:
@@ -248,10 +249,10 @@ class Consumer:
     def _has_solo(self) -> bool:
         return any(job.claimed.is_solo for job in self._jobs.values())
 
-    def _take_in(self, claimed: ClaimedJob) -> None:
+    def _take_in(self, job: HeldJob) -> None:
+        claimed = job.claimed
         self._metrics.record_claim(claimed)
-        job = self._make_job(claimed)
-        lost = self._jobs.get(claimed.job_id)
+        lost = self._jobs.get(job.job_id)
         if lost is not None:  # Its lease had lapsed, unknown to us; this claim is its successor.
             self._drop(lost, PushStatus.FENCED)
         self._jobs[job.job_id] = job

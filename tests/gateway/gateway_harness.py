@@ -60,7 +60,9 @@ class Gateway:
 
 
 @asynccontextmanager
-async def start_gateway(model: ServedModel, valkey_url: str, **settings: object) -> AsyncIterator[Gateway]:
+async def start_gateway(
+    model: ServedModel, valkey_url: str, *, recheck_s: float = 5.0, **settings: object
+) -> AsyncIterator[Gateway]:
     """A gateway on a free port, as `python -m oasst_gateway` would run it."""
     options = {
         "model": "unused, it is loaded",
@@ -75,7 +77,7 @@ async def start_gateway(model: ServedModel, valkey_url: str, **settings: object)
     registry = CollectorRegistry()
     async with (
         AsyncExitStack() as callers,  # Their connections outlive the gateway.
-        running_gateway(GatewaySettings.model_validate(options), model, registry) as running,
+        running_gateway(GatewaySettings.model_validate(options), model, registry, recheck_s=recheck_s) as running,
     ):
         channel = grpc.aio.insecure_channel(running.listen)
         callers.push_async_callback(channel.close, _STATUS_GRACE_S)

@@ -214,6 +214,7 @@ async def test_a_wrong_resume_token_finds_no_request(gateway: Gateway) -> None:
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
     cancelled = await gateway.chat.CancelChat(chat_pb2.CancelChatRequest(request_id="r-1", resume_token=token))
     assert cancelled.state == chat_pb2.CHAT_STATE_CANCELLED
+    call.cancel()
 
 
 async def test_a_deadline_passes_in_the_queue(gateway: Gateway, queue: QueueClient) -> None:
@@ -287,6 +288,8 @@ async def test_whoever_waits_is_told_the_place_and_the_wait(gateway: Gateway, qu
     assert queue_status.estimated_wait.ToMilliseconds() == pytest.approx(load.waiting_tokens / 2 / 8.0 * 1000, abs=1)
     assert load.estimated_wait.ToMilliseconds() == pytest.approx(load.waiting_tokens / 8.0 * 1000, abs=1)
     assert (load.waiting_requests, load.running_requests, load.workers[0].worker_id) == (2, 0, "busy")
+    for call in (first, second):
+        call.cancel()
 
 
 async def test_a_second_gateway_streams_what_the_first_accepted(

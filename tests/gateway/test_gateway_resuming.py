@@ -125,12 +125,15 @@ async def test_a_connection_that_fell_silent_is_noticed_and_left(proxy: Cuttable
 
 
 async def test_a_request_that_the_queue_forgot_is_generated_anew_and_goes_on(
-    resumable: Gateway, worker: RuleWorker, valkey_url: str
+    model: ServedModel, worker: RuleWorker, valkey_url: str
 ) -> None:
     """Everything in the queue is gone in the middle of an answer. Its reader sees the answer, once and whole."""
     worker.hold()
     worker.allow(5)
-    async with AsyncClient(resumable.listen) as client:
+    async with (
+        start_gateway(model, valkey_url, resume_secret=SECRET, recheck_s=0.2) as gateway,
+        AsyncClient(gateway.listen) as client,
+    ):
         stream = client.stream("Hello!", max_new_tokens=NUM_TOKENS, temperature=1.0)
         texts = [await anext(aiter(stream))]
         async with redis.asyncio.Redis.from_url(valkey_url) as connection:

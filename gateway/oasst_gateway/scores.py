@@ -23,7 +23,7 @@ from oasst_gateway.spans import describe_score, submitting, trace_of
 from oasst_gateway.tenants import Tenant
 from oasst_gateway.watches import Watches
 
-__all__ = ["Scores"]
+__all__ = ["Scores", "read_scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +128,20 @@ class Scores:
         )
 
     async def _follow(self, subscription: Subscription) -> tuple[list[scoring_pb2.ItemScore], job_pb2.Outcome]:
-        """All scores, in the items' order, and how the job ended."""
         self._followed.add(subscription)
-        scores: list[scoring_pb2.ItemScore] = []
         try:
-            while True:
-                for news in await subscription.take():
-                    if isinstance(news, job_pb2.Outcome):
-                        return scores, news
-                    scores += news.scores
+            return await read_scores(subscription)
         finally:
             self._followed.discard(subscription)
+
+
+async def read_scores(subscription: Subscription) -> tuple[list[scoring_pb2.ItemScore], job_pb2.Outcome]:
+    """All scores, in the items' order, and how the job ended."""
+    scores: list[scoring_pb2.ItemScore] = []
+    while True:
+        for news in await subscription.take():
+            if isinstance(news, job_pb2.Outcome):
+                return scores, news
+            # Items that were scored again, because the queue lost the end of the log, come once more.
+            del scores[news.end_position - len(news.scores) :]
+            scores += news.scores

@@ -7,9 +7,12 @@ import grpc
 import pytest
 from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, rule_text, start_gateway
 from google.rpc import code_pb2
+from job_samples import finished, make_scores
+from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, scoring_pb2
 from oasst_gateway.model import ServedModel
-from oasst_jobs import PushStatus, QueueClient
+from oasst_gateway.scores import read_scores
+from oasst_jobs import JobState, LogSnapshot, PushStatus, QueueClient, Subscription
 from waiting import until
 
 Item = tuple[Sequence[int], int]
@@ -32,6 +35,22 @@ async def test_every_item_has_its_score_in_order(gateway: Gateway, worker: RuleW
     assert job.priority == chat_pb2.PRIORITY_BULK
     assert [list(item.token_ids) for item in job.score_items] == [[1, 2], [1, 3], [1, 2, 3]]
     assert gateway.sample("scored_items_total") == 3
+
+
+async def test_items_that_were_scored_again_are_told_once() -> None:
+    """The queue lost an item after it was read here; its worker scored it once more, with others in one entry."""
+    subscription = Subscription("job", after=0, now_s=0.0, catch_up=lambda _: None)
+    subscription.update(job_pb2.JobUpdate(job_id="job", entry=make_scores(0, 2)), 0.0)
+    log = LogSnapshot(
+        state=JobState.FINISHED,
+        end_position=4,
+        outcome=finished(0),
+        entries=[make_scores(1, 4)],
+    )
+    subscription.catch_up(2, log, 0.0)
+    scores, outcome = await read_scores(subscription)
+    assert [each.logprob for each in scores] == [0, -1, -2, -3]
+    assert outcome == finished(0)
 
 
 async def test_the_same_request_again_costs_nothing(gateway: Gateway, worker: RuleWorker) -> None:

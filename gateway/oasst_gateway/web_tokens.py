@@ -35,6 +35,8 @@ class JwtAuthenticator:
             self._key = jwt.get_algorithm_by_name(issuer.algorithm).prepare_key(issuer.key)
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise StartError(f"the JWT key is no public key for {issuer.algorithm}: {error}") from error
+        if hasattr(self._key, "private_bytes"):
+            raise StartError("the JWT key holds a private key; give the public one")
 
     def tenant_of(self, authorization: str) -> Tenant:
         """The tenant that the token in `authorization` names, as "Bearer TOKEN"."""

@@ -137,6 +137,15 @@ def claims(**changes: object) -> dict[str, object]:
     return {name: value for name, value in told.items() if value is not None}
 
 
+def test_a_private_key_is_not_taken_for_the_issuers(signer: rsa.RSAPrivateKey) -> None:
+    pem = signer.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    issuer = JwtIssuer(issuer=ISSUER, audience=AUDIENCE, key=pem, algorithm="RS256", tenant_claim="tenant")
+    with pytest.raises(StartError, match="holds a private key; give the public one"):
+        JwtAuthenticator(issuer, {})
+
+
 def test_a_token_must_be_signed_current_ours_and_name_a_tenant(tenants_file: Path, signer: rsa.RSAPrivateKey) -> None:
     issuer = JwtIssuer(
         issuer=ISSUER, audience=AUDIENCE, key=public_pem(signer), algorithm="RS256", tenant_claim="tenant"

@@ -10,7 +10,7 @@ __all__ = ["cancel"]
 
 
 def cancel(
-    request_id: Annotated[str, typer.Argument(help="The request's id, as its sender or the gateway's log has it.")],
+    request_id: Annotated[str, typer.Argument(help="The request's id, from its sender or the gateway's log.")],
     resume_token: Annotated[
         str, typer.Option(metavar="TOKEN", envvar="OASST_RESUME_TOKEN", help="Proves that the request is yours.")
     ] = "",
@@ -18,7 +18,7 @@ def cancel(
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """End a request, and tell the state it is in now."""
+    """End a request, and print its state."""
     with connected(address, profile) as client:
         state = client.cancel(request_id, resume_token=resume_token)
     print(json_line({"request_id": request_id, "state": state}) if as_json else state)

@@ -39,7 +39,7 @@ def complete(
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one question and leave."""
+    """Answer one question and exit."""
     options = given_options(
         model=model,
         preset=preset,

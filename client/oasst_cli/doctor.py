@@ -69,9 +69,10 @@ _STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.BROKEN: "bold
 
 
 def doctor(address: Address = None, profile: ProfileName = None, as_json: AsJson = False) -> None:
-    """Check the way to the service and the service itself, and tell what to do.
+    """Find out why the service cannot be used.
 
-    Profile, network, TLS, access, health, workers, versions, clocks, round trip. JSON is one line for each finding.
+    Checks profile, network, TLS, access, health, workers, versions, clocks and round trip, and says what to do. --json
+    prints one line for each finding.
     """
     console = Console(highlight=False)
     is_broken = False

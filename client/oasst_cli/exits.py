@@ -33,8 +33,8 @@ class Exit(IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0, done or stopped as asked; 1, something failed; 2, an option, a file or the input can never work; "
-    "3, the service cannot be reached; 4, the service is full, come back later; 5, the service does not let you; "
+    "Exit codes: 0, done or stopped as asked; 1, something failed; 2, an option, a file or the input cannot be used; "
+    "3, the service cannot be reached; 4, the service is full, retry later; 5, access denied; "
     "130, stopped by Ctrl-C."
 )
 

@@ -10,7 +10,10 @@ __all__ = ["models"]
 
 
 def models(address: Address = None, profile: ProfileName = None, as_json: AsJson = False) -> None:
-    """List the served models, their limits and presets. JSON is one line for each model."""
+    """List the served models.
+
+    With their limits and presets. --json prints one line for each model.
+    """
     with connected(address, profile) as client:
         served = client.models()
     if as_json:

@@ -41,16 +41,16 @@ Address = Annotated[
 ]
 ProfileName = Annotated[
     str | None,
-    typer.Option("--profile", metavar="NAME", help="A profile of the profile file: address, key and TLS."),
+    typer.Option("--profile", metavar="NAME", help="A profile from the profile file: address, key and TLS."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
 ModelName = Annotated[
-    str | None, typer.Option("--model", help="A served model's name; not needed where one is served.")
+    str | None, typer.Option("--model", help="A served model's name; needed only if there are several.")
 ]
 Preset = Annotated[
     str | None, typer.Option(help="A named sampling preset, for example k50; `oasst models` lists them.")
 ]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token each time.")]
+Temperature = Annotated[float | None, typer.Option(help="0 always takes the most likely token.")]
 TopK = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Draws from the k most likely tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Draws from the most likely tokens that make up this probability.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="The longest answer, in tokens.")]

@@ -25,7 +25,7 @@ def tokenize(
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a text's tokens: each piece, its id, and how many there are."""
+    """Show a text's tokens, their ids and number."""
     read = text_or_stdin(text)
     with connected(address, profile) as client:
         (ids,) = client.tokenize(read, model=model or "", parse_control_tokens=control_tokens)

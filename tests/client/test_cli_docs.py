@@ -20,6 +20,10 @@ def test_every_option_of_a_command_is_in_the_reference(name):
     assert all(each.help for each in COMMANDS[name].params)
 
 
+def test_no_summary_is_cut_in_the_list_of_commands():
+    assert [name for name, command in COMMANDS.items() if command.get_short_help_str().endswith("...")] == []
+
+
 def test_every_command_and_exit_code_is_explained():
     text = (DOCS / "command.md").read_text()
     assert all(f"| `{name}` |" in text for name in COMMANDS)

@@ -121,7 +121,7 @@ def test_the_screen_shows_queue_workers_latencies_and_tenants():
     for text in ("7 requests", "1234 tokens", "next waits 1.5 s", "3/4", "90.0%", "9.0 s ago", "250 ms", "75%"):
         assert text in screen
     assert screen.index("large") < screen.index("small")
-    assert "10.0.0.1:9464 tells no metrics" in screen
+    assert "10.0.0.1:9464 serves no metrics" in screen
 
 
 def test_a_service_without_workers_is_told_loudly():

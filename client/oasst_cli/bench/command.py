@@ -105,9 +105,10 @@ def bench(
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the service under load: latencies, throughput, goodput.
+    """Measure the service under load.
 
-    Latencies count from when a request was due. Ends with exit code 1 if a request failed.
+    Latencies, throughput and goodput. Latencies count from when a request was due. The exit code is 1 if a request
+    failed.
     """
     if rate and concurrency:
         raise typer.BadParameter("give --rate or --concurrency, not both")

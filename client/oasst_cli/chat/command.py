@@ -34,9 +34,9 @@ _PROMPT = "> "
 
 
 def chat(
-    system: Annotated[str, typer.Option(help="Instructions that stand before the first question.")] = "",
+    system: Annotated[str, typer.Option(help="Instructions before the first question.")] = "",
     load: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Goes on with a conversation that /save wrote.")
+        Path | None, typer.Option(metavar="FILE", help="Continues a conversation that /save wrote.")
     ] = None,
     preset: Preset = None,
     temperature: Temperature = None,
@@ -46,17 +46,17 @@ def chat(
     seed: Seed = None,
     plain: Annotated[bool, typer.Option("--plain", help="Shows answers as they are, not as Markdown.")] = False,
     history: Annotated[
-        bool, typer.Option("--history/--no-history", help="Whether questions are remembered for the arrow keys.")
+        bool, typer.Option("--history/--no-history", help="Remembers questions for the arrow keys.")
     ] = True,
     model: ModelName = None,
     address: Address = None,
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with the service. What was said before is remembered.
+    """Chat with the service. Earlier turns are remembered.
 
-    On a terminal, Ctrl-C stops the current answer, Ctrl-D leaves, and /help tells what else there is. With input
-    piped in, each line is a question, and only the answers go to standard output.
+    On a terminal, Ctrl-C stops the current answer, Ctrl-D exits, and /help lists the commands. With piped input, each
+    line is a question, and only the answers go to standard output.
     """
     options = given_options(
         model=model,

@@ -32,20 +32,21 @@ def evaluate(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Remembers answers there, so that a run that was stopped goes on."),
+        typer.Option(metavar="FILE", help="Keeps answers there, so that an interrupted run can continue."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also writes all that the harness tells, as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Also writes the harness's whole output, as JSON.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Answers that are generated at a time.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 32,
     model: ModelName = None,
     address: Address = None,
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a served model with the lm-evaluation-harness, beside the numbers on the model's card.
+    """Evaluate a served model.
 
-    Data sets are loaded by the harness. Evaluation waits behind chats.
+    Runs the lm-evaluation-harness and prints its results beside the numbers on the model's card. The harness loads the
+    data sets. Evaluation waits behind chats.
     """
     chosen = _chosen(suite, only)
     try:

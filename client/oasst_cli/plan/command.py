@@ -39,10 +39,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Prints one line of JSON for each choice.")] = False,
 ) -> None:
-    """Tell how many GPUs, gateways and queue servers a load needs, for pythia-12b in fp16.
+    """Estimate the hardware that a load needs.
 
-    From the shapes of model and card; docs/operations/capacity.md says how far that is from a simulation and from a
-    measured run.
+    GPUs, gateways and queue servers for pythia-12b in fp16, from the shapes of model and card.
+    docs/operations/capacity.md says how far that is from a simulation and from a measured run.
     """
     if gpu is not None and gpu not in CARDS:
         raise typer.BadParameter(f"{gpu!r} is not one of {', '.join(CARDS)}", param_hint="--gpu")

@@ -42,25 +42,26 @@ def report(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Outputs for each prompt and config that samples.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same report.")] = 42,
-    concurrency: Annotated[int, typer.Option(min=1, help="Prompts that are worked on at a time.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts in progress at a time.")] = 8,
     skip_special_tokens: Annotated[
         bool, typer.Option("--skip-special-tokens", help="Leaves <|endoftext|> and the like out of the outputs.")
     ] = False,
     stats: Annotated[
-        Path | None, typer.Option(metavar="REPORT", help="Makes no report, but tells the statistics of this one.")
+        Path | None, typer.Option(metavar="REPORT", help="Makes no report; prints the statistics of this one.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="REPORT REPORT", help="Makes no report, but tells how much these two agree."),
+        typer.Option(metavar="REPORT REPORT", help="Makes no report; prints how much these two agree."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="With --compare: draws it, too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="With --compare: also draws it.")] = None,
     address: Address = None,
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a file of prompts under several sampling configs, and write the sampling report of oasst-model-eval.
+    """Make or compare sampling reports.
 
-    A run that was stopped goes on where it was when it is repeated. Reports are behind chats in the queue.
+    Answers a file of prompts under several sampling configs, and writes the sampling report of oasst-model-eval. An
+    interrupted run continues when it is repeated. Reports wait behind chats in the queue.
     """
     if sum(each is not None for each in (prompts, stats, compare)) != 1:
         raise typer.BadParameter("give PROMPTS to make a report, or --stats, or --compare")

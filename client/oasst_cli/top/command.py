@@ -50,17 +50,17 @@ def top(
             help="A gateway's or worker's metrics address, for latencies, prefix hits and tenants. Repeatable.",
         ),
     ] = None,
-    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Looks once and leaves.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two refreshes.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Prints one screen and exits.")] = False,
     model: ModelName = None,
     address: Address = None,
     profile: ProfileName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Watch the service: queue and waits, workers, tokens per second, KV cache. Ctrl-C leaves.
+    """Watch the service. Ctrl-C exits.
 
-    Queue and workers come from the gateway itself; with --metrics also what only Prometheus is told. Off a terminal,
-    and with --json, each look is printed one after the other.
+    Queue and waits, workers, tokens per second and KV cache come from the gateway itself; --metrics adds what only
+    Prometheus gets. Without a terminal, and with --json, each refresh is printed after the last.
     """
     reached = chosen_profile(address, profile)
     console = Console(highlight=False)
@@ -151,5 +151,5 @@ def _show_looks(console: Console, watch: _Watch, interval_s: float) -> None:
             try:
                 live.update(draw(watch.look()), refresh=True)
             except _MAY_PASS as error:
-                live.update(Text(f"{error}\nlooking again each {interval_s:g} s", style="red"), refresh=True)
+                live.update(Text(f"{error}\nretrying every {interval_s:g} s", style="red"), refresh=True)
             time.sleep(interval_s)

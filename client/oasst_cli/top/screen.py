@@ -15,7 +15,7 @@ __all__ = ["Look", "draw"]
 
 _BAR_WIDTH = 12
 _SPARKS = "▁▂▃▄▅▆▇█"
-# A worker that has not told for so long may be gone.
+# A worker that has not been seen for so long may be gone.
 _STALE_S = 5.0
 
 
@@ -48,7 +48,7 @@ def draw(look: Look) -> RenderableType:
         parts.append(_latencies(look.latencies_s))
     if look.tenants:
         parts.append(_tenants(look.tenants))
-    parts += [Text(f"{address} tells no metrics", style="red") for address in look.missing]
+    parts += [Text(f"{address} serves no metrics", style="red") for address in look.missing]
     return Group(*parts)
 
 
@@ -64,7 +64,7 @@ def _tokens(look: Look) -> Panel:
     grid = Table.grid(padding=(0, 2))
     now = look.tokens_per_s[-1] if look.tokens_per_s else 0.0
     grid.add_row(f"[bold]{now:.0f}[/bold] tokens/s", _sparkline(look.tokens_per_s))
-    hits = "not told" if look.prefix_hits is None else f"{look.prefix_hits:.0%}"
+    hits = "n/a" if look.prefix_hits is None else f"{look.prefix_hits:.0%}"
     grid.add_row(f"prefix hits {hits}")
     return Panel(grid, title="generation", title_align="left", border_style="green")
 
@@ -72,7 +72,7 @@ def _tokens(look: Look) -> Panel:
 def _workers(workers: Sequence[WorkerLoad]) -> RenderableType:
     if not workers:
         return Text("no worker is alive", style="bold red")
-    table = _table("worker", "sequences", "", "KV cache", "", "tokens/s", "told")
+    table = _table("worker", "sequences", "", "KV cache", "", "tokens/s", "last seen")
     for worker in workers:
         table.add_row(
             worker.worker_id,
@@ -87,7 +87,7 @@ def _workers(workers: Sequence[WorkerLoad]) -> RenderableType:
 
 
 def _latencies(latencies_s: Mapping[str, tuple[float | None, float | None]]) -> Table:
-    table = _table("in the last look", "p50", "p95")
+    table = _table("since the last refresh", "p50", "p95")
     for title, (p50, p95) in latencies_s.items():
         table.add_row(title, "-" if p50 is None else _seconds(p50), "-" if p95 is None else _seconds(p95))
     return table

@@ -30,59 +30,60 @@ _CONNECTION_VARIABLES = frozenset(["OASST_PROFILE", *(f"OASST_{each.name.upper()
 
 def up(
     model: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_ID", help="Checkpoint folder or hub id; without it the demo.")
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Checkpoint folder or hub id. Default: the demo model.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Workers, each with the whole model.")] = 1,
-    gateways: Annotated[int, typer.Option(min=1, help="Gateways, at the listen port and those after it.")] = 1,
-    gateway_processes: Annotated[int, typer.Option(min=1, help="Processes of each gateway, behind its port.")] = 1,
+    gateways: Annotated[int, typer.Option(min=1, help="Gateways, at the listen port and the ports after it.")] = 1,
+    gateway_processes: Annotated[int, typer.Option(min=1, help="Processes of each gateway, sharing its port.")] = 1,
     listen: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help=f"The first gateway's address; port 0 takes free ones. Without it {DEFAULT_ADDRESS}, "
+            help=f"The first gateway's address; port 0 picks free ones. Default: {DEFAULT_ADDRESS}, "
             "or a free port with --chat.",
         ),
     ] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", envvar="OASST_REDIS_URL", help="A Redis or Valkey that runs; without it one is started."
+            metavar="URL", envvar="OASST_REDIS_URL", help="A running Redis or Valkey. Default: one is started."
         ),
     ] = None,
     state_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keeps queue and logs; without it they are removed at the end."),
+        typer.Option(metavar="DIR", help="Keeps queue and logs there. Default: they are removed at the end."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the workers' weights.")
+        str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the workers' weights.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(metavar="int8", help="Holds the workers' weights in 8 bits; on a CPU.")
+        str | None, typer.Option(metavar="int8", help="Holds the workers' weights in 8 bits. CPU only.")
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="What the workers compute on.")] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="auto|none|tensor|layers", help="How each worker's model lies over several devices."),
+        typer.Option(metavar="auto|none|tensor|layers", help="How each worker's model is split over several devices."),
     ] = None,
     num_ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes of each worker's model, with --split tensor.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Prints one line of JSON once all serve: addresses, ports, processes.")
+        bool, typer.Option("--json", help="Prints one line of JSON once all are serving: addresses, ports, processes.")
     ] = False,
     chat: Annotated[
         bool,
         typer.Option(
             "--chat",
-            help="Opens a chat once all serve, by preset k50 or, with the demo, greedily; stops everything after it.",
+            help="Opens a chat once all are serving, with preset k50 (greedy for the demo); then stops everything.",
         ),
     ] = False,
 ) -> None:
-    """Run the whole service on this machine: queue, workers and gateways.
+    """Run the whole service on this machine.
 
-    A process that dies says why and is started again; one that never comes to serve ends the run. Ctrl-C stops
-    everything, a second one at once. Workers and gateways also read the environment: OASST_WORKER_... and
-    OASST_GATEWAY_..., as `python -m oasst_worker --help` and `python -m oasst_gateway --help` tell.
+    The queue, workers and gateways. A process that dies says why and is restarted; one that never starts serving ends
+    the run. Ctrl-C stops everything, a second one at once. Workers and gateways also read the environment variables
+    OASST_WORKER_... and OASST_GATEWAY_...; `python -m oasst_worker --help` and `python -m oasst_gateway --help` list
+    them.
     """
     if chat and as_json:
         raise typer.BadParameter("--json and --chat both want standard output")

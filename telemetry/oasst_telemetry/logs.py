@@ -3,13 +3,14 @@
 A line's format is its schema. `logger.info("accepted job_id=%s prompt_tokens=%d", ...)` is the event "accepted" with
 two fields, whose names are those in the format and whose values keep their types in JSON:
 
-    2026-11-26T06:30:00.123 INFO oasst_gateway.chats accepted job_id=5f0c prompt_tokens=12 trace_id=0af7...
+    2026-11-26T06:30:00.123Z INFO oasst_gateway.chats accepted job_id=5f0c prompt_tokens=12 trace_id=0af7...
     {"time": "...", "level": "info", "logger": "oasst_gateway.chats", "event": "accepted", "job_id": "5f0c", ...}
 """
 
 import json
 import logging
 import re
+import time
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -26,10 +27,12 @@ class LogFormat(StrEnum):
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, logger, event, fields; the trace last, where there is one."""
+    """Time in UTC, level, logger, event, fields; the trace last, where there is one."""
+
+    converter = time.gmtime
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
         line = super().formatMessage(record)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 from oasst_telemetry.logs import JsonFormatter, TextFormatter
@@ -18,6 +19,17 @@ def line(formatter: logging.Formatter, message: str, *args: object, **kwargs) ->
 def test_a_line_of_text_ends_with_the_trace_where_there_is_one():
     assert line(TextFormatter(), "accepted job_id=%s n=%d", "j1", 2).endswith("INFO oasst.test accepted job_id=j1 n=2")
     assert line(TextFormatter(), "accepted job_id=%s", "j1", trace_id=TRACE).endswith(f"job_id=j1 trace_id={TRACE}")
+
+
+def test_a_line_of_text_tells_its_time_in_utc(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        said = line(TextFormatter(), "asked to stop", created=1_800_000_000.0, msecs=42.0)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert said == "2027-01-15T08:00:00.042Z INFO oasst.test asked to stop"
 
 
 def test_fields_keep_their_types_in_json():

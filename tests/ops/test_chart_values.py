@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_release import CHART, Release, RenderError
+from helm_release import CHART, Manifest, Release, RenderError
 from oasst_gateway.settings import GatewaySettings
 from oasst_gateway.settings import read_settings as read_gateway_settings
 from oasst_worker.settings import WorkerSettings
@@ -192,6 +192,24 @@ def test_options_reach_the_process_as_they_were_written(render: Render) -> None:
     environment = {each["name"]: each.get("value") for each in container["env"]}
     assert environment["OASST_GATEWAY_MAX_MESSAGE_BYTES"] == "8388608"
     assert environment["OASST_GATEWAY_REFLECTION"] == "false"
+
+
+def test_workers_may_be_of_another_tag_than_gateways_while_a_release_is_upgraded(render: Render) -> None:
+    """The queue has the functions of both by then: each waits for its own."""
+    release = render(image={"tag": "8"}, gateway={"image": {"tag": "7"}})
+    component = "app.kubernetes.io/component"
+    images = {pod["metadata"]["labels"][component]: images_of(pod) for pod in release.pods().values()}
+    assert (images["gateway"], images["worker"]) == (["oasst-gateway:7"], ["oasst-worker:8"])
+    assert images["functions"] == ["oasst-gateway:7", "oasst-worker:8"]
+
+
+def test_functions_come_from_one_image_where_both_are_of_one_version(render: Render) -> None:
+    [job] = render(image={"tag": "8"}).of_kind("Job")
+    assert images_of(job["spec"]["template"]) == ["oasst-gateway:8"]
+
+
+def images_of(pod: Manifest) -> list[str]:
+    return [container["image"] for container in pod["spec"]["containers"]]
 
 
 def test_a_digest_wins_over_the_tag(render: Render) -> None:

@@ -39,13 +39,17 @@ labels:
   {{- include "oasst.labels" . | nindent 2 }}
 {{- end }}
 
-{{/* REGISTRY/REPOSITORY, and the digest where there is one, else the tag. */}}
+{{/* @DIGEST where there is one, else :TAG. */}}
+{{- define "oasst.image.version" -}}
+{{- $image := (index .root.Values .component).image -}}
+{{- if $image.digest -}}
+@{{ $image.digest }}
+{{- else -}}
+:{{ coalesce $image.tag .root.Values.image.tag .root.Chart.AppVersion }}
+{{- end -}}
+{{- end }}
+
 {{- define "oasst.image" -}}
 {{- $image := (index .root.Values .component).image -}}
-{{- $repository := list .root.Values.image.registry $image.repository | compact | join "/" -}}
-{{- if $image.digest -}}
-{{- printf "%s@%s" $repository $image.digest -}}
-{{- else -}}
-{{- printf "%s:%s" $repository (default .root.Chart.AppVersion .root.Values.image.tag) -}}
-{{- end -}}
+{{- list .root.Values.image.registry $image.repository | compact | join "/" }}{{ include "oasst.image.version" . -}}
 {{- end }}

@@ -43,6 +43,7 @@ async def beat(
 ) -> None:
     """Beats until cancelled. A beat that does not get through is left out."""
     rate = TokenRate()
+    release = version("oasst-serve")  # Read from a file.
     while True:
         status = WorkerStatus(
             worker_id=worker_id,
@@ -52,7 +53,7 @@ async def beat(
             kv_tokens_used=loop.load.kv_tokens_used,
             kv_tokens_total=loop.kv_tokens_total,
             tokens_per_second=rate.observe(consumer.num_generated_tokens, clock()),
-            version=version("oasst-serve"),
+            version=release,
         )
         try:
             await claimer.heartbeat(status)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1.job_pb2 import LogEntry
-from oasst.v1.chat_pb2 import Finished, Timings, Usage
+from oasst.v1.chat_pb2 import Finished, Usage
 from oasst.v1.generation_pb2 import Delta, TokenAlternative, TokenLogprob
 from oasst_jobs import ClaimedJob
 
@@ -133,7 +132,8 @@ class GeneratingJob(HeldJob):
 
     def _finished(self) -> Finished:
         finishes = [self._finishes[index] for index in sorted(self._finishes)]
-        return Finished(finishes=finishes, usage=self._usage(), timings=self._timings())
+        timings = self._timings(prefill_s=self.prefill_s or 0.0, decode_s=self.decode_s or 0.0)
+        return Finished(finishes=finishes, usage=self._usage(), timings=timings)
 
     def _usage(self) -> Usage:
         job = self.claimed.job
@@ -144,23 +144,9 @@ class GeneratingJob(HeldJob):
             dropped_turns=job.dropped_turns,
         )
 
-    def _timings(self) -> Timings:
-        """A resumed job's timings are those of its last worker."""
-        return Timings(
-            queue=_duration(self.claimed.waited_ms / 1000),
-            prefill=_duration(self.prefill_s or 0.0),
-            decode=_duration(self.decode_s or 0.0),
-        )
-
 
 def _wire_logprob(logprob: engine.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(
         logprob=logprob.logprob,
         alternatives=[TokenAlternative(token_id=token_id, logprob=value) for token_id, value in logprob.alternatives],
     )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2  # type: ignore[import-untyped]  # the package ships no types
 from oasst.jobs.v1.job_pb2 import LogEntry, Outcome
-from oasst.v1.chat_pb2 import Failed, Finished, Usage
+from oasst.v1.chat_pb2 import Failed, Finished, Timings, Usage
 from oasst_jobs import ClaimedJob, PushItem
 
 from oasst_worker.parts import Part, PartError
@@ -107,6 +108,14 @@ class HeldJob(ABC):
     @abstractmethod
     def _usage(self) -> Usage: ...
 
+    def _timings(self, *, prefill_s: float, decode_s: float | None = None) -> Timings:
+        """A resumed job's timings are those of its last worker."""
+        return Timings(
+            queue=_duration(self.claimed.waited_ms / 1000),
+            prefill=_duration(prefill_s),
+            decode=None if decode_s is None else _duration(decode_s),
+        )
+
     def _fail(self, error: PartError) -> None:
         self.failed = Failed(code=code_pb2.INTERNAL, reason=error.reason, message=error.message)
 
@@ -115,3 +124,9 @@ class HeldJob(ABC):
             self.failed.usage.CopyFrom(self._usage())
             return Outcome(failed=self.failed)
         return Outcome(finished=self._finished())
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1.job_pb2 import Job, LogEntry
-from oasst.v1.chat_pb2 import Finished, Timings, Usage
+from oasst.v1.chat_pb2 import Finished, Usage
 from oasst.v1.scoring_pb2 import ItemScore
 from oasst_jobs import ClaimedJob, num_prompt_tokens
 
@@ -110,10 +109,7 @@ class ScoringJob(HeldJob):
         return LogEntry(end_position=end, scores=scores) if scores else None
 
     def _finished(self) -> Finished:
-        timings = Timings(queue=Duration(), prefill=Duration())
-        timings.queue.FromMilliseconds(self.claimed.waited_ms)
-        timings.prefill.FromNanoseconds(int((self._scored_s - self._claimed_s) * 1e9))
-        return Finished(usage=self._usage(), timings=timings)
+        return Finished(usage=self._usage(), timings=self._timings(prefill_s=self._scored_s - self._claimed_s))
 
     def _usage(self) -> Usage:
         return Usage(prompt_tokens=num_prompt_tokens(self.claimed.job))

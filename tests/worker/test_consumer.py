@@ -20,7 +20,9 @@ from oasst_jobs import (
     QueueClient,
     connect,
 )
+from oasst_worker.engine import Engine, Sequence
 from oasst_worker.intake import Intake, ResumedChoice
+from oasst_worker.loop import StepWatchdog
 from running_worker import RunningWorker
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_job
 from sick_shards import FIRST_SHARD, PartlyAway, SlowlyLosingClaims
@@ -293,6 +295,19 @@ async def test_the_event_loop_runs_while_a_log_is_replayed(queue, start_worker, 
     await until(replaying.is_set)
     has_run.set()
     assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
+
+
+async def test_a_part_that_the_engine_does_not_take_is_no_step_of_its_watchdog(queue, start_worker, monkeypatch):
+    steps_s: list[float] = []
+    monkeypatch.setattr(StepWatchdog, "record", lambda watchdog, step_s: steps_s.append(step_s))
+    start_worker()
+    monkeypatch.setattr(Engine, "add", refuse)
+    assert (await queue.ended(await queue.submit(make_job("refused")))).outcome.failed.reason == "INTERNAL"
+    assert steps_s == []
+
+
+def refuse(engine: Engine, sequence: Sequence) -> None:
+    raise ValueError("not this one")
 
 
 async def test_a_job_that_never_fits_the_worker_fails_and_blocks_nobody(queue, start_worker):

@@ -224,6 +224,7 @@ def test_a_step_that_does_not_end_ends_the_worker_with_a_line_that_says_so(
     assert serve(scripted.worker, scripted.server) == 1
     last_line = capfd.readouterr().err.splitlines()[-1]
     assert last_line.startswith("oasst_worker: EngineStalledError: step 3 has not ended after ")
+    assert "--step-limit-s" in last_line
 
 
 def test_an_engine_that_fails_ends_the_worker_with_a_line_that_says_so(make_scripted, valkey_url, capfd):

@@ -330,7 +330,8 @@ class Consumer:
 
     def _take(self, report: StepReport) -> None:
         self._metrics.record_step(report)
-        self._watchdog.record(report.step_s)
+        if report.num_sequences:
+            self._watchdog.record(report.step_s)
         self.num_generated_tokens += report.num_drawn_tokens
         for output in report.outputs:
             job = self._owners.get(output.part)

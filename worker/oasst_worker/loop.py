@@ -307,5 +307,6 @@ class StepWatchdog:
         self._step = step
         if self._stuck_s > self.limit_s:
             raise EngineStalledError(
-                f"step {step} has not ended after {self._stuck_s:.1f} s; {self.limit_s:.1f} s is the limit"
+                f"step {step} has not ended after {self._stuck_s:.1f} s; {self.limit_s:.1f} s is the limit,"
+                " and --step-limit-s sets the least it can be"
             )

@@ -237,6 +237,20 @@ def test_a_killed_rank_is_noticed_at_once_and_fails_the_next_step(folder):
     runner.ranks.close()
 
 
+def test_a_rank_that_dies_when_the_others_wait_to_meet_it_ends_the_start(folder, monkeypatch):
+    """Killed once it has said that it is ready: a library would wait for it for minutes."""
+    wait_until_ready = RankProcesses.wait_until_ready
+
+    def wait_and_kill(processes):
+        answers = wait_until_ready(processes)
+        os.kill(processes._processes[1].pid, signal.SIGKILL)
+        return answers
+
+    monkeypatch.setattr(RankProcesses, "wait_until_ready", wait_and_kill)
+    with pytest.raises(UnsupportedOptionError, match="rank 1 of the model ended with exit code -9"):
+        build_executor(folder, replace(OPTIONS, split="tensor", num_ranks=2))
+
+
 PRINTING_FOLLOWER = """
 import os, sys
 from oasst_worker.runtime import follow

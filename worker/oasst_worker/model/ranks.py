@@ -20,7 +20,7 @@ from oasst_worker.model.shared_memory import SharedMemory
 
 __all__ = ["ALONE", "Alone", "ConnectedRanks", "ExchangeError", "Ranks", "Share", "TrafficCount", "connect_ranks"]
 
-# Longer than any step may take; a rank that died is noticed at once, by its connections.
+# Longer than any step may take; once ranks have met, one that dies is noticed by its connections.
 _TIMEOUT = timedelta(minutes=10)
 
 # Numbers that are exchanged to see that they arrive: small ones, whose sums are exact in 16 bits too.

@@ -187,7 +187,7 @@ def _load_split(
     """Also how many bytes all ranks together have for what all have equal parts of."""
     opened = open_share(folder, options, share, progress)
     processes.wait_until_ready()
-    ranks = opened.connect(processes.meeting_file)
+    ranks = processes.while_they_live(lambda: opened.connect(processes.meeting_file))
     model = opened.load(ranks)
     of_others = map(int, processes.wait_until_ready())
     least = min(usable_bytes(model.device), *of_others)

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ from oasst_worker.model.ranks import ConnectedRanks
 
 __all__ = ["Command", "LostRankError", "RankProcesses", "SplitModel", "pack_rows", "read_command", "unpack_rows"]
 
+_T = TypeVar("_T")
+
 _ENDING_S = 5.0
+_NOTICED_S = 1.0  # From a process's end until its thread has seen it.
 # A folder of ours is made there, if it exists: files that ranks share are no disk's business.
 _IN_MEMORY = "/dev/shm"  # noqa: S108
 _HEADER = 2  # Words: the command, and how many words follow. A word is an int64.
@@ -84,6 +87,23 @@ class RankProcesses:
             if not answers[-1]:
                 raise LostRankError(f"rank {rank} of the model ended while it loaded; its own message is above")
         return answers
+
+    def while_they_live(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns, which waits for all ranks inside a library that is not told when one ends.
+
+        Raises:
+            LostRankError: if one has ended meanwhile. The work is left behind, in a thread of its own.
+        """
+        done: Future[_T] = Future()
+        threading.Thread(target=_complete, args=(done, work), name="meet-ranks", daemon=True).start()
+        either: list[Future[Any]] = [done, self.lost]
+        wait(either, return_when=FIRST_COMPLETED)
+        if not done.done():
+            self.lost.result()
+        if done.exception():  # Of a rank that ended, a library may hear before we do.
+            with suppress(TimeoutError):
+                self.lost.result(_NOTICED_S)
+        return done.result()
 
     def tell(self, command: Command, words: Sequence[int]) -> None:
         """
@@ -224,6 +244,13 @@ def unpack_rows(words: Sequence[int]) -> StepRows:
         first_row, count, start, num_prompt_rows, num_blocks = take(5)
         spans.append(AttentionSpan(first_row, count, start, num_prompt_rows, take(num_blocks)))
     return StepRows(token_ids, positions, cells, spans, drawing_rows)
+
+
+def _complete(done: "Future[_T]", work: Callable[[], _T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 def _known_rows(inputs: StepInputs) -> StepRows:

@@ -150,8 +150,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         if status.reason == UNFORESEEN:
             logger.error("failed rpc=%s", rpc, exc_info=error, extra=span.context.log_fields)
         else:
-            fields = (rpc, status.code.name, status.reason)
-            logger.info("refused rpc=%s code=%s reason=%s", *fields, extra=span.context.log_fields)
+            fields = (rpc, status.code.name, status.reason, status.metadata.get("cause", ""))
+            logger.info("refused rpc=%s code=%s reason=%s cause=%s", *fields, extra=span.context.log_fields)
 
 
 def _header(context: Context, name: str) -> str:

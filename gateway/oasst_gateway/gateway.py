@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from oasst_jobs import Inbox, QueueClient, QueueLimits, Submitter, Sweeper, UnsupportedServerError, connect
+from oasst_jobs import Durability, Inbox, QueueClient, QueueLimits, Submitter, Sweeper, UnsupportedServerError, connect
 from oasst_telemetry import Tracer, TracingError, start_tracer
 from prometheus_client import CollectorRegistry
 
@@ -121,6 +121,8 @@ async def running_gateway(
         )
         await monitor.wait_available(settings.redis_wait_s)
         await client.check_server()
+        if settings.durability is Durability.REPLICATED and not await client.least_replicas():
+            logger.warning("--durability replicated refuses every request while a server of the queue has no replica")
         watches = Watches(submitter, inbox)
         stack.push_async_callback(watches.aclose)
         open_requests = OpenRequests(settings.max_open_chats)
@@ -244,6 +246,7 @@ def _certificate(settings: GatewaySettings) -> ServerCertificate | None:
 
 def _secret(settings: GatewaySettings) -> bytes:
     if settings.resume_secret is None:
+        logger.warning("without --resume-secret, resume tokens of this process are good at no other")
         return secrets.token_bytes(32)
     return settings.resume_secret.get_secret_value().encode()
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from oasst.jobs.v1 import job_pb2
 
-from oasst_jobs.connection import RedisClient, check_server
+from oasst_jobs.connection import RedisClient, check_server, least_replicas
 from oasst_jobs.errors import QueueFullError, QueueUnavailableError, TenantFullError, TooMuchAheadError
 from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
@@ -60,6 +60,10 @@ class QueueClient:
         """
         await check_server(self.redis)
         await self.on_each_shard(lambda shard: shard.load())  # Loads the functions where they are missing.
+
+    async def least_replicas(self) -> int:
+        """How many replicas that server has which has the fewest."""
+        return await least_replicas(self.redis)
 
     async def enqueue(self, submission: Submission) -> Submitted:
         """Puts a job into its shard, which takes its part of what is allowed. Raises as Submitter.submit does."""

@@ -36,6 +36,7 @@ __all__ = [
     "ServerAddress",
     "check_server",
     "connect",
+    "least_replicas",
     "on_all_primaries",
     "send",
     "send_and_wait",
@@ -343,6 +344,15 @@ async def check_server(client: RedisClient) -> None:
     """
     for info in await on_all_primaries(client, "INFO", "server", "memory"):
         _check_info(info)
+
+
+async def least_replicas(client: RedisClient) -> int:
+    """How many replicas that server has which has the fewest.
+
+    Raises:
+        QueueUnavailableError: if one cannot be asked.
+    """
+    return min(int(info["connected_slaves"]) for info in await on_all_primaries(client, "INFO", "replication"))
 
 
 def _check_info(info: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import logging
 import pkgutil
 import threading
 import urllib.request
@@ -128,9 +129,23 @@ async def test_reflection_can_be_switched_off(model: ServedModel, valkey_url: st
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_while_the_queue_is_away_the_gateway_says_so_and_serves_again_by_itself(
-    model: ServedModel, valkey: ValkeyServer, gateway: Gateway, worker: RuleWorker
+async def test_a_gateway_warns_of_what_it_cannot_keep(
+    model: ServedModel, valkey_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    async with start_gateway(model, valkey_url, durability="replicated"):
+        pass
+    assert "while a server of the queue has no replica" in caplog.text
+    assert "resume tokens of this process are good at no other" in caplog.text
+    caplog.clear()
+    async with start_gateway(model, valkey_url, resume_secret="a secret of many"):
+        pass
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_while_the_queue_is_away_the_gateway_says_so_and_serves_again_by_itself(
+    model: ServedModel, valkey: ValkeyServer, gateway: Gateway, worker: RuleWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     watch = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == SERVING
     await gateway.chat.Chat(ask("Hello!"))
@@ -141,6 +156,7 @@ async def test_while_the_queue_is_away_the_gateway_says_so_and_serves_again_by_i
     assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "QUEUE_UNAVAILABLE")
     assert details.retry_after_s == 1.0
     assert details.pushback_ms == 1000
+    assert "reason=QUEUE_UNAVAILABLE cause=QUEUE_UNREACHABLE" in caplog.text
     assert (await watch.read()).status == NOT_SERVING
     assert await health_of(gateway, "oasst.v1.ModelService") == SERVING
     assert await health_of(gateway, "oasst.v1.ScoringService") == NOT_SERVING

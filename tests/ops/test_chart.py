@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from api_server import KINDS
 from helm_release import CHART, Release
 from kubernetes_validate.utils import schema_contents
+from oasst_client import Profile
 from yamllint import linter
 from yamllint.config import YamlLintConfig
 
@@ -266,6 +268,19 @@ def test_the_notes_name_services_that_exist(release: Release) -> None:
     services = {each["metadata"]["name"] for each in release.of_kind("Service")}
     assert set(re.findall(r"service/([\w-]+)", release.notes)) <= services
     assert re.search(r"dns:///([\w-]+)\.oasst:50051", release.notes)[1] in services
+
+
+def test_the_notes_name_what_a_caller_must_show(release: Release) -> None:
+    [gateway] = [pod["spec"]["containers"][0] for name, pod in release.pods().items() if name.endswith("gateway")]
+    given = {each["name"].removeprefix("OASST_GATEWAY_") for each in gateway["env"]}
+    shown = set(re.findall(r"OASST_(\w+)=", release.notes))
+    asked = {
+        "TLS_CERT": {"TLS", "TLS_SERVER_NAME", "TLS_CA_FILE"},
+        "TLS_CLIENT_CA": {"TLS_CERT_FILE", "TLS_KEY_FILE"},
+        "TENANTS": {"API_KEY"},
+    }
+    assert shown == {name for option, names in asked.items() if option in given for name in names}
+    assert {name.lower() for name in shown} <= {field.name for field in fields(Profile)}
 
 
 def test_the_chart_has_a_profile_for_each_way_to_run_it() -> None:

@@ -240,4 +240,13 @@ def test_no_room_for_a_cache_is_blamed_on_an_option_only_if_it_was_given(make_ch
 )
 def test_guesses_are_made_by_default_where_they_change_no_token(device, is_row_exact, expected):
     executor = SimpleNamespace(device=torch.device(device), is_row_exact=is_row_exact)
-    assert loading._default_speculation(executor) == expected
+    assert loading._speculation(None, executor) == expected
+
+
+@pytest.mark.parametrize(("asked", "is_row_exact", "warns"), [(4, False, True), (4, True, False), (0, False, False)])
+def test_guesses_that_may_change_a_token_are_made_where_they_are_asked_for_and_told_of(
+    asked, is_row_exact, warns, caplog
+):
+    executor = SimpleNamespace(device=torch.device("cuda"), is_row_exact=is_row_exact)
+    assert loading._speculation(asked, executor) == asked
+    assert ("may change an answer" in caplog.text) is warns

@@ -130,17 +130,23 @@ def _build_engine(
                 max_positions=config.max_positions,
                 max_sequences=settings.max_sequences,
                 step_tokens=settings.step_tokens,
-                speculate=_default_speculation(executor) if settings.speculate is None else settings.speculate,
+                speculate=_speculation(settings.speculate, executor),
             ),
         )
         on_failure.pop_all()
     return engine, executor.ranks
 
 
-def _default_speculation(executor: ModelRunner) -> int:
-    """Guesses may not change a token, and are not measured on a GPU."""
-    is_on_cpu = executor.device.type == "cpu"
-    return _CPU_SPECULATION if is_on_cpu and executor.is_row_exact else 0
+def _speculation(asked: int | None, executor: ModelRunner) -> int:
+    """Tokens guessed ahead, at most: as asked for.
+
+    Unset: none where a guess could change a token, and none on a GPU, where speculation has not been measured.
+    """
+    if asked is None:
+        return _CPU_SPECULATION if executor.device.type == "cpu" and executor.is_row_exact else 0
+    if asked and not executor.is_row_exact:
+        logger.warning("rows are not exact here: tokens guessed ahead may change an answer speculate=%d", asked)
+    return asked
 
 
 def _name_of(path_or_id: str) -> str:

@@ -152,8 +152,9 @@ class WorkerSettings(BaseSettings):
         None,
         ge=0,
         le=32,
-        description="Tokens guessed ahead for a choice in a step, at most; the answer stays the same. 0: none."
-        " Unset: 8 on a CPU whose rows stay exact, 0 on a GPU.",
+        description="Tokens guessed ahead for a choice in a step, at most. Where rows are exact the answer stays the"
+        " same. On a GPU it also turns off launching the next step ahead. 0: none. Unset: 8 on a CPU whose rows are"
+        " exact, otherwise 0.",
     )
     max_steps_ahead: int = Field(32, ge=1, description="Steps the engine may be ahead of the queue.")
     lease_s: float = Field(4.0, ge=0.1, le=120, description="How long a silent worker keeps its jobs.")

@@ -34,9 +34,8 @@ class _Guesses:
 class Speculator:
     """Decides how many tokens of which sequences are guessed, and learns from what becomes of them.
 
-    A guess pays where the tokens that it is expected to give outweigh the time it takes from all: its chance to be
-    right against the share of the step that is its row's. The more rows a step has, the surer a guess must be, so that
-    a loaded engine guesses only where text repeats itself.
+    A guess pays if its chance to be right exceeds the share of a step's time that its rows take; so the more rows a
+    step has, the surer a guess must be, and a loaded engine guesses only where text repeats itself.
     """
 
     def __init__(self, max_drafts: int, cost: StepCost) -> None:

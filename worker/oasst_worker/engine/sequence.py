@@ -117,7 +117,7 @@ class Sequence:
 
     @property
     def num_reusable(self) -> int:
-        """How many of its tokens need not be computed if they are known: the next one is drawn from the last."""
+        """How many of its tokens may be taken from the cache: all but the last, from whose logits the next is drawn."""
         return len(self._token_ids) - 1
 
     @property

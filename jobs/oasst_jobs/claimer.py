@@ -82,7 +82,7 @@ class Claimer:
         is_idle: bool = False,
         is_scoring: bool = False,
     ) -> list[ClaimedJob]:
-        """These jobs are this worker's now, in the queue's order.
+        """These jobs are this worker's now, in the queue's order, or those of a claim before whose answer was lost.
 
         `max_tokens` bounds the positions that all of them may come to hold: prompts, all tokens that every choice may
         generate, and `tokens_per_choice` more for each; `max_choices` bounds their choices. A job that does not fit is

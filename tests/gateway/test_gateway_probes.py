@@ -14,6 +14,7 @@ from oasst_gateway.health import Health
 from oasst_gateway.model import ServedModel
 from oasst_telemetry import Check
 from valkey_server import ValkeyServer
+from waiting import until
 
 
 def ask(gateway: Gateway, path: str) -> int:
@@ -25,9 +26,10 @@ def ask(gateway: Gateway, path: str) -> int:
 
 
 async def wait_until(gateway: Gateway, path: str, status: HTTPStatus) -> None:
-    async with asyncio.timeout(20):
-        while await asyncio.to_thread(ask, gateway, path) != status:  # noqa: ASYNC110 - an event of another thread
-            await asyncio.sleep(0.02)
+    async def is_answered() -> bool:
+        return await asyncio.to_thread(ask, gateway, path) == status
+
+    await until(is_answered, f"{path} to answer {status}")
 
 
 async def test_without_its_queue_a_gateway_is_alive_but_not_ready(gateway: Gateway, valkey: ValkeyServer) -> None:

@@ -16,6 +16,7 @@ from oasst_jobs import (
     TenantPolicy,
     job_size,
 )
+from waiting import until
 
 
 async def submit(submitter: Submitter, job: job_pb2.Job, **options):
@@ -95,8 +96,11 @@ async def test_another_worker_goes_on_after_the_last_item_that_was_scored(submit
     await submit(submitter, job)
     (first,) = await hasty_claimer.claim(max_jobs=1, max_tokens=100, is_scoring=True)
     await hasty_claimer.push([PushItem(job.job_id, first.fence, 0, make_scores(0, 2), renews=False)])
-    while not (await sweeper.sweep()).requeued:
-        pass
+
+    async def is_lost() -> bool:
+        return bool((await sweeper.sweep()).requeued)
+
+    await until(is_lost)
     (second,) = await claimer.claim(max_jobs=1, max_tokens=100, is_scoring=True)
     assert (second.end_position, second.attempt) == (2, 2)
     assert [score.logprob for entry in second.log for score in entry.scores] == [0, -1]

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from oasst_training.errors import CheckpointError, DivergedError, RecipeError
 from oasst_training.run import run_recipe
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
+from waiting import wait_until
 
 PATIENCE_S = 60
 NUM_STEPS = 13
@@ -75,7 +75,7 @@ def test_a_run_writes_a_model_its_history_and_the_recipe_as_it_was_used(train, t
     assert {path.name for path in run.iterdir()} == {
         *("recipe.json", "loss_curve.json", "loss_curve.png", "model"),
         *("checkpoint-00000009", "checkpoint-00000012"),
-    }, "save_total_limit keeps two checkpoints"
+    }  # save_total_limit keeps two checkpoints.
     assert GPTNeoXForCausalLM.from_pretrained(model).dtype == torch.float16
     assert len(AutoTokenizer.from_pretrained(model)) == tokenizer.get_vocab_size()
     assert json.loads((run / "recipe.json").read_text())["learning_rate"] == 1e-2
@@ -108,17 +108,15 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_history(command, train, tm
     keys = {"num_train_epochs": 16, "save_steps": 10, "eval_steps": 50, "save_total_limit": 1}
     killed = start(command(**keys))
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (tmp_path / "run" / "checkpoint-00000010").exists():
-            assert killed.poll() is None, killed.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        checkpoint = tmp_path / "run" / "checkpoint-00000010"
+        wait_until(lambda: checkpoint.exists() or killed.poll() is not None, "a checkpoint", PATIENCE_S)
+        assert checkpoint.exists(), killed.stderr.read()
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         killed.stderr.close()
     assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "run" / "model").exists(), "it was killed on the way"
+    assert not (tmp_path / "run" / "model").exists()  # It was killed on the way.
     resumed = train(resume=True, **keys)
     whole = train(output_dir=tmp_path / "whole", **keys)
     assert are_equal(resumed, whole)

@@ -105,15 +105,15 @@ async def _exits_by_itself(world: World, script: Script, *, within_s: float) -> 
     load.ask(script=script, at=world.dice.randint(1, 40), num_tokens=60)
     await until(lambda: list(world.folder.glob("once-*")), "the script to act")
     acted_s = world.strike(f"{script.name} in a step", min_flowing=4)
-    dead: list[ServiceProcess] = []
-    while not dead:
-        dead = [worker for worker in world.workers.values() if not worker.is_running]
-        await asyncio.sleep(0.02)
-        if time.monotonic() > acted_s + within_s:
-            raise AssertionError(f"no worker ended within {within_s:g} s after {script.name}")
+
+    def ended_workers() -> list[ServiceProcess]:
+        return [worker for worker in world.workers.values() if not worker.is_running]
+
+    await until(ended_workers, f"a worker to end after {script.name}", within_s)
     exited_s = time.monotonic() - acted_s
-    world.note(f"{dead[0].name} ended")
-    if await dead[0].wait() <= 0:
+    dead, *_ = ended_workers()
+    world.note(f"{dead.name} ended")
+    if await dead.wait() <= 0:
         raise AssertionError("the worker ended as if all were well")
     await load.ended()
     require_ends(load.transcripts)

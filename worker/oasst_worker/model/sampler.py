@@ -35,7 +35,6 @@ __all__ = [
     "SamplingRow",
     "SamplingSpec",
     "TokenLogprob",
-    "processed_probabilities",
     "uniform_for",
 ]
 
@@ -59,13 +58,8 @@ class Sampled:
     token_ids: list[int | None]
     # None where the row asked for none or drew nothing.
     logprobs: list[TokenLogprob | None]
-    # What the device told before anybody looked: another token where that did not decide the row.
+    # The device's first answer. In a row that it could not decide, this may differ from the token drawn.
     at_once: list[int]
-
-    @property
-    def bad_rows(self) -> list[int]:
-        """Rows that drew nothing."""
-        return [row for row, token_id in enumerate(self.token_ids) if token_id is None]
 
 
 class Sampler:
@@ -191,22 +185,6 @@ class _Logprobs:
             if token_id != at_once[row]:  # It took a closer look.
                 logprob = float(self._log_probabilities[place, token_id])
             yield row, TokenLogprob(logprob, alternatives[place])
-
-
-def processed_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Returns the distribution [rows, vocab] from which each row is drawn, by the plain path.
-
-    `logits` stay as they are. What a `Sampler` bans for all rows is not known here: name it in the rows.
-    """
-    logits = logits.clone()
-    penalize(logits, rows)
-    probabilities = torch.zeros_like(logits)
-    for of_row, scores, row in zip(probabilities, logits, rows, strict=True):
-        if is_greedy(row.params):
-            of_row[scores.argmax()] = 1.0
-        else:
-            of_row.copy_(warp(scores, row.params).softmax(dim=0))
-    return probabilities
 
 
 def _is_drawable(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.checkpoints import random_checkpoint
 from bench.options import Measured, Options
-from bench.turns import Ratio, paired_ratio, rotated
+from bench.turns import Ratio, paired_ratio, turns
 
 __all__ = ["LoadingRow", "loading_table", "measure"]
 
@@ -53,11 +53,10 @@ def _measure(folder: Path, rounds: int) -> list[LoadingRow]:
     rows = []
     for is_cached in (False, True):
         measured: dict[Callable[[Path], float], list[tuple[float, float]]] = {way: [] for way in (_read, *_WAYS)}
-        for number in range(rounds):
-            for way in rotated(list(measured), number):
-                if not is_cached:
-                    _drop(files)
-                measured[way].append(_in_a_process(way, folder))
+        for _, way in turns(list(measured), rounds, warms_up=False):
+            if not is_cached:
+                _drop(files)
+            measured[way].append(_in_a_process(way, folder))
         seconds = {way: [took_s for took_s, _ in figures] for way, figures in measured.items()}
         rows += [
             LoadingRow(

@@ -30,7 +30,7 @@ from transformers import Trainer as TheirTrainer
 
 from bench.checkpoints import DEMO, SHAPES, VOCAB_SIZE
 from bench.options import Measured, Options
-from bench.turns import Ratio, paired_ratio, rotated
+from bench.turns import Ratio, paired_ratio, turns
 
 __all__ = ["OURS", "THEIRS", "TrainingRow", "measure", "training_table"]
 
@@ -62,11 +62,10 @@ def measure(options: Options) -> Measured:
 def _measure(shape: str, *, steps: int, rounds: int) -> TrainingRow:
     """The systems take turns, round by round."""
     runs: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
-    for number in range(rounds):
-        for system in rotated([OURS, THEIRS], number):
-            command = [sys.executable, "-m", "bench.training", system, shape, str(steps)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-            runs[system].append(json.loads(output.splitlines()[-1]))
+    for _, system in turns([OURS, THEIRS], rounds, warms_up=False):  # Each run leaves out its first steps.
+        command = [sys.executable, "-m", "bench.training", system, shape, str(steps)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        runs[system].append(json.loads(output.splitlines()[-1]))
 
     def medians(figure: str) -> dict[str, float]:
         return {system: statistics.median(result[figure] for result in results) for system, results in runs.items()}

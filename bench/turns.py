@@ -2,14 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-__all__ = ["PAUSE_S", "Ratio", "median_of", "paired_ratio", "rotated", "take_turns", "timed"]
+__all__ = ["Ratio", "median_of", "paired_ratio", "take_turns", "timed", "turns"]
 
 # Threads of the system before keep a processor busy for a while after its answer.
-PAUSE_S = 0.3
+_PAUSE_S = 0.3
 
 _Name = TypeVar("_Name")
 _Result = TypeVar("_Result")
@@ -32,20 +32,26 @@ class Ratio:
         return format(self)
 
 
-def take_turns(
-    systems: Mapping[_Name, Callable[[int], _Result]], rounds: int, *, pause_s: float = PAUSE_S
-) -> dict[_Name, list[_Result]]:
-    """What each system gave in each round, whose number it is told.
-
-    Another one is first each time. Round -1 warms up: what it gives is left out.
-    """
-    given: dict[_Name, list[_Result]] = {name: [] for name in systems}
-    for number in range(-1, rounds):
-        for name in rotated(list(systems), number):
+def turns(
+    names: Sequence[_Name], rounds: int, *, warms_up: bool = True, pause_s: float = _PAUSE_S
+) -> Iterator[tuple[int, _Name]]:
+    """Each round's number and whose turn it is, after a pause. Another one is first each time; round -1 warms up."""
+    for number in range(-1 if warms_up else 0, rounds):
+        first = number % len(names) if names else 0
+        for name in (*names[first:], *names[:first]):
             time.sleep(pause_s)
-            result = systems[name](number)
-            if number >= 0:
-                given[name].append(result)
+            yield number, name
+
+
+def take_turns(
+    systems: Mapping[_Name, Callable[[int], _Result]], rounds: int, *, pause_s: float = _PAUSE_S
+) -> dict[_Name, list[_Result]]:
+    """What each system gave in each round, whose number it is told; what the warm-up gave is left out."""
+    given: dict[_Name, list[_Result]] = {name: [] for name in systems}
+    for number, name in turns(list(systems), rounds, pause_s=pause_s):
+        result = systems[name](number)
+        if number >= 0:
+            given[name].append(result)
     return given
 
 
@@ -68,9 +74,3 @@ def median_of(rows: Sequence[_Row]) -> _Row:
     numbers = {field.name: [getattr(row, field.name) for row in rows] for field in fields(first)}
     differing = {name: of_one for name, of_one in numbers.items() if len(set(of_one)) > 1}
     return replace(first, **{name: statistics.median(of_one) for name, of_one in differing.items()})
-
-
-def rotated(names: list[_Name], number: int) -> list[_Name]:
-    """The same names, another one first for each number."""
-    first = number % len(names) if names else 0
-    return names[first:] + names[:first]

@@ -1,12 +1,11 @@
 """Systems take turns at the same prompts; what each generated is compared before its time counts."""
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.peers.asking import Answer, PeerError, PeerProcess
-from bench.turns import PAUSE_S, rotated
+from bench.turns import turns
 
 __all__ = ["Cell", "Figure", "Missing", "agreement", "measure_cell"]
 
@@ -69,18 +68,16 @@ def measure_cell(
     new_tokens = len(reference[0])
     answers: dict[str, list[Answer]] = {system: [] for system in systems}
     failed: dict[str, str] = {}
-    for number in range(-1, rounds):
-        for system in rotated(list(systems), number):
-            if system in failed:
-                continue
-            time.sleep(PAUSE_S)
-            try:
-                if number < 0:
-                    systems[system].ask(prompts, min(WARM_UP_TOKENS, new_tokens))
-                else:
-                    answers[system].append(systems[system].ask(prompts, new_tokens))
-            except PeerError as error:
-                failed[system] = str(error)
+    for number, system in turns(list(systems), rounds):
+        if system in failed:
+            continue
+        try:
+            if number < 0:
+                systems[system].ask(prompts, min(WARM_UP_TOKENS, new_tokens))
+            else:
+                answers[system].append(systems[system].ask(prompts, new_tokens))
+        except PeerError as error:
+            failed[system] = str(error)
     figures = [_figure(cell, system, answers[system], reference) for system in systems if system not in failed]
     where = f"{cell.shape} {cell.dtype}, from {cell.concurrent} concurrent on"
     return figures, [Missing(system, where, reason) for system, reason in failed.items()]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bench.turns import Ratio, median_of, paired_ratio, take_turns
+from bench.turns import Ratio, median_of, paired_ratio, take_turns, turns
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ def test_another_system_is_first_in_each_round_and_the_first_round_warms_up():
     given = take_turns({name: turn_of(name) for name in "ab"}, 2, pause_s=0.0)
     assert given == {"a": ["a0", "a1"], "b": ["b0", "b1"]}
     assert order == [(-1, "b"), (-1, "a"), (0, "a"), (0, "b"), (1, "b"), (1, "a")]
+
+
+def test_who_warms_up_by_itself_needs_no_round_for_it():
+    order = list(turns("ab", 2, warms_up=False, pause_s=0.0))
+    assert order == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
 
 
 def test_a_ratio_is_taken_round_by_round():

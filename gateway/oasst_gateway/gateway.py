@@ -99,7 +99,8 @@ async def running_gateway(
             max_waiting_tokens=settings.max_waiting_tokens,
             retention_s=settings.retention_s,
         )
-        submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits, durability=settings.durability)
+        durability = Durability(settings.durability)
+        submitter = Submitter(client, gateway_id=settings.gateway_id, limits=limits, durability=durability)
         failures = metrics.loop_failures
         inbox = Inbox(
             client,
@@ -121,7 +122,7 @@ async def running_gateway(
         )
         await monitor.wait_available(settings.redis_wait_s)
         await client.check_server()
-        if settings.durability is Durability.REPLICATED and not await client.least_replicas():
+        if durability is Durability.REPLICATED and not await client.least_replicas():
             logger.warning("--durability replicated refuses every request while a server of the queue has no replica")
         watches = Watches(submitter, inbox)
         stack.push_async_callback(watches.aclose)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from oasst_jobs import Durability, ServerAddress
+from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
 from oasst_telemetry import LogFormat, parse_address
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
@@ -79,8 +79,8 @@ class GatewaySettings(BaseSettings):
         "redis://127.0.0.1:6379/0", description="Where the queue is."
     )
     queue_shards: int = Field(1, ge=1, le=1024, description="Parts of the queue; the same for all its processes.")
-    durability: Durability = Field(
-        Durability.LOCAL, description="Whether a request is accepted once Redis has it, or once a replica has it too."
+    durability: Literal["local", "replicated"] = Field(
+        "local", description="Whether a request is accepted once Redis has it, or once a replica has it too."
     )
     listen: Address = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC server; port 0 takes a free one.")
     metrics: bool = Field(True, description="Whether metrics and probes are served.")
@@ -149,7 +149,7 @@ class GatewaySettings(BaseSettings):
         "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: LogFormat = Field(LogFormat.TEXT, description="How log lines are written.")
+    log_format: LogFormat = Field("text", description="How log lines are written.")
     otlp_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = Field(
         default_factory=_standard_endpoint,
         description="Traces go to this OTLP receiver by gRPC: http://HOST:PORT, or https://. Unset: what"

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from datetime import UTC, datetime
-from enum import StrEnum
+from typing import Literal
 
 __all__ = ["JsonFormatter", "LogFormat", "TextFormatter", "log_to_stderr"]
 
@@ -20,10 +20,7 @@ __all__ = ["JsonFormatter", "LogFormat", "TextFormatter", "log_to_stderr"]
 _FIELD = re.compile(r"\s*(\w+)=%[-#0 +]*\d*(?:\.\d+)?[a-z]")
 _PLAIN_TYPES = (str, int, float, bool, type(None))
 
-
-class LogFormat(StrEnum):
-    TEXT = "text"
-    JSON = "json"
+LogFormat = Literal["text", "json"]
 
 
 class TextFormatter(logging.Formatter):
@@ -61,7 +58,7 @@ class JsonFormatter(logging.Formatter):
 def log_to_stderr(*, level: str, log_format: LogFormat) -> None:
     """What the process logs from now on goes to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 

@@ -154,6 +154,7 @@ async def test_an_unknown_option_stops_the_start_with_one_sentence_on_stderr():
         (["--model", "x", "--metrics-listen", "9000"], "--metrics-listen: must be HOST:PORT"),
         (["--model", "x", "--kv-tokens", "0"], "--kv-tokens: Input should be greater than or equal to 1"),
         (["--model", "x", "--dtype", "int8"], "--dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (["--model", "x", "--log-format", "JSON"], "--log-format: Input should be 'text' or 'json'"),
     ],
 )
 def test_a_bad_option_is_named_in_a_sentence(arguments, sentence):

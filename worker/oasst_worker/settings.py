@@ -165,7 +165,7 @@ class WorkerSettings(BaseSettings):
         "", description="For tests: where this process dies, hangs or fails, as NAME=ACTION[@TIME],..."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: LogFormat = Field(LogFormat.TEXT, description="How log lines are written.")
+    log_format: LogFormat = Field("text", description="How log lines are written.")
     otlp_endpoint: Annotated[str | None, AfterValidator(_check_endpoint)] = Field(
         default_factory=_standard_endpoint,
         description="Traces go to this OTLP receiver by gRPC: http://HOST:PORT, or https://. Unset: what"

@@ -26,10 +26,9 @@ LogFormat = Literal["text", "json"]
 class TextFormatter(logging.Formatter):
     """Time in UTC, level, logger, event, fields; the trace last, where there is one."""
 
-    converter = time.gmtime
-
     def __init__(self) -> None:
         super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+        self.converter = time.gmtime
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
         line = super().formatMessage(record)

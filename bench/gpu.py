@@ -37,8 +37,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from bench.checkpoints import VOCAB_SIZE, random_prompts
 from bench.engine import OURS, EngineRow, compare_systems, engine_table
-from bench.greedy import generate_greedily
-from bench.interference import UNPACED
+from bench.greedy import UNPACED, decode_steps, generate_greedily, num_decoded
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
 from bench.profile import fastest
@@ -389,21 +388,11 @@ def _decode_steps(
     model: NeoX, batch: int, context: int, steps: int, looks_ahead: bool | None = None
 ) -> list[tuple[float, StepWork]]:
     """So many steps of sequences that decode and do nothing else, each with its seconds."""
-    # While the last prompts come in the first sequences decode.
-    prefill_steps = -(-batch * context // STEP_TOKENS)
-    new_tokens = prefill_steps + steps + 2
-    runner = _runner(model, batch * (-(-(context + new_tokens) // BLOCK_SIZE) + 1), batch, looks_ahead)
-    engine = Engine(runner, _engine_config(model, batch))
-    for number, prompt in enumerate(random_prompts(batch, context, model.config.vocab_size)):
-        engine.add(Sequence(str(number), prompt, _params(new_tokens)))
-    while engine.last_batch.num_tokens != batch or engine.num_waiting:
-        engine.step()
-    measured = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        engine.step()
-        measured.append((time.perf_counter() - start, work_of(engine.last_batch)))
-    return measured
+    prompts = random_prompts(batch, context, model.config.vocab_size)
+    config = _engine_config(model, batch)
+    blocks_each = -(-(context + num_decoded(config, prompts, steps)) // BLOCK_SIZE) + 1
+    runner = _runner(model, batch * blocks_each, batch, looks_ahead)
+    return [(step_s, work_of(computed)) for step_s, computed in decode_steps(runner, config, prompts, steps)]
 
 
 def _prefill_s(model: NeoX, length: int) -> float:

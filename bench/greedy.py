@@ -1,11 +1,16 @@
 """The engine alone, asked for greedy answers."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sequence
 from oasst_worker.runtime import ModelRunner
 
-__all__ = ["generate_greedily"]
+__all__ = ["UNPACED", "decode_steps", "generate_greedily", "num_decoded"]
+
+# As `max_slowdown`: a prompt gets the whole step.
+UNPACED = 1e6
 
 
 def generate_greedily(
@@ -15,9 +20,7 @@ def generate_greedily(
     engine = Engine(runner, config)
     start = time.perf_counter()
     first_s = 0.0
-    for number, prompt in enumerate(prompts):
-        params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        engine.add(Sequence(str(number), prompt, params))
+    _add(engine, prompts, new_tokens)
     tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
     while engine.has_work():
         for output in engine.step():
@@ -25,3 +28,31 @@ def generate_greedily(
             if output.token_id is not None:
                 tokens[output.sequence_id].append(output.token_id)
     return list(tokens.values()), first_s
+
+
+def decode_steps(
+    runner: ModelRunner, config: EngineConfig, prompts: list[list[int]], num_steps: int
+) -> Iterator[tuple[float, Batch]]:
+    """Seconds and batch of so many steps in which every prompt's sequence decodes and nothing else is computed.
+
+    Prompts come in unpaced. The first such step is left out: on a GPU it makes what those of its size need.
+    """
+    engine = Engine(runner, replace(config, max_slowdown=UNPACED))
+    _add(engine, prompts, num_decoded(config, prompts, num_steps))
+    while engine.last_batch.num_tokens != len(prompts) or engine.num_waiting:
+        engine.step()
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        engine.step()
+        yield time.perf_counter() - start, engine.last_batch
+
+
+def num_decoded(config: EngineConfig, prompts: list[list[int]], num_steps: int) -> int:
+    """The most tokens that `decode_steps` generates for a sequence: the first decode while the last prompts come in."""
+    return -(-sum(map(len, prompts)) // config.step_tokens) + num_steps + 2
+
+
+def _add(engine: Engine, prompts: list[list[int]], new_tokens: int) -> None:
+    params = GenerationParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts):
+        engine.add(Sequence(str(number), prompt, params))

@@ -11,13 +11,11 @@ from oasst_worker.runtime import RuntimeOptions, build_executor
 from rich.table import Table
 
 from bench.checkpoints import random_prompts
+from bench.greedy import UNPACED
 from bench.options import Measured, Options
 from bench.turns import Ratio, paired_ratio, take_turns
 
-__all__ = ["UNPACED", "InterferenceRow", "interference_table", "measure"]
-
-# As `max_slowdown`: a prompt gets the whole step.
-UNPACED = 1e6
+__all__ = ["InterferenceRow", "interference_table", "measure"]
 
 _CHECKPOINT = "160m"
 _LONG_PROMPT = 2000

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import Batch, EngineConfig
 from oasst_worker.model.attention import INT8, Attend, build_attention, kv_bytes
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.checkpoints import random_prompts
+from bench.greedy import decode_steps, num_decoded
 from bench.options import Measured, Options
 from bench.turns import timed
 
@@ -118,7 +119,7 @@ def _measure_checkpoint(name: str, folder: Path, roofline: Roofline, options: Op
         make_timed = clock.linears(numbers.make_linear, config.vocab_size)
         apart = NeoX(config, weights, make_timed, clock.attention(make_attention))
         for concurrent in options.concurrent:
-            step_s = min(_decode_steps(served, concurrent, context, rounds))
+            step_s = min(step_s for steps in _decoding(served, concurrent, context, rounds) for step_s, _ in steps)
             floor_s = _floor_s(config, roofline, numbers, concurrent, context)
             operators = _operators_ms(apart, clock, concurrent, context, rounds)
             rows.append(ProfileRow(name, path, concurrent, context, step_s * 1e3, operators, floor_s * 1e3))
@@ -194,40 +195,29 @@ class _TimedAttention:
         return self._clock.time("attention", self._attention.prepare(inputs))
 
 
-def _decode_steps(model: NeoX, concurrent: int, context: int, rounds: int) -> Iterator[float]:
-    """The seconds of each step of so many rounds that decodes and does nothing else."""
-    blocks = concurrent * (-(-(context + _STEPS) // BLOCK_SIZE) + 1)
-    runner = ModelRunner(model, num_blocks=blocks)
-    for _ in range(rounds):
-        yield from _decode_once(runner, model, concurrent, context)
-
-
-def _decode_once(runner: ModelRunner, model: NeoX, concurrent: int, context: int) -> Iterator[float]:
+def _decoding(model: NeoX, concurrent: int, context: int, rounds: int) -> Iterator[Iterator[tuple[float, Batch]]]:
+    """So many rounds of steps that decode and do nothing else."""
+    prompts = random_prompts(concurrent, context, model.config.vocab_size)
     config = EngineConfig(0, model.config.max_positions, max_sequences=concurrent, step_tokens=concurrent * context)
-    engine = Engine(runner, config)
-    params = GenerationParams(max_new_tokens=_STEPS + 1, temperature=0.0, ignore_eos=True)
-    for number, prompt in enumerate(random_prompts(concurrent, context, model.config.vocab_size)):
-        engine.add(Sequence(str(number), prompt, params))
-    engine.step()  # Prefills all of them.
-    while engine.has_work():
-        start = time.perf_counter()
-        engine.step()
-        yield time.perf_counter() - start
+    blocks_each = -(-(context + num_decoded(config, prompts, _STEPS)) // BLOCK_SIZE) + 1
+    runner = ModelRunner(model, num_blocks=concurrent * blocks_each)
+    for _ in range(rounds):
+        yield decode_steps(runner, config, prompts, _STEPS)
 
 
 def _operators_ms(model: NeoX, clock: _Clock, concurrent: int, context: int, rounds: int) -> dict[str, float]:
     """The fastest step's, with what is neither of them as the rest."""
     fastest, operators = float("inf"), {}
-    running = _decode_steps(model, concurrent, context, rounds)
-    while True:
+    for steps in _decoding(model, concurrent, context, rounds):
+        next(steps)  # Until here the clock ran for the prompts as well.
         clock.seconds = {}
-        step_s = next(running, None)
-        if step_s is None:
-            return operators
-        if step_s < fastest:
-            fastest = step_s
-            operators = {kind: seconds * 1e3 for kind, seconds in clock.seconds.items()}
-            operators["rest"] = step_s * 1e3 - sum(operators.values())
+        for step_s, _ in steps:
+            if step_s < fastest:
+                fastest = step_s
+                operators = {kind: seconds * 1e3 for kind, seconds in clock.seconds.items()}
+                operators["rest"] = step_s * 1e3 - sum(operators.values())
+            clock.seconds = {}
+    return operators
 
 
 def _floor_s(config: NeoXConfig, roofline: Roofline, numbers: Numbers, concurrent: int, context: int) -> float:

@@ -1,19 +1,21 @@
 """A model over two processes on a CPU: what a step exchanges, and what it takes beside one process."""
 
 import statistics
-import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import EngineConfig
 from oasst_worker.model.config import NeoXConfig, load_config
+from oasst_worker.model.ranks import TrafficCount
 from oasst_worker.runtime import ModelRunner, RuntimeOptions, build_executor
 from rich.table import Table
 
 from bench.checkpoints import random_prompts
+from bench.greedy import decode_steps
 from bench.options import Measured, Options
+from bench.turns import Ratio, paired_ratio, take_turns
 
 __all__ = ["ShardsRow", "measure", "shards_table"]
 
@@ -28,12 +30,12 @@ class ShardsRow:
 
     checkpoint: str
     concurrent: int
-    num_exchanges: float  # In a step.
+    num_exchanges: int  # In a step.
     exchanged_kb: float  # In a step, given by the first rank.
     fewest_kb: float  # A sum of rows for each layer and one for the embedding, and a part of the logits.
     one_process_ms: float  # With a thread for each rank that the other has.
     ranks_ms: float
-    overhead: float  # Of the ranks' time over one process's, from pairs of steps. An ideal split has 1.
+    overhead: Ratio  # Of the ranks' time over one process's, medians of a round's steps. An ideal split has 1.
 
 
 def measure(options: Options) -> Measured:
@@ -42,7 +44,7 @@ def measure(options: Options) -> Measured:
 
 
 def _measure_checkpoint(name: str, folder: Path, options: Options) -> list[ShardsRow]:
-    """Two ranks of one thread each beside one process of two, step by step in turn."""
+    """Two ranks of one thread each beside one process of two."""
     concurrencies, context, rounds = options.concurrent, options.prompt_tokens, options.rounds
     config = load_config(folder)
     runtime = RuntimeOptions(
@@ -71,12 +73,12 @@ def shards_table(rows: list[ShardsRow]) -> Table:
         table.add_row(
             row.checkpoint,
             str(row.concurrent),
-            f"{row.num_exchanges:.0f}",
+            str(row.num_exchanges),
             f"{row.exchanged_kb:.0f}",
             f"{row.fewest_kb:.0f}",
             f"{row.one_process_ms:.2f}",
             f"{row.ranks_ms:.2f}",
-            f"{row.overhead:.2f}",
+            str(row.overhead),
         )
     return table
 
@@ -90,45 +92,35 @@ def _measure(
     context: int,
     rounds: int,
 ) -> ShardsRow:
-    alone_s, split_s = [], []
-    num_exchanges = num_bytes = 0
-    for _ in range(rounds):
-        of_alone = _prefill(alone, config, concurrent, context)
-        of_split = _prefill(split, config, concurrent, context)
-        before = replace(split.model.traffic)
-        while of_split.has_work():
-            alone_s.append(_step(of_alone, threads=_RANKS))
-            split_s.append(_step(of_split, threads=1))
-        num_exchanges += split.model.traffic.num_exchanges - before.num_exchanges
-        num_bytes += split.model.traffic.num_bytes - before.num_bytes
+    prompts = random_prompts(concurrent, context, config.vocab_size)
+    engine_config = EngineConfig(config.eos_token_id, config.max_positions, concurrent, concurrent * context)
+
+    def step_s(runner: ModelRunner, threads: int) -> float:
+        """The median of some steps, by so many threads of this process."""
+        torch.set_num_threads(threads)
+        return statistics.median(seconds for seconds, _ in decode_steps(runner, engine_config, prompts, _STEPS))
+
+    turns = take_turns({"alone": lambda _: step_s(alone, _RANKS), "ranks": lambda _: step_s(split, 1)}, rounds)
+    exchanged = _exchanged(split, engine_config, prompts)
     sums = config.num_layers * (1 if config.parallel_residual else 2) + 1
     fewest = concurrent * _ITEM_BYTES * (sums * config.hidden_size + -(-config.vocab_size // _RANKS))
     return ShardsRow(
         name,
         concurrent,
-        num_exchanges / len(split_s),
-        num_bytes / len(split_s) / 1e3,
+        exchanged.num_exchanges,
+        exchanged.num_bytes / 1e3,
         fewest / 1e3,
-        statistics.median(alone_s) * 1e3,
-        statistics.median(split_s) * 1e3,
-        statistics.median(ranks_s / one_s for ranks_s, one_s in zip(split_s, alone_s, strict=True)),
+        statistics.median(turns["alone"]) * 1e3,
+        statistics.median(turns["ranks"]) * 1e3,
+        paired_ratio(turns["ranks"], turns["alone"]),
     )
 
 
-def _prefill(runner: ModelRunner, config: NeoXConfig, concurrent: int, context: int) -> Engine:
-    """What is left is to decode, for so many sequences."""
-    step_tokens = concurrent * context
-    engine = Engine(runner, EngineConfig(config.eos_token_id, config.max_positions, concurrent, step_tokens))
-    params = GenerationParams(max_new_tokens=_STEPS + 1, temperature=0.0, ignore_eos=True)
-    for number, prompt in enumerate(random_prompts(concurrent, context, config.vocab_size)):
-        engine.add(Sequence(str(number), prompt, params))
-    engine.step()
-    return engine
-
-
-def _step(engine: Engine, *, threads: int) -> float:
-    """The seconds of a step, by so many threads of this process."""
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    engine.step()
-    return time.perf_counter() - start
+def _exchanged(split: ModelRunner, config: EngineConfig, prompts: list[list[int]]) -> TrafficCount:
+    """In a step: all exchange the same."""
+    steps = decode_steps(split, config, prompts, 2)
+    next(steps)
+    before = replace(split.model.traffic)
+    next(steps)
+    after = split.model.traffic
+    return TrafficCount(after.num_exchanges - before.num_exchanges, after.num_bytes - before.num_bytes)

@@ -245,7 +245,7 @@ def _error_class(code: grpc.StatusCode, reason: str, retry_after_s: float | None
 
 
 def _pushback_s(metadata: Iterable[tuple[str, str | bytes]]) -> float | None:
-    """When to come back, in gRPC's own way of telling it, for servers and proxies that know no other."""
+    """When to retry, in gRPC's own way of telling it, for servers and proxies that know no other."""
     told = next((str(value) for key, value in metadata if key == _PUSHBACK_KEY), "")
     return int(told) / 1000 if told.isdecimal() else None
 

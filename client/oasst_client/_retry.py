@@ -101,7 +101,7 @@ class Attempts:
     def _delay_s(self, error: APIError) -> float:
         """What the server told, and if it told nothing a growing delay that no two clients share.
 
-        Told to come back at once, we do so once: whoever is told so again and again is in somebody's way.
+        Told to retry at once, we do so once: whoever is told so again and again is in somebody's way.
         """
         if error.retry_after_s or (error.retry_after_s is not None and self._num_failures == 1):
             return error.retry_after_s
@@ -124,7 +124,7 @@ def is_transient(error: APIError) -> bool:
     """Whether the same call may succeed later.
 
     A cancellation without a reason is none that anybody asked for: a gRPC server that stops answers so what it had not
-    yet accepted (https://github.com/grpc/grpc/issues/41785). A refusal that tells no time to come back is for good.
+    yet accepted (https://github.com/grpc/grpc/issues/41785). A refusal that tells no time to retry is for good.
     """
     match error:
         case UnavailableError():

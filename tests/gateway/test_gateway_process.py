@@ -16,7 +16,7 @@ import pytest
 from gateway_harness import ask, read_text, rule_text
 from oasst.v1 import chat_pb2, chat_pb2_grpc
 from oasst_gateway.errors import StartError
-from oasst_gateway.settings import read_settings
+from oasst_gateway.settings import read_settings, unread_variables
 from serving_line import read_serving_line
 from waiting import until, wait_until
 
@@ -178,6 +178,16 @@ def test_a_bad_option_is_named(arguments: list[str], sentence: str) -> None:
     with pytest.raises(StartError) as refused:
         read_settings(arguments)
     assert str(refused.value) == sentence
+
+
+def test_a_mistyped_variable_is_named_with_the_one_that_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OASST_GATEWAY_MAX_CHOICE", "3")
+    monkeypatch.setenv("OASST_GATEWAY_PORT_50051_TCP", "tcp://10.0.0.1:50051")
+    with pytest.raises(StartError, match="^OASST_GATEWAY_MAX_CHOICE is no option; did you mean OASST_GATEWAY_MAX_CHO"):
+        read_settings(["--model", "m"])
+    monkeypatch.delenv("OASST_GATEWAY_MAX_CHOICE")
+    read_settings(["--model", "m"])
+    assert unread_variables() == ["OASST_GATEWAY_PORT_50051_TCP"]
 
 
 def test_options_come_from_the_environment_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:

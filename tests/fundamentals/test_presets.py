@@ -1,3 +1,5 @@
+"""The presets of sampling: Open-Assistant's own, in words that the API has."""
+
 import pytest
 from oasst.presets import PRESETS
 from oasst.v1 import generation_pb2

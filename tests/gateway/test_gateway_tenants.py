@@ -1,5 +1,9 @@
 """Who callers are, what they may do, and that nobody learns of another's requests."""
 
+import base64
+import hashlib
+import hmac
+import json
 import subprocess
 import sys
 import time
@@ -13,6 +17,7 @@ from certificates import Authority
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from gateway_harness import Gateway, RuleWorker, ask, details_of, rule_text, start_gateway
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2
 from oasst_client import AsyncClient, PermissionDeniedError, Tls, UnauthenticatedError, UnavailableError
 from oasst_gateway.errors import StartError
@@ -184,10 +189,6 @@ def test_a_token_must_be_signed_current_ours_and_name_a_tenant(tenants_file: Pat
 
 def _signed_by_hmac(secret: str) -> str:
     """What an attacker makes, whose library does not refuse to."""
-    import base64
-    import hashlib
-    import hmac
-    import json
 
     def encoded(data: bytes) -> str:
         return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -361,8 +362,6 @@ async def test_a_tenants_weight_goes_with_its_jobs(
 
 
 async def test_with_tenants_the_server_does_not_describe_itself_to_strangers(guarded: Gateway) -> None:
-    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
     call = reflection_pb2_grpc.ServerReflectionStub(guarded.channel).ServerReflectionInfo()
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -1,3 +1,5 @@
+"""Blocks of the KV cache: lists of them grow, are shared by what begins alike, and give up the least used."""
+
 import random
 
 import pytest

@@ -42,7 +42,7 @@ def test_deleted_and_synthetic_messages_are_not_learned(trees_path):
 
 
 def test_trees_that_are_unfinished_refused_or_in_another_language_are_left_out(trees_path):
-    assert len(list(read_threads(trees_path, ["en"]))) == 3, "the sky, hello, and a prompt without an answer"
+    assert len(list(read_threads(trees_path, ["en"]))) == 3  # The sky, hello, and a prompt without an answer.
     assert len(list(read_threads(trees_path, ["de", "en"]))) == 4
     assert list(read_threads(trees_path, ["fr"])) == []
 
@@ -141,7 +141,7 @@ def test_a_split_is_the_same_each_time_and_loses_nothing():
     assert (training, validation) == split(range(200), 0.05)
     assert len(validation) == 10
     assert sorted(training + validation) == list(range(200))
-    assert validation != sorted(validation), "drawn at random"
+    assert validation != sorted(validation)  # Drawn at random.
     assert split([], 0.05) == ([], [])
     assert split([1], 0.0) == ([1], [])
 

@@ -103,5 +103,5 @@ def test_its_config_names_the_ids_that_its_tokenizer_has(demo_checkpoint, demo_t
     assert config["max_position_embeddings"] == 2048
     assert config["bos_token_id"] == config["eos_token_id"] == END_OF_TEXT_ID
     assert demo_tokenizer.token_to_id(ControlToken.END_OF_TEXT.value) == END_OF_TEXT_ID
-    assert config["vocab_size"] > demo_tokenizer.get_vocab_size(), "there are padding rows"
+    assert config["vocab_size"] > demo_tokenizer.get_vocab_size()  # There are padding rows.
     assert len(AutoTokenizer.from_pretrained(demo_checkpoint)) == demo_tokenizer.get_vocab_size()

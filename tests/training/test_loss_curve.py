@@ -45,7 +45,7 @@ def test_the_picture_shows_training_and_every_evaluated_set(curve):
     mean = shown["training, running mean"]
     assert mean[0] == 5
     assert mean == sorted(mean, reverse=True)
-    assert mean[-1] > curve.steps[-1].loss, "it lags behind"
+    assert mean[-1] > curve.steps[-1].loss  # It lags behind.
     assert list(rate.lines[0].get_ydata()) == [1e-3] * 100
 
 

@@ -34,7 +34,8 @@ def test_a_key_left_out_has_the_value_of_the_originals_defaults(recipes_path):
     written = load_recipe(recipes_path, ["base"], ["datasets=[alpaca]", "model_name=base"])
     left_out = Recipe(model_name="base", datasets=[AlpacaSpec()])
     differing = {name for name, value in left_out if value != getattr(written, name)}
-    assert differing == {"deepspeed_config", "log_wandb", "system_prefix"}, "keys that change nothing by themselves"
+    # Keys that change nothing by themselves.
+    assert differing == {"deepspeed_config", "log_wandb", "system_prefix"}
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_fewer_rows_than_a_micro_batch_are_repeated():
 def test_the_rate_rises_with_the_logarithm_then_falls_in_a_line_to_nothing():
     factors = [learning_rate_factor(step, num_warmup_steps=100, num_steps=1100) for step in range(1101)]
     assert factors[0] == 0
-    assert factors[9] == pytest.approx(0.5), "log 10 / log 100"
+    assert factors[9] == pytest.approx(0.5)  # log 10 / log 100
     assert factors[99] == pytest.approx(1.0)
     assert factors[100] == 1
     assert factors[600] == pytest.approx(0.5)

@@ -84,7 +84,7 @@ def test_a_step_is_the_mean_of_its_micro_batches_clipped_and_adam(make_trainer, 
             losses.append(plain_loss(reference, batch))
         torch.autograd.backward(sum(losses) / 2)
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
-        assert norm > 0.5, "there is something to clip"
+        assert norm > 0.5  # There is something to clip.
         optimizer.step()
         optimizer.zero_grad()
         assert trainer.step(step).loss.item() == pytest.approx((sum(losses) / 2).item(), abs=1e-5)
@@ -94,7 +94,7 @@ def test_a_step_is_the_mean_of_its_micro_batches_clipped_and_adam(make_trainer, 
 def test_steps_tokens_and_epochs_are_counted(make_trainer):
     trainer = make_trainer()
     assert trainer.micro_batches_per_step == 2
-    assert trainer.num_steps == 2 * 13 // 2, "50 rows or so, 4 to a micro batch, 2 epochs"
+    assert trainer.num_steps == 2 * 13 // 2  # 50 rows or so, 4 to a micro batch, 2 epochs.
     assert trainer.epoch_after(13) == 2
     batch_tokens = sum(len(trainer._rows[index]) for number in (0, 1) for index in trainer._order.micro_batch(number))
     assert trainer.step(0).num_tokens == batch_tokens

@@ -29,7 +29,7 @@ def test_what_the_file_leaves_open_is_filled_by_the_recipe(config, tiny_recipe):
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 2.0,
         "train_micro_batch_size_per_gpu": 4,
-    }, "and without the scheduler, which is the recipe's, and the batch size, which depends on the processes"
+    }  # And without the scheduler, which is the recipe's, and the batch size, which depends on the processes.
 
 
 @pytest.mark.parametrize(

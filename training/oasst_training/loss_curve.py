@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +19,7 @@ _JSON_NAME = "loss_curve.json"
 _PNG_NAME = "loss_curve.png"
 # The drawn mean forgets a step's loss after about so large a share of the run.
 _SMOOTHING_SHARE = 0.02
+_EVALUATION_COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,8 @@ class LossCurve:
         return list(dict.fromkeys(point.dataset for point in self.evaluations))
 
 
-_EVALUATION_COLORS = ["tab:orange", "tab:green", "tab:red", "tab:purple"]
-
-
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
-    from importlib.util import find_spec
-
     return find_spec("matplotlib") is not None
 
 

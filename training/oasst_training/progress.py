@@ -12,7 +12,7 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Tells a person how a run gets on. One that `is_shown` not says nothing."""
+    """Tells a person how a run gets on; says nothing unless `is_shown`."""
 
     def __init__(self, *, num_steps: int, first_step: int, is_shown: bool) -> None:
         self._num_steps = num_steps

@@ -16,8 +16,16 @@ from pydantic_core import ErrorDetails
 
 from oasst_training.errors import RecipeError
 
-__all__ = ["AlpacaSpec", "DataSetSpec", "DialoguesSpec", "OasstExportSpec", "Precision", "Recipe", "find_file"]
-__all__ += ["load_recipe"]
+__all__ = [
+    "AlpacaSpec",
+    "DataSetSpec",
+    "DialoguesSpec",
+    "OasstExportSpec",
+    "Precision",
+    "Recipe",
+    "find_file",
+    "load_recipe",
+]
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Share = Annotated[float, Field(ge=0, lt=1)]

@@ -109,7 +109,7 @@ async def _exits_by_itself(world: World, script: Script, *, within_s: float) -> 
     def ended_workers() -> list[ServiceProcess]:
         return [worker for worker in world.workers.values() if not worker.is_running]
 
-    await until(ended_workers, f"a worker to end after {script.name}", within_s)
+    await until(ended_workers, f"a worker to end after {script.name}", timeout_s=within_s)
     exited_s = time.monotonic() - acted_s
     dead, *_ = ended_workers()
     world.note(f"{dead.name} ended")

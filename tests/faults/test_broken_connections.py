@@ -5,10 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import uvloop
+from link import Link, linked
 from oasst_jobs import QueueClient, connect
 from valkey_server import ValkeyServer
-
-from faults.link import Link, linked
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis.exceptions
+from link import Link, linked
 from oasst_client import AsyncClient, new_request_id
 from oasst_jobs import JobState, QueueClient, connect, job_id_for
 from valkey_server import ValkeyServer, free_port
 
 from faults.checker import Transcript, queue_defects, stream_defects
 from faults.cluster import Cluster, clustered
-from faults.link import Link, linked
 from faults.load import Load
 from faults.machine import Clock, SmallDisk
 from faults.processes import ServiceProcess

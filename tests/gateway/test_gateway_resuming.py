@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import redis.asyncio
-from cuttable_proxy import CuttableProxy
 from gateway_harness import Gateway, RuleWorker, rule_text, start_gateway
+from link import Link, linked
 from oasst_client import (
     Accepted,
     AsyncClient,
@@ -33,9 +33,10 @@ async def resumable(model: ServedModel, valkey_url: str) -> AsyncIterator[Gatewa
 
 
 @pytest.fixture
-async def proxy(resumable: Gateway) -> AsyncIterator[CuttableProxy]:
-    async with CuttableProxy(resumable.listen).running() as proxy:
-        yield proxy
+async def link(resumable: Gateway) -> AsyncIterator[Link]:
+    """Between callers and the gateway."""
+    async with linked(resumable.listen) as link:
+        yield link
 
 
 @asynccontextmanager
@@ -60,9 +61,9 @@ async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
     return snapshot.state if snapshot is not None else None
 
 
-async def test_a_stream_goes_on_over_cut_connections(proxy: CuttableProxy, worker: RuleWorker) -> None:
+async def test_a_stream_goes_on_over_broken_connections(link: Link, worker: RuleWorker) -> None:
     worker.hold()
-    async with AsyncClient(proxy.address) as client:
+    async with AsyncClient(link.address) as client:
         stream = client.stream("Hello!", max_new_tokens=NUM_TOKENS)
         texts = aiter(stream)
         text = ""
@@ -70,7 +71,7 @@ async def test_a_stream_goes_on_over_cut_connections(proxy: CuttableProxy, worke
             worker.allow(2)
             while text != rule_text(num_tokens):
                 text += await anext(texts)
-            proxy.cut()
+            link.reset()
         worker.free()
         text += "".join([rest async for rest in texts])
     assert text == rule_text(NUM_TOKENS)
@@ -78,35 +79,35 @@ async def test_a_stream_goes_on_over_cut_connections(proxy: CuttableProxy, worke
     assert len(worker.claimed) == 1
 
 
-async def test_the_synchronous_stream_does_as_well(proxy: CuttableProxy, worker: RuleWorker) -> None:
+async def test_the_synchronous_stream_does_as_well(link: Link, worker: RuleWorker) -> None:
     worker.hold()
     worker.allow(2)
     loop = asyncio.get_running_loop()
 
     def read() -> tuple[str, int]:
-        with Client(proxy.address) as client, client.stream("Hello!", max_new_tokens=NUM_TOKENS) as stream:
+        with Client(link.address) as client, client.stream("Hello!", max_new_tokens=NUM_TOKENS) as stream:
             texts = iter(stream)
             begun = next(texts)
-            loop.call_soon_threadsafe(proxy.cut)
+            loop.call_soon_threadsafe(link.reset)
             loop.call_soon_threadsafe(worker.free)
             return begun + "".join(texts), stream.num_resumes
 
     assert await asyncio.to_thread(read) == (rule_text(NUM_TOKENS), 1)
 
 
-async def test_a_unary_chat_is_asked_again_and_attaches_to_what_runs(proxy: CuttableProxy, worker: RuleWorker) -> None:
+async def test_a_unary_chat_is_asked_again_and_attaches_to_what_runs(link: Link, worker: RuleWorker) -> None:
     worker.hold()
-    async with AsyncClient(proxy.address) as client:
+    async with AsyncClient(link.address) as client:
         answer = asyncio.create_task(client.chat("Hello!", max_new_tokens=NUM_TOKENS))
         await until(lambda: len(worker.claimed) == 1)
-        proxy.cut()
-        await until(lambda: proxy.num_connections == 2)
+        link.reset()
+        await until(lambda: link.num_connections == 2)
         worker.free()
         assert (await answer).text == rule_text(NUM_TOKENS)
     assert len(worker.claimed) == 1
 
 
-async def test_a_connection_that_fell_silent_is_noticed_and_left(proxy: CuttableProxy, worker: RuleWorker) -> None:
+async def test_a_connection_that_fell_silent_is_noticed_and_left(link: Link, worker: RuleWorker) -> None:
     worker.hold()
     worker.allow(1)
     options = [
@@ -114,10 +115,10 @@ async def test_a_connection_that_fell_silent_is_noticed_and_left(proxy: Cuttable
         ("grpc.keepalive_timeout_ms", 300),
         ("grpc.http2.ping_timeout_ms", 300),
     ]
-    async with AsyncClient(proxy.address, options=options) as client:
+    async with AsyncClient(link.address, options=options) as client:
         stream = client.stream("Hello!", max_new_tokens=NUM_TOKENS)
         first = await anext(aiter(stream))
-        proxy.silence()
+        link.silence()
         worker.free()
         async with asyncio.timeout(10):
             assert first + "".join([text async for text in stream]) == rule_text(NUM_TOKENS)

@@ -1,4 +1,4 @@
-"""A way between two processes that can be cut, slowed, reset and closed on one side."""
+"""A way between two processes that can be cut, slowed, silenced, reset and closed on one side."""
 
 import asyncio
 import socket
@@ -21,9 +21,12 @@ class Link:
         self.port = 0
         # Added to every byte's way, in each direction.
         self.delay_s = 0.0
+        # Connections taken so far.
+        self.num_connections = 0
         self._passable = asyncio.Event()
         self._passable.set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._silenced: set[asyncio.StreamWriter] = set()
         self._connections: set[asyncio.Task[None]] = set()
 
     @property
@@ -36,6 +39,10 @@ class Link:
 
     def heal(self) -> None:
         self._passable.set()
+
+    def silence(self) -> None:
+        """Nothing passes the connections there are now any more, though they stay open. New ones are as ever."""
+        self._silenced |= self._writers
 
     def reset(self) -> None:
         """Every connection has broken, for both sides."""
@@ -53,6 +60,7 @@ class Link:
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Takes a new connection."""
+        self.num_connections += 1
         connection = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
@@ -102,6 +110,8 @@ class Link:
                 if (wait_s := due_s - clock()) > 0:
                     await asyncio.sleep(wait_s)
                 await self._passable.wait()
+                if writer in self._silenced:
+                    continue
                 if not data:
                     writer.write_eof()
                     return

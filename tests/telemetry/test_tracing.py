@@ -79,5 +79,5 @@ def test_a_receiver_that_is_away_does_not_hold_up_the_end():
 def test_without_opentelemetry_the_error_tells_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "oasst_telemetry.otlp", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(TracingError, match=r"pip install 'oasst-serve\[trace\]'"):
+    with pytest.raises(TracingError, match=r"pip install '\.\[trace\]' in a clone"):
         start_tracer("http://127.0.0.1:4317", service="test", instance="one")

@@ -13,10 +13,22 @@ from oasst.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, model_pb2_grpc, sc
 from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel
 from oasst_gateway.settings import GatewaySettings
-from oasst_jobs import ClaimedJob, Claimer, PushItem, PushStatus, QueueClient, QueueUnavailableError
+from oasst_jobs import (
+    ClaimedJob,
+    Claimer,
+    JobState,
+    PushItem,
+    PushStatus,
+    QueueClient,
+    QueueLimits,
+    QueueUnavailableError,
+    Submitter,
+    job_id_for,
+)
 from prometheus_client import CollectorRegistry
 
 __all__ = [
+    "SECRET",
     "ErrorDetails",
     "Gateway",
     "RuleWorker",
@@ -26,7 +38,10 @@ __all__ = [
     "read_text",
     "rule_text",
     "start_gateway",
+    "state_of",
 ]
+
+SECRET = "a secret that all gateways share"
 
 # A call that has just ended is given this long to hear how.
 _STATUS_GRACE_S = 2.0
@@ -82,6 +97,13 @@ async def start_gateway(
         channel = grpc.aio.insecure_channel(running.listen)
         callers.push_async_callback(channel.close, _STATUS_GRACE_S)
         yield Gateway(running.listen, running.metrics, registry, channel, running.reload)
+
+
+async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
+    """That of a request's job; None if the queue knows none."""
+    submitter = Submitter(queue, gateway_id="test", limits=QueueLimits())
+    snapshot = await submitter.status(job_id_for("default", request_id))
+    return snapshot.state if snapshot is not None else None
 
 
 class RuleWorker:

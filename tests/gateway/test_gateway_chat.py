@@ -13,22 +13,18 @@ from gateway_harness import (
     read_text,
     rule_text,
     start_gateway,
+    state_of,
 )
 from google.protobuf.duration_pb2 import Duration
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, generation_pb2, model_pb2
 from oasst_gateway.model import ServedModel
-from oasst_jobs import Claimer, JobState, PushItem, PushStatus, QueueClient, QueueLimits, Submitter, job_id_for
+from oasst_jobs import Claimer, JobState, PushItem, PushStatus, QueueClient, QueueLimits, Submitter
 from waiting import until
 
 
 def submitter_of(queue: QueueClient) -> Submitter:
     return Submitter(queue, gateway_id="test", limits=QueueLimits())
-
-
-async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
-    snapshot = await submitter_of(queue).status(job_id_for("default", request_id))
-    return snapshot.state if snapshot is not None else None
 
 
 async def test_a_stream_is_accepted_then_deltas_then_finished(gateway: Gateway, worker: RuleWorker) -> None:

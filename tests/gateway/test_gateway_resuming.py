@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import redis.asyncio
-from gateway_harness import Gateway, RuleWorker, rule_text, start_gateway
+from gateway_harness import SECRET, Gateway, RuleWorker, rule_text, start_gateway, state_of
 from link import Link, linked
 from oasst_client import (
     Accepted,
@@ -18,11 +18,10 @@ from oasst_client import (
     RetryPolicy,
 )
 from oasst_gateway.model import ServedModel
-from oasst_jobs import JobState, QueueClient, QueueLimits, Submitter, job_id_for
+from oasst_jobs import JobState, QueueClient
 from valkey_server import free_port
 from waiting import until
 
-SECRET = "a secret that all gateways share"
 NUM_TOKENS = 12
 
 
@@ -53,12 +52,6 @@ async def dripping(worker: RuleWorker, *, per_s: float) -> AsyncIterator[None]:
     yield
     task.cancel()
     worker.free()
-
-
-async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
-    submitter = Submitter(queue, gateway_id="test", limits=QueueLimits())
-    snapshot = await submitter.status(job_id_for("default", request_id))
-    return snapshot.state if snapshot is not None else None
 
 
 async def test_a_stream_goes_on_over_broken_connections(link: Link, worker: RuleWorker) -> None:

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 from gateway_harness import (
+    SECRET,
     Gateway,
     RuleWorker,
     ask,
@@ -14,16 +15,15 @@ from gateway_harness import (
     read_text,
     rule_text,
     start_gateway,
+    state_of,
 )
 from google.protobuf.duration_pb2 import Duration
 from job_samples import make_job
 from oasst.v1 import chat_pb2
 from oasst_gateway.model import ServedModel
 from oasst_gateway.watches import Watches
-from oasst_jobs import Inbox, JobState, QueueClient, QueueLimits, Submitter, job_id_for
+from oasst_jobs import Inbox, JobState, QueueClient, QueueLimits, Submitter
 from waiting import until
-
-SECRET = "a secret that all gateways share"
 
 
 async def submit(gateway: Gateway, request_id: str = "r-1", **fields: object) -> chat_pb2.Accepted:
@@ -36,11 +36,6 @@ def watch_request(accepted: chat_pb2.Accepted, *, after: int = 0) -> chat_pb2.Wa
 
 def get_request(accepted: chat_pb2.Accepted) -> chat_pb2.GetChatRequest:
     return chat_pb2.GetChatRequest(request_id=accepted.request_id, resume_token=accepted.resume_token)
-
-
-async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
-    snapshot = await Submitter(queue, gateway_id="test", limits=QueueLimits()).status(job_id_for("default", request_id))
-    return snapshot.state if snapshot is not None else None
 
 
 async def test_a_submitted_request_runs_with_nobody_watching(gateway: Gateway, worker: RuleWorker) -> None:

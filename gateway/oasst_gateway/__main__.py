@@ -7,6 +7,7 @@ SIGHUP            tenants, the key of tokens and TLS files are read anew, as the
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,9 +27,11 @@ from oasst_gateway.fleet import run_fleet
 from oasst_gateway.gateway import running_gateway
 from oasst_gateway.model import ServedModel, load_model
 from oasst_gateway.reloading import WatchedFiles, reload_when_asked_or_changed
-from oasst_gateway.settings import FAILPOINTS, GatewaySettings, read_settings
+from oasst_gateway.settings import FAILPOINTS, GatewaySettings, read_settings, unread_variables
 
 __all__ = ["main"]
+
+logger = logging.getLogger(__name__)
 
 _EXIT_FAILED = 1
 _EXIT_BAD_OPTION = 2
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
         print(f"oasst_gateway: {error}", file=sys.stderr)
         return _EXIT_BAD_OPTION
     log_to_stderr(level=settings.log_level, log_format=settings.log_format)
+    for name in unread_variables():
+        logger.warning("environment variable is no option name=%s", name)
     # When each series began: a sixth of the page, and nobody reads it.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     if model is None:

@@ -10,13 +10,15 @@ from typing import Annotated, Literal, Self
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat, parse_address
+from oasst_telemetry import LogFormat, parse_address, unknown_variables
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from oasst_gateway.errors import StartError
 
-__all__ = ["FAILPOINTS", "GatewaySettings", "read_settings"]
+__all__ = ["FAILPOINTS", "GatewaySettings", "read_settings", "unread_variables"]
+
+_PREFIX = "OASST_GATEWAY_"
 
 # Places in the gateway where a test can break it: before a request is queued, after that and before its caller hears of
 # it, and before each event that a caller is sent.
@@ -64,7 +66,7 @@ class GatewaySettings(BaseSettings):
     """Serves the chat API over gRPC and puts its requests into Redis."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OASST_GATEWAY_",
+        env_prefix=_PREFIX,
         cli_prog_name="python -m oasst_gateway",
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -177,13 +179,26 @@ def read_settings(arguments: Sequence[str]) -> GatewaySettings:
         StartError: with one sentence that names the option that is unknown, missing or wrong.
     """
     try:
-        return GatewaySettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
+        settings = GatewaySettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
     except SettingsError as error:
         raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
     except ValidationError as error:
         raise StartError(
             "; ".join(_explain(*e["loc"], message=e["msg"], kind=e["type"]) for e in error.errors())
         ) from error
+    for name, meant in _unknown_variables().items():
+        if meant is not None:
+            raise StartError(f"{name} is no option; did you mean {meant}?")
+    return settings
+
+
+def unread_variables() -> list[str]:
+    """Environment variables named as options are that are none, nor a mistyped one."""
+    return [name for name, meant in _unknown_variables().items() if meant is None]
+
+
+def _unknown_variables() -> dict[str, str | None]:
+    return unknown_variables(os.environ, prefix=_PREFIX, options=GatewaySettings.model_fields)
 
 
 def _explain(*location: int | str, message: str, kind: str) -> str:
@@ -192,5 +207,5 @@ def _explain(*location: int | str, message: str, kind: str) -> str:
     field = str(location[0])
     flag = f"--{field.replace('_', '-')}"
     if kind == "missing":
-        return f"{flag} (or OASST_GATEWAY_{field.upper()}) is required"
+        return f"{flag} (or {_PREFIX}{field.upper()}) is required"
     return f"{flag}: {message.removeprefix('Value error, ')}"

@@ -1,12 +1,14 @@
 """What gateway and worker tell of themselves in the same way: spans, log lines, probes and metrics over HTTP.
 
-Nothing here knows a job or a model. OpenTelemetry is imported only once spans are to be exported.
+It tells mistyped options as well. Nothing here knows a job or a model. OpenTelemetry is imported only once spans are to
+be exported.
 """
 
 from oasst_telemetry.context import NO_TRACE, TraceContext
 from oasst_telemetry.logs import LogFormat, log_to_stderr
 from oasst_telemetry.probes import Check, Condition, ProbeServer, parse_address
 from oasst_telemetry.tracing import NO_SPAN, NO_TRACER, Attributes, Span, SpanKind, Tracer, TracingError, start_tracer
+from oasst_telemetry.variables import unknown_variables
 
 __all__ = [
     "NO_SPAN",
@@ -25,4 +27,5 @@ __all__ = [
     "log_to_stderr",
     "parse_address",
     "start_tracer",
+    "unknown_variables",
 ]

@@ -24,7 +24,7 @@ from oasst_worker.__main__ import serve
 from oasst_worker.health import WorkerHealth
 from oasst_worker.loop import StepWatchdog
 from oasst_worker.served_model import ServedModel
-from oasst_worker.settings import StartError, WorkerSettings, read_settings
+from oasst_worker.settings import StartError, WorkerSettings, read_settings, unread_variables
 from oasst_worker.worker import Worker
 from prometheus_client import CollectorRegistry
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
@@ -161,6 +161,16 @@ def test_a_bad_option_is_named_in_a_sentence(arguments, sentence):
     with pytest.raises(StartError) as error:
         read_settings(arguments)
     assert sentence in str(error.value)
+
+
+def test_a_mistyped_variable_is_named_with_the_one_that_was_meant(monkeypatch):
+    monkeypatch.setenv("OASST_WORKER_MAX_SEQUENCE", "64")
+    monkeypatch.setenv("OASST_WORKER_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(StartError, match="MAX_SEQUENCE is no option; did you mean OASST_WORKER_MAX_SEQUENCES"):
+        read_settings(["--model", "x"])
+    monkeypatch.delenv("OASST_WORKER_MAX_SEQUENCE")
+    read_settings(["--model", "x"])
+    assert unread_variables() == ["OASST_WORKER_SERVICE_HOST"]
 
 
 class ScriptedWorker:

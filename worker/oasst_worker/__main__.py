@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from oasst_worker.health import WorkerHealth
 from oasst_worker.loop import EngineStalledError
-from oasst_worker.settings import FAILPOINTS, StartError, WorkerSettings, read_settings
+from oasst_worker.settings import FAILPOINTS, StartError, WorkerSettings, read_settings, unread_variables
 
 if TYPE_CHECKING:
     from oasst_worker.served_model import ServedModel
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] = sys.argv[1:], *, load: ModelLoader | None = 
     try:
         settings = read_settings(arguments)
         log_to_stderr(level=settings.log_level, log_format=settings.log_format)
+        for name in unread_variables():
+            logger.warning("environment variable is no option name=%s", name)
         failpoints.arm(failpoints.parse_failpoints(settings.failpoints, known=FAILPOINTS))
         # When each series began: a sixth of the page, and nobody reads it.
         disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat, parse_address
+from oasst_telemetry import LogFormat, parse_address, unknown_variables
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "parse_device_memory", "read_settings"]
+__all__ = ["FAILPOINTS", "StartError", "WorkerSettings", "parse_device_memory", "read_settings", "unread_variables"]
+
+_PREFIX = "OASST_WORKER_"
 
 # Places in the worker where a test can break it: between a claim and the jobs being taken in, before and after the
 # call that logs tokens, before what is left goes back at the end, and at the start of each of the engine's steps.
@@ -79,7 +81,7 @@ class WorkerSettings(BaseSettings):
     """Holds a model and generates what the queue in Redis asks for."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OASST_WORKER_",
+        env_prefix=_PREFIX,
         cli_prog_name="python -m oasst_worker",
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -180,16 +182,29 @@ def read_settings(arguments: Sequence[str]) -> WorkerSettings:
         StartError: with one sentence that names the option that is unknown, missing or wrong.
     """
     try:
-        return WorkerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
+        settings = WorkerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
     except SettingsError as error:
         raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
     except ValidationError as error:
         explained = [_explain(str(fault["loc"][0]), fault["msg"], fault["type"]) for fault in error.errors()]
         raise StartError("; ".join(explained)) from error
+    for name, meant in _unknown_variables().items():
+        if meant is not None:
+            raise StartError(f"{name} is no option; did you mean {meant}?")
+    return settings
+
+
+def unread_variables() -> list[str]:
+    """Environment variables named as options are that are none, nor a mistyped one."""
+    return [name for name, meant in _unknown_variables().items() if meant is None]
+
+
+def _unknown_variables() -> dict[str, str | None]:
+    return unknown_variables(os.environ, prefix=_PREFIX, options=WorkerSettings.model_fields)
 
 
 def _explain(field: str, message: str, kind: str) -> str:
     flag = f"--{field.replace('_', '-')}"
     if kind == "missing":
-        return f"{flag} (or OASST_WORKER_{field.upper()}) is required"
+        return f"{flag} (or {_PREFIX}{field.upper()}) is required"
     return f"{flag}: {message.removeprefix('Value error, ')}"

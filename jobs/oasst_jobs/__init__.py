@@ -9,7 +9,6 @@ from oasst_jobs.claimer import Claimer
 from oasst_jobs.client import QueueClient
 from oasst_jobs.connection import ServerAddress, connect
 from oasst_jobs.errors import (
-    FencedError,
     JobNotAcceptedError,
     PoisonedPromptError,
     QueueError,
@@ -55,7 +54,6 @@ __all__ = [
     "Claimer",
     "DeadLetter",
     "Durability",
-    "FencedError",
     "Inbox",
     "JobNotAcceptedError",
     "JobSnapshot",

@@ -5,7 +5,6 @@ from enum import StrEnum
 import redis.exceptions
 
 __all__ = [
-    "FencedError",
     "JobNotAcceptedError",
     "LibraryMissingError",
     "PoisonedPromptError",
@@ -101,15 +100,6 @@ class RequestConflictError(QueueError):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"job {job_id} exists and came from a different request")
         self.job_id = job_id
-
-
-class FencedError(QueueError):
-    """The claim is no longer this worker's: its lease was lost, or the job has ended."""
-
-    def __init__(self, job_id: str, status: str) -> None:
-        super().__init__(f"job {job_id} is no longer ours: {status}")
-        self.job_id = job_id
-        self.status = status
 
 
 # How a server says that it does not have a function, or functions at all (Redis 6).

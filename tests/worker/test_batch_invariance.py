@@ -217,16 +217,23 @@ def test_with_beginnings_that_were_computed_for_others(scene):
     assert_same_bits(logits, expected | alone)
 
 
+where_bf16_is_packed = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no product of bf16 for this processor"
+)
+
+
 @pytest.mark.parametrize(
     ("dtype", "make_attention", "make_linear"),
     [
         (torch.bfloat16, compiled_attention, build_linear),
-        (torch.bfloat16, PlainAttention, PackedLinear),
+        pytest.param(torch.bfloat16, PlainAttention, PackedLinear, marks=where_bf16_is_packed),
         (torch.bfloat16, compiled_attention, build_quantized_linear),
         (torch.float32, compiled_attention, build_quantized_linear),
         (torch.float32, PlainAttention, PlainQuantizedLinear),
         (torch.float32, partial(PlainAttention, kv_dtype=FP8), build_linear),
-        (torch.bfloat16, partial(PlainAttention, kv_dtype=FP8), PackedLinear),
+        pytest.param(
+            torch.bfloat16, partial(PlainAttention, kv_dtype=FP8), PackedLinear, marks=where_bf16_is_packed
+        ),
         (torch.float32, partial(compiled_attention, kv_dtype=INT8), build_linear),
         (torch.bfloat16, partial(compiled_attention, kv_dtype=INT8), build_quantized_linear),
         (torch.float32, partial(PlainAttention, kv_dtype=INT8), build_linear),

@@ -7,12 +7,10 @@ temporary folder, loaded, and the folder removed. Where there is no compiler the
 import ctypes
 import functools
 import logging
-import os
-import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,29 +51,22 @@ def _compilers() -> ThreadPoolExecutor:
 
 
 def _compile(name: str, definitions: Sequence[str]) -> ctypes.CDLL | None:
-    reason = f"no C compiler found ({', '.join(_COMPILERS)}, or what CC names)"
-    for compiler in _found_compilers():
+    reason = f"no C compiler found ({', '.join(_COMPILERS)})"
+    for compiler in filter(None, map(shutil.which, _COMPILERS)):  # One may lack OpenMP where the next has it.
         try:
             return _compile_with(compiler, name, definitions)
         except (OSError, subprocess.SubprocessError) as error:
-            reason = f"{' '.join(compiler)}: {getattr(error, 'stderr', None) or error}"
+            reason = f"{compiler}: {getattr(error, 'stderr', None) or error}"
     _log.warning("%s runs on the plain path: %s", name, reason)
     return None
 
 
-def _found_compilers() -> Iterator[list[str]]:
-    """The commands to try in turn; one compiler may lack OpenMP where the next has it."""
-    if named := shlex.split(os.environ.get("CC", "")):
-        yield named
-    yield from ([path] for path in filter(None, map(shutil.which, _COMPILERS)))
-
-
-def _compile_with(compiler: list[str], name: str, definitions: Sequence[str]) -> ctypes.CDLL:
+def _compile_with(compiler: str, name: str, definitions: Sequence[str]) -> ctypes.CDLL:
     """Raises OSError or SubprocessError."""
     source = Path(__file__).with_name(f"{name}.c")
     with tempfile.TemporaryDirectory(prefix="oasst-kernels-") as folder:
         library = Path(folder, f"{name}.so")
-        command = [*compiler, *_FLAGS, *(f"-D{each}" for each in definitions), "-o", str(library), str(source), "-lm"]
+        command = [compiler, *_FLAGS, *(f"-D{each}" for each in definitions), "-o", str(library), str(source), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         try:
             return ctypes.CDLL(str(library))

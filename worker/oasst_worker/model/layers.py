@@ -72,7 +72,7 @@ class _Buffers(ctypes.Structure):
     """The kernel's `buffers`, field for field."""
 
     _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("hidden", "next", "normed", "qkv", "attended", "dense", "inner", "words")
+        (name, ctypes.c_void_p) for name in ("hidden", "next", "normed", "qkv", "attended", "dense", "inner", "scratch")
     )
 
 
@@ -108,7 +108,7 @@ class CompiledLayers:
         self._kernel = self.library.apply_layers
         self._kernel.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
         self._kernel.restype = None
-        self._words = 1 + max(part.words for layer in compiled for part in layer)
+        self._scratch_words = 1 + max(part.num_words for layer in compiled for part in layer)
         self._widths = (hidden, hidden, hidden, 3 * heads, heads, hidden, inner)
         norms = [[norm.float() for norm in each.norms] for each in layers]
         table = (_Layer * len(layers))(
@@ -138,7 +138,7 @@ class CompiledLayers:
 
     def make_buffers(self, rows: int, dtype: torch.dtype) -> tuple[_Buffers, Tensor]:
         """The kernel's `buffers` for so many rows, and the memory they lie in."""
-        row_bytes = [*(width * dtype.itemsize for width in self._widths), self._words * torch.int32.itemsize]
+        row_bytes = [*(width * dtype.itemsize for width in self._widths), self._scratch_words * torch.int32.itemsize]
         ends = [*accumulate(-(-rows * size // _LINE) * _LINE for size in row_bytes)]
         memory = torch.empty(ends[-1], dtype=torch.uint8)
         return _Buffers(*(memory.data_ptr() + start for start in (0, *ends[:-1]))), memory
@@ -170,7 +170,7 @@ class CompiledHead:
             raise RuntimeError("the head is not compiled")
         self.library = linear.library
         self.vocab_size = linear.out_features
-        self._words = linear.words + 1
+        self._scratch_words = linear.num_words + 1
         self._kernel = self.library.apply_head
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
         self._kernel.restype = None
@@ -189,9 +189,9 @@ class CompiledHead:
         """[rows, hidden] -> logits [rows, vocab] fp32."""
         hidden, rows = hidden.contiguous(), torch.arange(len(hidden))
         normed = torch.empty_like(hidden)
-        words = torch.empty(len(hidden) * self._words, dtype=torch.int32)
+        scratch = torch.empty(len(hidden) * self._scratch_words, dtype=torch.int32)
         logits = torch.empty(len(hidden), self.vocab_size)
-        arrays = (rows, hidden, normed, words, logits)
+        arrays = (rows, hidden, normed, scratch, logits)
         self._kernel(self.address, torch.get_num_threads(), len(hidden), *(array.data_ptr() for array in arrays))
         return logits
 

@@ -186,7 +186,7 @@ class _Linear(ctypes.Structure):
     """The kernel's `linear`, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "words", "activation", "gives_floats")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "num_words", "activation", "gives_floats")),
         *((name, ctypes.c_void_p) for name in ("panels", "bias", "scales", "offsets")),
     )
 
@@ -231,10 +231,10 @@ class CompiledLinear:
         self._kernel.restype = None
         self._dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        self.words = _words_of(self.in_features, 1 if quantize else weight.itemsize)
+        self.num_words = _words_of(self.in_features, 1 if quantize else weight.itemsize)
         width = library.prepare()
         num_panels = -(-self.out_features // width)
-        panels = zeros_in_large_pages(num_panels, self.words, width, dtype=torch.int32)
+        panels = zeros_in_large_pages(num_panels, self.num_words, width, dtype=torch.int32)
         scales = torch.zeros(num_panels * width) if quantize else None
         offsets = torch.zeros(num_panels * width, dtype=torch.int32) if quantize else None
         if bias is not None:
@@ -243,13 +243,13 @@ class CompiledLinear:
         self._linear = _Linear(
             self.in_features,
             self.out_features,
-            self.words,
+            self.num_words,
             self._ACTIVATIONS[activation],
             False,
             *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors),
         )
         threads, weight = torch.get_num_threads(), weight.contiguous()
-        scratch = torch.empty(threads * width * (self.words + _SPARE_WORDS), dtype=torch.int32)
+        scratch = torch.empty(threads * width * (self.num_words + _SPARE_WORDS), dtype=torch.int32)
         lay_out = library.lay_out
         lay_out.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
         lay_out.restype = None
@@ -274,7 +274,7 @@ class CompiledLinear:
             raise ValueError(f"rows must be {self._dtype}")
         x, residuals = x.contiguous(), tuple(each.contiguous() for each in residuals)  # As a rule they are.
         product = x.new_empty(rows, self.out_features)
-        scratch = torch.empty(rows * (self.words + 1), dtype=torch.int32)
+        scratch = torch.empty(rows * (self.num_words + 1), dtype=torch.int32)
         first, second = (*(each.data_ptr() for each in residuals), None, None)[:2]
         self._kernel(
             self.address,

@@ -1,8 +1,8 @@
 /* Attention of one layer over a paged KV cache, all sequences of a step in one parallel region.
  *
- * What a row gets depends on its own query and the keys and values up to its own position, and on nothing else: not on
- * the rows beside it, not on how its sequence was cut into chunks, not on where its blocks lie, not on the number of
- * threads. Every sum below has one order, written down here:
+ * What a row gets depends on its own query and the keys and values up to its own position, and on nothing else: not
+ * on the rows beside it, not on how its sequence was cut into chunks, not on where its blocks lie, not on the number
+ * of threads. Every sum below has one order, written down here:
  *
  *   score(p)  over the head's dimensions, first to last
  *   softmax   position p in lane p % LANES, first to last, then the lanes as a tree
@@ -10,9 +10,9 @@
  *
  * Grouping rows only shares loads. A position that a row may not see has weight 0 and adds nothing.
  *
- * The cache of a layer is [blocks, 2, heads, piece] (see `cache.h`): keys of a block lie by dimension, [head_dim, BLOCK],
- * so that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds dimensions. `padded`
- * is head_dim rounded up to 16.
+ * The cache of a layer is [blocks, 2, heads, piece] (see `cache.h`): keys of a block lie by dimension, [head_dim,
+ * BLOCK], so that a vector holds positions; values lie by position, [BLOCK, padded], so that a vector holds
+ * dimensions. `padded` is head_dim rounded up to 16.
  *
  * ROWS_BF16 makes the kernel for bfloat16 tensors; sums are fp32 in both.
  */
@@ -20,8 +20,8 @@
 #include "step.h"
 #include "team.h"
 
-/* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share loads,
- * or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
+/* BLOCK, QUERIES and TILE are defined by whoever compiles this: positions of a block; rows of a prompt that share
+ * loads, or blocks of one row's keys that are scored at once; rows of a prompt that one task takes. */
 #define WIDE (BLOCK / LANES) /* Vectors that hold 16 numbers. */
 _Static_assert(BLOCK == 16 && QUERIES == 4, "blend and attend are written out for these");
 #if defined(__AVX512F__) && (defined(ROWS_BF16) || defined(KV_INT8))
@@ -106,7 +106,8 @@ INLINED void score_one(
     }
 }
 
-/* Scores become weights that sum to 1 over the positions [0, length), and 0 from there to `end`, a multiple of BLOCK. */
+/* Scores become weights that sum to 1 over the positions [0, length), and 0 from there to `end`, a multiple of
+ * BLOCK. */
 static void soften(float *scores, int64_t length, int64_t end) {
     int64_t own_end = (length + BLOCK - 1) / BLOCK * BLOCK;
     for (int64_t p = length; p < own_end; p++) scores[p] = -INFINITY;
@@ -211,8 +212,8 @@ static void attend_tile(
 #undef ATTEND
 }
 
-/* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's cache,
- * and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
+/* By the whole team: qkv [num_rows, 3, heads, head_dim] is rotated in place, its keys and values enter the layer's
+ * cache, and every row attends to the positions up to its own: out [num_rows, heads, head_dim]. */
 void attend_rows_of_step(team *all, const step *s, scalar *qkv, void *cache, scalar *out) {
     int64_t padded = (s->head_dim + 15) / 16 * 16;
     float *scratch = s->scratch + omp_get_thread_num() * 2 * QUERIES * s->scratch_size;

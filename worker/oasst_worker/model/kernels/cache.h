@@ -1,5 +1,5 @@
-/* Keys and values as the cache holds them: like the rows, or with KV_INT8 in 8 bits, those of each position and head with
- * a scale of their own (number = value * scale).
+/* Keys and values as the cache holds them: like the rows, or with KV_INT8 in 8 bits, those of each position and head
+ * with a scale of their own (number = value * scale).
  *
  * A piece is the keys or the values of one block and head. With KV_INT8 the scales of its positions come first.
  */
@@ -36,18 +36,18 @@ INLINED int64_t size_of_piece(int64_t padded) { return SCALES + BLOCK * padded; 
 /* A line of the processor's cache is fetched at once: whether one begins at this number of a piece. */
 INLINED int begins_line(int64_t number) { return number * (int64_t)sizeof(stored) % 64 == 0; }
 
-/* The numbers of one position, to the piece's number `first` and on from there, `step` apart. */
-INLINED void put(stored *piece, int64_t position, const scalar *x, int64_t size, int64_t first, int64_t step) {
+/* The numbers of one position, to the piece's number `first` and on from there, `stride` apart. */
+INLINED void put(stored *piece, int64_t position, const scalar *x, int64_t size, int64_t first, int64_t stride) {
     stored *to = piece + SCALES + first;
 #ifdef KV_INT8
     float scale = scale_of(x, size);
     ((float *)piece)[position] = scale;
     for (int64_t i = 0; i < size; i += LANES) {
         int_vector whole = to_whole(load_some(x + i, size - i) / scale);
-        for (int64_t lane = 0; lane < min(LANES, size - i); lane++) to[(i + lane) * step] = (stored)whole[lane];
+        for (int64_t lane = 0; lane < min(LANES, size - i); lane++) to[(i + lane) * stride] = (stored)whole[lane];
     }
 #else
     (void)position;
-    for (int64_t i = 0; i < size; i++) to[i * step] = x[i];
+    for (int64_t i = 0; i < size; i++) to[i * stride] = x[i];
 #endif
 }

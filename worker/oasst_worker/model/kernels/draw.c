@@ -1,13 +1,13 @@
-/* The draws of a batch: penalties and bans on whole rows of logits, the few tokens among which a draw almost always falls,
- * and the draw among these.
+/* The draws of a batch: penalties and bans on whole rows of logits, the few tokens among which a draw almost always
+ * falls, and the draw among these.
  *
  * A row is one thread's: what it gets depends on that row alone. */
 #include "prefix.h"
 #include "team.h"
 
 #define CHUNK (4 * LANES)
-#define RUN 4096            /* Numbers summed in fp32 before they join a sum in double. */
-#define LOG_NOTHING (-80.0f) /* e^-80 is nothing beside 1. */
+#define NUMBERS_OF_A_RUN 4096 /* Summed in fp32 before they join a sum in double. */
+#define LOG_NOTHING (-80.0f)  /* e^-80 is nothing beside 1. */
 
 /* Row i's ids are those from starts[i] to starts[i + 1]. */
 typedef struct {
@@ -83,9 +83,9 @@ INLINED float find_peaks(const ranking *r, const float *x, int64_t size, float *
 static void sum_weights(
     const float *x, int64_t size, float temperature, float peak, double *all_weights, double *all_moments) {
     *all_weights = *all_moments = 0;
-    for (int64_t start = 0; start < size; start += RUN) {
+    for (int64_t start = 0; start < size; start += NUMBERS_OF_A_RUN) {
         vector total = spread(0), moment = spread(0);
-        for (int64_t i = start, end = min(start + RUN, size); i < end; i += LANES) {
+        for (int64_t i = start, end = min(start + NUMBERS_OF_A_RUN, size); i < end; i += LANES) {
             vector depth = depth_of(load_or_nothing(x + i, size - i), temperature, peak), weight = exponential(depth);
             total += weight;
             moment += weight * depth;
@@ -95,8 +95,8 @@ static void sum_weights(
     }
 }
 
-/* Enters a number among the highest `wanted`, of which `found` are there, best first: returns how many there are then.
- * Of equals the one that came first stays first. */
+/* Enters a number among the highest `wanted`, of which `found` are there, best first: returns how many there are
+ * then. Of equals the one that came first stays first. */
 INLINED int64_t insert(float own, int64_t id, int64_t found, int64_t wanted, float *numbers, int64_t *ids) {
     int64_t place = found < wanted ? found++ : wanted - 1;
     for (; place > 0 && numbers[place - 1] < own; place--)
@@ -105,8 +105,9 @@ INLINED int64_t insert(float own, int64_t id, int64_t found, int64_t wanted, flo
     return found;
 }
 
-/* The `wanted` tokens of the highest rank, or as many as there are; returns their number. So many chunks have a peak of
- * at least the lowest of the `wanted` highest peaks, so a token below that is none of them: few chunks are looked into. */
+/* The `wanted` tokens of the highest rank, or as many as there are; returns their number. So many chunks have a peak
+ * of at least the lowest of the `wanted` highest peaks, so a token below that is none of them: few chunks are looked
+ * into. */
 INLINED int64_t select(
     const ranking *r, const float *x, int64_t size, const float *peaks, int64_t wanted, float *ranks, int64_t *ids) {
     int64_t chunks = (size + CHUNK - 1) / CHUNK, found = 0;
@@ -147,7 +148,7 @@ static void draw_row(const request *r, const answer *a, int64_t row, float *x, f
         return;
     }
     prefix found;
-    sums all = {0};
+    row_weight all = {0};
     float temperature = q->temperature, peak = highest / temperature;
     if (q->kind == TYPICAL || needs_sums(q)) sum_weights(x, size, temperature, peak, &all.total, &all.moment);
     ranking typical = {TYPICAL, temperature, peak, all.moment / all.total};
@@ -164,9 +165,9 @@ static int64_t are_within(const int64_t *ids, int64_t count, int64_t vocabulary)
     return 1;
 }
 
-/* The logits [num_rows, vocabulary] have penalties and bans applied afterwards. The scratch [num_threads, scratch_size]
- * has room for a number for each id that a row has seen, and for one for each chunk. Returns 0, and does nothing, where an
- * id is none of the vocabulary. */
+/* The logits [num_rows, vocabulary] have penalties and bans applied afterwards. The scratch [num_threads,
+ * scratch_size] has room for a number for each id that a row has seen, and for one for each chunk. Returns 0, and
+ * does nothing, where an id is none of the vocabulary. */
 int64_t draw(
     const request *r, const answer *a, float *logits, int64_t num_threads, float *scratch, int64_t scratch_size) {
     if (!are_within(r->seen, r->seen_starts[r->num_rows], r->vocabulary)) return 0;

@@ -1,8 +1,8 @@
 /* What the processes of one machine give each other, through memory they share.
  *
- * Every process has a slot in each of two sets. To exchange, all put a piece into their slots of one set and meet; then
- * each reads what it wants. The next piece goes into the other set: whoever comes to a third has met the others at the
- * second, which they came to when they had read the first. */
+ * Every process has a slot in each of two sets. To exchange, all put a piece into their slots of one set and meet;
+ * then each reads what it wants. The next piece goes into the other set: whoever comes to a third has met the others
+ * at the second, which they came to when they had read the first. */
 #include "scalars.h"
 #include "team.h"
 #include <errno.h>
@@ -52,8 +52,8 @@ static int meet_all(party *p) {
     return !p->is_broken;
 }
 
-/* By a whole team of threads, each for its own slice: the part becomes the sum of all parts, added in the order of the
- * processes. Where one of them has ended the party is broken, and nothing is done. */
+/* By a whole team of threads, each for its own slice: the part becomes the sum of all parts, added in the order of
+ * the processes. Where one of them has ended the party is broken, and nothing is done. */
 void sum_by_team(team *all, party *p, scalar *part, int64_t count) {
     if (p->is_broken) return;
     const int64_t most = SLOT / sizeof(scalar), thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -86,8 +86,8 @@ void sum(party *p, int64_t num_threads, scalar *part, int64_t count) {
     sum_by_team(&all, p, part, count);
 }
 
-/* Parts [rows, width] of all processes side by side: at the first one, out [rows, columns]. Where one of them has ended
- * the party is broken. */
+/* Parts [rows, width] of all processes side by side: at the first one, out [rows, columns]. Where one of them has
+ * ended the party is broken. */
 void gather_columns(
     party *p, const scalar *part, int64_t rows, int64_t width, int64_t columns, scalar *out) {
     if (p->is_broken) return;

@@ -1,5 +1,5 @@
-/* A linear layer, all layers of a GPT-NeoX, and the whole model, in one parallel region each: between two parts the team
- * waits for its slowest, but is not sent away and called again. */
+/* A linear layer, all layers of a GPT-NeoX, and the whole model, in one parallel region each: between two parts the
+ * team waits for its slowest, but is not sent away and called again. */
 #include "linear.h"
 #include "norm.h"
 #include "panels.h"
@@ -45,7 +45,7 @@ typedef struct {
     scalar *qkv, *attended;         /* [3 * the size of all heads], [the size of all heads] */
     scalar *dense;                  /* [hidden_size] */
     scalar *inner;                  /* [intermediate_size] */
-    word *words;                    /* The most words of a row of any linear layer, and one. */
+    word *scratch;                  /* [the most words of a row of any linear layer, and one] */
 } buffers;
 
 /* Outputs of a weight's panel. To be called before anything else; again does no harm. */
@@ -59,7 +59,7 @@ void lay_out(linear *l, int64_t num_threads, const scalar *weight, word *scratch
     fill_panels(l, num_threads, weight, scratch);
 }
 
-/* See `apply_linear`. The scratch is [rows, words + 1] words. */
+/* See `apply_linear`. The scratch is [rows, num_words + 1]. */
 void apply(
     const linear *l, int64_t num_threads, int64_t rows, const scalar *x, word *scratch, const scalar *first,
     const scalar *second, scalar *out) {
@@ -78,15 +78,15 @@ static void apply_layer(
     team *all, const stack *n, const layer *l, const step *s, void *cache, const buffers *b) {
     int64_t rows = s->num_rows, size = n->hidden_size;
     normalize(all, &l->before_attention, rows, size, n->epsilon, b->hidden, b->normed);
-    apply_linear(all, l->qkv, rows, b->normed, b->words, NULL, NULL, b->qkv);
+    apply_linear(all, l->qkv, rows, b->normed, b->scratch, NULL, NULL, b->qkv);
     n->attend(all, s, b->qkv, cache, b->attended);
     const scalar *middle = n->is_parallel ? b->hidden : b->dense, *beside = n->is_parallel ? b->dense : NULL;
     const scalar *first = n->is_parallel || !n->adds_residual ? NULL : b->hidden;
-    apply_linear(all, l->dense, rows, b->attended, b->words, first, NULL, b->dense);
+    apply_linear(all, l->dense, rows, b->attended, b->scratch, first, NULL, b->dense);
     if (!n->is_parallel) complete(all, n, b->dense, rows * size);
     normalize(all, &l->before_mlp, rows, size, n->epsilon, middle, b->normed);
-    apply_linear(all, l->mlp_in, rows, b->normed, b->words, NULL, NULL, b->inner);
-    apply_linear(all, l->mlp_out, rows, b->inner, b->words, beside, n->adds_residual ? middle : NULL, b->next);
+    apply_linear(all, l->mlp_in, rows, b->normed, b->scratch, NULL, NULL, b->inner);
+    apply_linear(all, l->mlp_out, rows, b->inner, b->scratch, beside, n->adds_residual ? middle : NULL, b->next);
     complete(all, n, b->next, rows * size);
 }
 
@@ -106,14 +106,14 @@ static scalar *apply_all_layers(
 
 /* By the whole team: logits [num_rows, vocabulary] of these rows of hidden. */
 static void predict(
-    team *all, const head *h, int64_t num_rows, const int64_t *rows, const scalar *hidden, scalar *normed, word *words,
-    float *logits) {
+    team *all, const head *h, int64_t num_rows, const int64_t *rows, const scalar *hidden, scalar *normed,
+    word *scratch, float *logits) {
     int64_t size = h->hidden_size;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < num_rows; i++)
         normalize_row(&h->before, size, h->epsilon, hidden + rows[i] * size, normed + i * size);
     meet(all);
-    apply_linear(all, h->linear, num_rows, normed, words, NULL, NULL, logits);
+    apply_linear(all, h->linear, num_rows, normed, scratch, NULL, NULL, logits);
 }
 
 void apply_layers(const stack *n, const step *s, char *caches, int64_t cache_bytes, const buffers *b) {
@@ -124,14 +124,14 @@ void apply_layers(const stack *n, const step *s, char *caches, int64_t cache_byt
 
 void apply_head(
     const head *h, int64_t num_threads, int64_t num_rows, const int64_t *rows, const scalar *hidden, scalar *normed,
-    word *words, float *logits) {
+    word *scratch, float *logits) {
     team all = {0};
 #pragma omp parallel num_threads(num_threads)
-    predict(&all, h, num_rows, rows, hidden, normed, words, logits);
+    predict(&all, h, num_rows, rows, hidden, normed, scratch, logits);
 }
 
-/* From the ids of all rows to the logits of those that draw. Returns how many of the rows could be taken: all, or those
- * before an id that is none, and then nothing is done. */
+/* From the ids of all rows to the logits of those that draw. Returns how many of the rows could be taken: all, or
+ * those before an id that is none, and then nothing is done. */
 int64_t apply_model(
     const model *m, const step *s, char *caches, int64_t cache_bytes, const int64_t *token_ids, int64_t num_drawing,
     const int64_t *drawing_rows, const buffers *b, float *logits) {
@@ -146,7 +146,7 @@ int64_t apply_model(
             memcpy(b->hidden + row * size, m->embedding + token_ids[row] * size, size * sizeof(scalar));
         meet(&all);
         const scalar *hidden = apply_all_layers(&all, m->layers, s, caches, cache_bytes, b);
-        predict(&all, m->head, num_drawing, drawing_rows, hidden, b->normed, b->words, logits);
+        predict(&all, m->head, num_drawing, drawing_rows, hidden, b->normed, b->scratch, logits);
     }
     return s->num_rows;
 }

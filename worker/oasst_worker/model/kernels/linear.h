@@ -2,17 +2,18 @@
  *
  * Every output is one sum over the inputs, in an order that depends on the kind of weights and the processor alone:
  *
- *   vectors  first to last in runs of RUN words, whose sums join the total
+ *   vectors  first to last in runs of WORDS_OF_A_RUN, whose sums join the total
  *   tiles    in steps of 16 words, first to last
  *
- * then come the bias, the activation, the residuals, all in fp32. So a row's bits depend neither on the rows beside it
- * nor on the number of threads.
+ * then come the bias, the activation, the residuals, all in fp32. So a row's bits depend neither on the rows beside
+ * it nor on the number of threads.
  *
  * The weight lies in panels of PANEL outputs, [words, PANEL] each, the last one filled up with zeros: what the inner
  * loop reads stands in the order it reads it.
  *
- * int8: weight = value * scale of its output. Each row is scaled by its own largest input: x = (byte - 128) * scale of
- * the row. The sum of bytes * values is exact, and 128 * (sum of the output's values), the offset, is taken from it.
+ * int8: weight = value * scale of its output. Each row is scaled by its own largest input: x = (byte - 128) * scale
+ * of the row. The sum of bytes * values is exact, and 128 * (sum of the output's values), the offset, is taken from
+ * it.
  */
 #pragma once
 #include "activations.h"
@@ -31,12 +32,12 @@
 #endif
 #define PASS 192 /* Rows that pass over a run of a panel while it lies in the cache. */
 #define PANELS_OF_A_TASK 4
-#define RUN (256 / INPUTS_OF_A_WORD) /* Words summed by themselves before they join: that much less is rounded away. */
+#define WORDS_OF_A_RUN (256 / INPUTS_OF_A_WORD) /* Summed by themselves, then joined: less is rounded away. */
 #define AHEAD 2048 /* Words: how far before its use a run is fetched that nobody passes over twice. */
 
 typedef struct {
     int64_t inputs, outputs;
-    int64_t words; /* Of a row: inputs / INPUTS_OF_A_WORD, and for bf16 and int8 rounded up to 16. */
+    int64_t num_words; /* Of a row: inputs / INPUTS_OF_A_WORD, and for bf16 and int8 rounded up to 16. */
     int64_t activation;
     int64_t gives_floats; /* The outputs are, rounded as scalars. */
     const word *panels;
@@ -65,23 +66,24 @@ static float quantize(const linear *l, const scalar *x, uint8_t *quantized) {
 }
 #endif
 
-/* By the whole team: x [rows, inputs] as words. The scratch holds (words + 1) words of each row, then some to spare. */
+/* By the whole team: x [rows, inputs] as words. The scratch holds (num_words + 1) words of each row, then some to
+ * spare. */
 static operand into_words(team *all, const linear *l, int64_t rows, const scalar *x, word *scratch) {
 #if WEIGHTS == INT8
-    float *scales = (float *)(scratch + rows * l->words);
+    float *scales = (float *)(scratch + rows * l->num_words);
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++)
-        scales[row] = quantize(l, x + row * l->inputs, (uint8_t *)(scratch + row * l->words));
+        scales[row] = quantize(l, x + row * l->inputs, (uint8_t *)(scratch + row * l->num_words));
     meet(all);
     return (operand){scratch, scales};
 #else
-    if (l->inputs == l->words * INPUTS_OF_A_WORD) return (operand){(const word *)x, NULL};
+    if (l->inputs == l->num_words * INPUTS_OF_A_WORD) return (operand){(const word *)x, NULL};
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
-        char *to = (char *)(scratch + row * l->words);
+        char *to = (char *)(scratch + row * l->num_words);
         int64_t size = l->inputs * sizeof(scalar);
         memcpy(to, x + row * l->inputs, size);
-        memset(to + size, 0, l->words * sizeof(word) - size);
+        memset(to + size, 0, l->num_words * sizeof(word) - size);
     }
     meet(all);
     return (operand){scratch, NULL};
@@ -89,19 +91,19 @@ static operand into_words(team *all, const linear *l, int64_t rows, const scalar
 }
 
 /* `rows` rows against a run of `panels` neighbouring panels: the sums join the totals, [rows, panels * PANEL].
- * Meanwhile the processor fetches from `next` on, every `step` bytes, in each panel. */
+ * Meanwhile the processor fetches from `next` on, every `stride` bytes, in each panel. */
 INLINED void multiply(
     int rows, int panels, int64_t num_words, int64_t all_words, const word *x, const word *run, const word *next,
-    int64_t step, word *totals) {
+    int64_t stride, word *totals) {
     int width = VECTORS * panels;
-    sums parts[SUMS];
-    UNROLLED for (int i = 0; i < rows * width; i++) parts[i] = (sums){0};
+    sum_vector parts[SUMS];
+    UNROLLED for (int i = 0; i < rows * width; i++) parts[i] = (sum_vector){0};
     for (int64_t i = 0; i < num_words; i++) {
         int_vector weights[VECTORS * PANELS_AT_ONCE];
         UNROLLED for (int p = 0; p < panels; p++) {
             UNROLLED for (int v = 0; v < VECTORS; v++)
-                weights[p * VECTORS + v] = *(const words *)(run + (p * all_words + i) * PANEL + v * LANES);
-            __builtin_prefetch((const char *)(next + p * all_words * PANEL) + i * step, 0, 2);
+                weights[p * VECTORS + v] = *(const word_vector *)(run + (p * all_words + i) * PANEL + v * LANES);
+            __builtin_prefetch((const char *)(next + p * all_words * PANEL) + i * stride, 0, 2);
         }
         UNROLLED for (int row = 0; row < rows; row++) {
             word input = x[row * all_words + i];
@@ -109,13 +111,13 @@ INLINED void multiply(
                 parts[row * width + v] = accumulate(parts[row * width + v], input, weights[v]);
         }
     }
-    UNROLLED for (int i = 0; i < rows * width; i++) *(sums *)(totals + i * LANES) += parts[i];
+    UNROLLED for (int i = 0; i < rows * width; i++) *(sum_vector *)(totals + i * LANES) += parts[i];
 }
 
 static void multiply_rows(
     int64_t rows, int64_t panels, int64_t num_words, int64_t all_words, const word *x, const word *run,
-    const word *next, int64_t step, word *totals) {
-#define CASE(r, p) case 16 * p + r: multiply(r, p, num_words, all_words, x, run, next, step, totals); break;
+    const word *next, int64_t stride, word *totals) {
+#define CASE(r, p) case 16 * p + r: multiply(r, p, num_words, all_words, x, run, next, stride, totals); break;
     switch (16 * panels + rows) {
         CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)
 #if PANELS_AT_ONCE == 2
@@ -129,47 +131,47 @@ static void multiply_rows(
 /* Groups of nearly the same size: a small rest would leave registers idle. */
 INLINED int64_t start_of_group(int64_t i, int64_t groups, int64_t size) { return size * i / groups; }
 
-/* `size` rows against `num_panels` neighbouring panels: the totals. All rows pass over a run before the next one, which
- * they fetch in equal shares. */
+/* `size` rows against `num_panels` neighbouring panels: the totals. All rows pass over a run before the next one,
+ * which they fetch in equal shares. */
 static void sum_by_vectors(
     const linear *l, const word *x, int64_t size, int64_t panel, int64_t num_panels, word *totals) {
     int64_t width = num_panels * PANEL, group = SUMS / VECTORS / num_panels, groups = (size + group - 1) / group;
-    int64_t step = PANEL * (int64_t)sizeof(word) / groups;
+    int64_t stride = PANEL * (int64_t)sizeof(word) / groups;
     memset(totals, 0, size * width * sizeof(word));
-    for (int64_t start = 0, end; start < l->words; start = end) {
-        end = min(start + RUN, l->words);
-        const word *run = l->panels + (panel * l->words + start) * PANEL;
-        int64_t next_run = end < l->words ? panel * l->words + end : (panel + num_panels) * l->words;
+    for (int64_t start = 0, end; start < l->num_words; start = end) {
+        end = min(start + WORDS_OF_A_RUN, l->num_words);
+        const word *run = l->panels + (panel * l->num_words + start) * PANEL;
+        int64_t next_run = end < l->num_words ? panel * l->num_words + end : (panel + num_panels) * l->num_words;
         const word *next = groups == 1 ? run + AHEAD : l->panels + next_run * PANEL;
         for (int64_t i = 0; i < groups; i++) {
             int64_t from = start_of_group(i, groups, size), to = start_of_group(i + 1, groups, size);
             multiply_rows(
-                to - from, num_panels, end - start, l->words, x + from * l->words + start, run,
-                next + i * step * (end - start) / (int64_t)sizeof(word), step, totals + from * width);
+                to - from, num_panels, end - start, l->num_words, x + from * l->num_words + start, run,
+                next + i * stride * (end - start) / (int64_t)sizeof(word), stride, totals + from * width);
         }
     }
 }
 
-/* The same by tiles, one panel. The last rows fetch what lies `ahead` bytes behind it: the others still need the cache
- * for themselves. */
+/* The same by tiles, one panel. The last rows fetch what lies `ahead` bytes behind it: the others still need the
+ * cache for themselves. */
 static void sum_by_tiles(
     const linear *l, const word *x, int64_t size, int64_t panel, int64_t ahead, word *totals) {
     int64_t groups = (size + TILE_GROUP - 1) / TILE_GROUP;
     for (int64_t i = 0; i < groups; i++) {
         int64_t from = start_of_group(i, groups, size), to = start_of_group(i + 1, groups, size);
         multiply_tiles(
-            to - from, l->words, x + from * l->words, l->panels + panel * l->words * PANEL, i + 1 < groups ? 0 : ahead,
-            totals + from * PANEL);
+            to - from, l->num_words, x + from * l->num_words, l->panels + panel * l->num_words * PANEL,
+            i + 1 < groups ? 0 : ahead, totals + from * PANEL);
     }
 }
 
 /* The sums of one row become its outputs from `output` on, as many as a vector holds. */
 INLINED void finish(
-    const linear *l, sums total, const operand *x, const scalar *residuals[2], void *out, int64_t row,
+    const linear *l, sum_vector total, const operand *x, const scalar *residuals[2], void *out, int64_t row,
     int64_t output) {
     int64_t size = l->outputs - output, at = row * l->outputs + output;
 #if WEIGHTS == INT8
-    vector value = __builtin_convertvector(total - *(const words *)(l->offsets + output), vector);
+    vector value = __builtin_convertvector(total - *(const word_vector *)(l->offsets + output), vector);
     value *= x->scales[row] * *(const loose_vector *)(l->scales + output);
 #else
     vector value = total;
@@ -189,7 +191,7 @@ static void multiply_panels(
     const linear *l, const operand *x, int64_t row, int64_t size, int64_t panel, int64_t end, int64_t ahead,
     const scalar *residuals[2], void *out) {
     word totals[PASS * PANELS_AT_ONCE * PANEL] __attribute__((aligned(64)));
-    const word *words = x->words + row * l->words;
+    const word *words = x->words + row * l->num_words;
     int64_t width = (end - panel) * PANEL, output = panel * PANEL;
     if (has_tiles)
         sum_by_tiles(l, words, size, panel, ahead, totals);
@@ -197,7 +199,7 @@ static void multiply_panels(
         sum_by_vectors(l, words, size, panel, end - panel, totals);
     for (int64_t i = 0; i < size; i++)
         for (int64_t at = 0; at < width && output + at < l->outputs; at += LANES)
-            finish(l, *(sums *)(totals + i * width + at), x, residuals, out, row + i, output + at);
+            finish(l, *(sum_vector *)(totals + i * width + at), x, residuals, out, row + i, output + at);
 }
 
 /* By the whole team. x [rows, inputs]; out and the residuals, which may be NULL, [rows, outputs]. */
@@ -206,7 +208,7 @@ static void apply_linear(
     const scalar *second, void *out) {
     const scalar *residuals[2] = {first, second};
     operand operands = into_words(all, l, rows, x, scratch);
-    int64_t panels = (l->outputs + PANEL - 1) / PANEL, panel_bytes = l->words * PANEL * (int64_t)sizeof(word);
+    int64_t panels = (l->outputs + PANEL - 1) / PANEL, panel_bytes = l->num_words * PANEL * (int64_t)sizeof(word);
     int64_t tasks = (panels + PANELS_OF_A_TASK - 1) / PANELS_OF_A_TASK, passes = (rows + PASS - 1) / PASS;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks * passes; task++) {

@@ -1,9 +1,9 @@
 /* Where threads or processes wait for each other.
  *
  * OpenMP's own barrier spins for milliseconds, about as long as the system lets another process run. Where cores are
- * shared that is how long every wait may last: the late thread stands behind that process while the waiting one keeps
- * the other core busy. This one spins for as long as a thread is late by itself and then sleeps, which leaves the core
- * to whoever is waited for.
+ * shared that is how long every wait may last: the late thread stands behind that process while the waiting one
+ * keeps the other core busy. This one spins for as long as a thread is late by itself and then sleeps, which leaves
+ * the core to whoever is waited for.
  */
 #pragma once
 #include <stdatomic.h>

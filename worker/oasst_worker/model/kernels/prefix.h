@@ -1,8 +1,8 @@
-/* The draw among a few tokens of a row, its most likely or its most typical ones, in double; the rest of the row enters
- * only as a sum. `model/shortcuts.py` does the same for many rows at once, by PyTorch's operators.
+/* The draw among a few tokens of a row, its most likely or its most typical ones, in double; the rest of the row
+ * enters only as a sum. `model/shortcuts.py` does the same for many rows at once, by PyTorch's operators.
  *
- * A row is decided only if no comparison was so close that the rounding of the plain path (`model/warpers.py`) could turn
- * it. */
+ * A row is decided only if no comparison was so close that the rounding of the plain path (`model/warpers.py`) could
+ * turn it. */
 #pragma once
 #include "vectors.h"
 #include <math.h>
@@ -27,7 +27,8 @@ typedef struct {
     double weight; /* e^(score - peak) */
 } token;
 
-/* Those that may still be drawn, the most likely first; of equals the highest id first, as the plain path orders them. */
+/* Those that may still be drawn, the most likely first; of equals the highest id first, as the plain path orders
+ * them. */
 typedef struct {
     int64_t size, is_doubtful;
     double peak; /* The highest score of the whole row. */
@@ -37,7 +38,7 @@ typedef struct {
 /* What the whole row weighs: the sums of w = e^depth and of w * depth, where depth = score - peak. */
 typedef struct {
     double total, moment;
-} sums;
+} row_weight;
 
 static int has_filter(const spec *q) { return q->top_k > 0 || q->top_p < 1 || q->min_p > 0; }
 
@@ -98,8 +99,8 @@ static void keep_min_p(prefix *p, double least) {
     p->size = kept;
 }
 
-/* Those whose information content is nearest to `entropy` stay, up to the mass, if all tokens weigh `total`; one is there
- * at least. Returns the largest distance kept, and in `farthest` the largest that was there. */
+/* Those whose information content is nearest to `entropy` stay, up to the mass, if all tokens weigh `total`; one is
+ * there at least. Returns the largest distance kept, and in `farthest` the largest that was there. */
 static double keep_typical(prefix *p, double mass, double total, double entropy, double *farthest) {
     double distances[MOST_TOKENS], sum = 0;
     int64_t order[MOST_TOKENS], last = 0;
@@ -152,9 +153,9 @@ static int64_t draw_token(const prefix *p, double uniform, double total, int64_t
     return !is_close;
 }
 
-/* From the most likely tokens, with any filters or none. No token outside has a higher score than the lowest here, unless
- * the prefix is the whole row. Returns whether the token is decided. */
-static int64_t draw_from_likely(prefix *p, const spec *q, const sums *all, int64_t is_whole, int64_t *id) {
+/* From the most likely tokens, with any filters or none. No token outside has a higher score than the lowest here,
+ * unless the prefix is the whole row. Returns whether the token is decided. */
+static int64_t draw_from_likely(prefix *p, const spec *q, const row_weight *all, int64_t is_whole, int64_t *id) {
     double outside = is_whole ? -INFINITY : p->tokens[p->size - 1].score;
     /* Closed once no token outside can be kept. */
     int64_t is_closed = is_whole;
@@ -175,7 +176,7 @@ static int64_t draw_from_likely(prefix *p, const spec *q, const sums *all, int64
 }
 
 /* From the most typical tokens, without any other filter. */
-static int64_t draw_from_typical(prefix *p, const spec *q, const sums *all, int64_t is_whole, int64_t *id) {
+static int64_t draw_from_typical(prefix *p, const spec *q, const row_weight *all, int64_t is_whole, int64_t *id) {
     double farthest, entropy = log(all->total) - all->moment / all->total;
     double limit = keep_typical(p, q->typical_p, all->total, entropy, &farthest);
     if (!is_whole && limit > farthest - DISTANCE_MARGIN) return 0;

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,7 @@ from oasst_worker.settings import StartError, WorkerSettings, read_settings, unr
 from oasst_worker.worker import Worker
 from prometheus_client import CollectorRegistry
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
+from serving_line import read_serving_line
 from waiting import until
 from watched_queue import Queue, choice_text
 
@@ -38,7 +41,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 class WorkerProcess:
     """A worker that serves, and what it said."""
 
-    def __init__(self, process: asyncio.subprocess.Process, event: dict[str, str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], event: dict[str, str]) -> None:
         self.process = process
         self.event = event
 
@@ -49,7 +52,7 @@ class WorkerProcess:
     async def end(self, number: signal.Signals) -> int:
         """The exit code after this signal."""
         self.process.send_signal(number)
-        return await self.process.wait()
+        return await asyncio.to_thread(self.process.wait, 30)
 
 
 def get(address: str, path: str) -> tuple[int, str]:
@@ -61,26 +64,27 @@ def get(address: str, path: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-async def start_process(valkey_url: str) -> AsyncIterator[Callable[..., Awaitable[WorkerProcess]]]:
+def start_process(valkey_url: str, tmp_path: Path) -> Iterator[Callable[..., Awaitable[WorkerProcess]]]:
     """Starts workers on the demo checkpoint, and kills what is left of them."""
-    processes: list[asyncio.subprocess.Process] = []
+    with ExitStack() as exits:
 
-    async def start(*options: str) -> WorkerProcess:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "oasst_worker", "--model", str(DEMO), "--redis-url", valkey_url),
-            *("--metrics-listen", "127.0.0.1:0", "--threads", "1", *options),
-            env=ONE_THREAD,
-            stdout=subprocess.PIPE,
-        )
-        processes.append(process)
-        assert process.stdout is not None
-        return WorkerProcess(process, json.loads(await process.stdout.readline()))
+        def start(*options: str) -> WorkerProcess:
+            log = tmp_path / "worker.log"
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "oasst_worker", "--model", str(DEMO), "--redis-url", valkey_url),
+                    *("--metrics-listen", "127.0.0.1:0", "--threads", "1", *options),
+                ],
+                env=ONE_THREAD,
+                stdout=subprocess.PIPE,
+                stderr=exits.enter_context(log.open("a")),
+                text=True,
+            )
+            exits.callback(process.communicate)
+            exits.callback(process.kill)
+            return WorkerProcess(process, read_serving_line(process, log))
 
-    yield start
-    for process in processes:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        yield partial(asyncio.to_thread, start)
 
 
 def demo_job(request_id: str) -> Job:
@@ -315,7 +319,7 @@ async def test_a_killed_rank_ends_its_worker_and_another_goes_on_with_the_same_t
     job_id = await queue.submit(demo_job("resumed"))
     await until(lambda: _has_logged(queue, job_id, 20))
     rank.kill()
-    assert await asyncio.wait_for(split.process.wait(), 10) == 1
+    assert await asyncio.to_thread(split.process.wait, 10) == 1
     assert 20 <= (await queue.log(job_id)).end_position < 250
     await queue.lose_lease(job_id)
 

@@ -7,13 +7,14 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from metric_page import total_of
+from oasst_client import Client
 from serving_line import read_serving_line
 
 STOP_S = 60
@@ -124,12 +125,32 @@ def start_up(tmp_path: Path, make_short_folder: Callable[[], Path]) -> Iterator[
         yield start
 
 
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, make_short_folder: Callable[[], Path]) -> Iterator[UpProcess]:
-    """A whole service for all tests of a module. Whatever a test breaks in it must come back by itself."""
-    shared = UpProcess([], tmp_path_factory.mktemp("up"), make_short_folder())
+@contextmanager
+def _serving(folder: Path, temporary: Path) -> Iterator[UpProcess]:
+    """A whole service for many tests. Whatever a test breaks in it must come back by itself."""
+    up = UpProcess([], folder, temporary)
     try:
-        shared.wait_until_serving()
-        yield shared
+        up.wait_until_serving()
+        yield up
     finally:
-        shared.end()
+        up.end()
+
+
+@pytest.fixture(scope="session")
+def up(tmp_path_factory: pytest.TempPathFactory, make_short_folder: Callable[[], Path]) -> Iterator[UpProcess]:
+    """One that all modules share, but those that have their own."""
+    with _serving(tmp_path_factory.mktemp("up"), make_short_folder()) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def own_up(tmp_path_factory: pytest.TempPathFactory, make_short_folder: Callable[[], Path]) -> Iterator[UpProcess]:
+    """One of a module whose tests ask what has happened to it."""
+    with _serving(tmp_path_factory.mktemp("up"), make_short_folder()) as up:
+        yield up
+
+
+@pytest.fixture
+def client(up: UpProcess) -> Iterator[Client]:
+    with Client(up.address) as client:
+        yield client

@@ -1,23 +1,17 @@
 """Log-likelihoods through client, gateway, queue and worker: those of transformers, whatever dies meanwhile."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from oasst_cli.up.checkpoint import demo_checkpoint
-from oasst_client import AsyncClient, Client, InvalidArgumentError, ItemScore, ScoreItem
+from oasst_client import AsyncClient, InvalidArgumentError, ItemScore, ScoreItem
 from transformers import GPTNeoXForCausalLM
 from waiting import wait_until
 
 LONGEST = 2049  # One more than the model has positions.
-
-
-@pytest.fixture
-def client(up) -> Iterator[Client]:
-    with Client(up.address) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from demo_answers import COINED, MEME
 from oasst_cli.up.checkpoint import demo_checkpoint
 from oasst_client import Client
 from waiting import wait_until
-
-MEME = (
-    "A meme is an idea, a joke or a habit that spreads from person to person by being copied and changed. "
-    "On the internet it is often a picture with a few funny words."
-)
-COINED = (
-    "Richard Dawkins coined it in his 1976 book The Selfish Gene. "
-    'He shortened the Greek word mimema, "that which is imitated", so that it would sound like gene.'
-)
 
 
 def oasst_up(*arguments: str, stdin: str = "", folder: Path) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ import sys
 import urllib.request
 
 import pytest
+from demo_answers import COINED, MEME
 from oasst_client import (
     AsyncClient,
     AsyncConversation,
@@ -17,23 +18,14 @@ from oasst_client import (
 )
 from waiting import wait_until
 
-MEME = (
-    "A meme is an idea, a joke or a habit that spreads from person to person by being copied and changed. "
-    "On the internet it is often a picture with a few funny words."
-)
-COINED = (
-    "Richard Dawkins coined it in his 1976 book The Selfish Gene. "
-    'He shortened the Greek word mimema, "that which is imitated", so that it would sound like gene.'
-)
 SEEDED = {"max_new_tokens": 40, "ignore_eos": True, "seed": 11, "temperature": 3.0}
 # Long enough that what happens to it in the middle happens in the middle.
 LONG = SEEDED | {"max_new_tokens": 1900}
 
 
-@pytest.fixture
-def client(up):
-    with Client(up.address) as client:
-        yield client
+@pytest.fixture(scope="module")
+def up(own_up):
+    return own_up
 
 
 @pytest.fixture(scope="module")

@@ -48,21 +48,23 @@ PARTS: dict[str, tuple[str, ...]] = {
 def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], dict[str, Any], Path | None]:
     """The parts, the options that were given, and the file for the figures. An option that no part reads is refused."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them by default")
-    parser.add_argument("--json", type=Path, help="also writes the figures to this file")
+    about_parts = f"{', '.join(PARTS)}; all of them by default, speculation only with --answers"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=about_parts)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the figures to this file")
     for name, about, settings in (
-        ("rounds", "of each measurement", {"type": int}),
-        ("prompt_tokens", "in a prompt or a context", {"type": int}),
-        ("new_tokens", "to generate for each prompt", {"type": int}),
-        ("prefix_tokens", "in a prompt that is used again", {"type": int}),
-        ("concurrent", "sequences at once; path takes the largest", {"type": int, "nargs": "+"}),
-        ("waiting", "jobs that wait", {"type": int, "nargs": "+"}),
-        ("training_steps", "of each system", {"type": int}),
-        ("answers", "a sampling report of oasst-model-eval", {"type": Path}),
+        ("rounds", "rounds of each measurement", {"type": int}),
+        ("prompt_tokens", "tokens in a prompt or a context", {"type": int}),
+        ("new_tokens", "tokens to generate for each prompt", {"type": int}),
+        ("prefix_tokens", "tokens in a prompt that is used again", {"type": int}),
+        ("concurrent", "sequences at once, each number in turn; path takes the largest", {"type": int, "nargs": "+"}),
+        ("waiting", "jobs that wait in the queue, each number in turn", {"type": int, "nargs": "+"}),
+        ("training_steps", "steps that each system trains", {"type": int}),
+        ("answers", "a sampling report of oasst-model-eval, whose answers are guessed", {"type": Path}),
     ):
         readers = ", ".join(part for part, read in PARTS.items() if name in read)
-        about = f"{about} ({'all but agreement' if name == 'rounds' else readers})"
-        parser.add_argument(f"--{name.replace('_', '-')}", default=None, help=about, **settings)
+        about = f"{about} ({'all but agreement' if name == 'rounds' else readers}){_default(name)}"
+        option, kind = f"--{name.replace('_', '-')}", "FILE" if settings["type"] is Path else "N"
+        parser.add_argument(option, default=None, metavar=kind, help=about, **settings)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     parts, json_file = given.pop("parts"), given.pop("json", None)
     if unknown := set(parts) - set(PARTS):
@@ -73,6 +75,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[list[str], dict[str, 
         if not any(name in PARTS[part] for part in parts):
             parser.error(f"--{name.replace('_', '-')} is read by none of these parts: {', '.join(parts)}")
     return parts, given, json_file
+
+
+def _default(name: str) -> str:
+    default = getattr(Options, name)
+    values = default if isinstance(default, tuple) else (default,)
+    return "" if default is None else f"; {' '.join(map(str, values))} by default"
 
 
 def main() -> None:

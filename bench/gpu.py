@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from oasst_cli.plan.roofline import Card, Link, Machine, ModelShape, StepWork
-from oasst_worker.engine import Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import Engine, EngineConfig, GenerationParams, OutOfDeviceMemoryError, Sequence
 from oasst_worker.model.attention import FP8, build_attention
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
@@ -37,13 +37,17 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from bench.checkpoints import VOCAB_SIZE, random_prompts
 from bench.engine import OURS, EngineRow, compare_systems, engine_table
-from bench.greedy import UNPACED, decode_steps, generate_greedily, num_decoded
+from bench.greedy import UNPACED, decode_steps, generate_greedily, num_decoded, step_with_all
+from bench.peers.answering import Generate
 from bench.peers.programs.transformers_continuous import continuous_batching
 from bench.peers.programs.transformers_static import static_batch
 from bench.profile import fastest
 from bench.simulation import work_of
 
 STEP_TOKENS = 8192
+
+# PyTorch's, the engine's, and that of transformers' continuous batching.
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfDeviceMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,12 @@ class MixedRow:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--shape", choices=SHAPES, default="12b")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also writes the figures to this file")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cuda by default")
+    parser.add_argument("--shape", choices=SHAPES, default="12b", help="of the model; 12b by default")
+    dtypes = ["float16", "bfloat16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default="float16", help="of weights; float16 by default")
+    parser.add_argument("--rounds", type=int, metavar="N", default=3, help="beside transformers; 3 by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the figures to this file")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -137,16 +142,17 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console(width=120)
-    figures = measure(
-        SHAPES[arguments.shape], torch.device(arguments.device), arguments.dtype, arguments.rounds, console
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    shape, device = SHAPES[arguments.shape], torch.device(arguments.device)
+    for figures in measure(shape, device, arguments.dtype, arguments.rounds, console):
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 
-def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, console: Console) -> dict[str, Any]:
-    """Everything, printed as it comes; what was printed, as JSON has it."""
+def measure(
+    shape: Shape, device: torch.device, dtype_name: str, rounds: int, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Part after part, printed as it comes; what was printed so far, as JSON has it."""
     dtype: torch.dtype = getattr(torch, dtype_name)
     card = measure_card(shape, device, dtype)
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}"
@@ -164,31 +170,33 @@ def measure(shape: Shape, device: torch.device, dtype_name: str, rounds: int, co
         bytes_per_value=dtype.itemsize,
     )
     reference = random_model(shape, device, dtype)
+    console.print(f"transformers attends by {reference.config._attn_implementation}")
     config, weights = share_weights(reference)
     ways: dict[str, tuple[Callable[..., Linear], torch.dtype]] = {
         "plain": (build_linear, dtype),
         "row-exact": (build_row_exact_linear, dtype),
         "fp8 cache": (build_linear, FP8),
     }
+    figures: dict[str, Any] = {"about": about}
     steps: list[StepRow] = []
     for way, (make_linear, kv_dtype) in ways.items():
         model = NeoX(config, weights, make_linear, partial(build_attention, kv_dtype=kv_dtype))
         console.print(f"{way}: rows {'do not' if model.is_row_exact else 'do'} change each other's bits")
         of_way = dataclasses.replace(model_shape, kv_bytes_per_value=kv_dtype.itemsize)
         steps += measure_steps(model, way, Machine(card, model=of_way, efficiency=1.0), shape)
-    console.print(steps_table(steps))
 
+    def keep(part: str, rows: list[Any], table: Callable[[list[Any]], Table]) -> dict[str, Any]:
+        if rows:
+            console.print(table(rows))
+        figures[part] = [dataclasses.asdict(row) for row in rows]
+        return figures
+
+    yield keep("steps", steps, steps_table)
     model = NeoX(config, weights)
-    lookahead = list(measure_lookahead(model, shape))
-    console.print(lookahead_table(lookahead))
+    yield keep("lookahead", list(measure_lookahead(model, shape)), lookahead_table)
     mixed = _if_it_fits("a load of mixed lengths", measure_mixed, model, shape)
-    if mixed:
-        console.print(mixed_table(mixed))
-    peers = measure_peers(model, reference, shape, rounds)
-    if peers:
-        console.print(engine_table(peers, dtype_name))
-    rows = {"steps": steps, "lookahead": lookahead, "mixed": [mixed] if mixed else [], "peers": peers}
-    return {"about": about} | {part: [dataclasses.asdict(row) for row in of_part] for part, of_part in rows.items()}
+    yield keep("mixed", [mixed] if mixed else [], mixed_table)
+    yield keep("peers", measure_peers(model, reference, shape, rounds), partial(engine_table, dtype=dtype_name))
 
 
 def measure_card(shape: Shape, device: torch.device, dtype: torch.dtype) -> Card:
@@ -293,11 +301,11 @@ def measure_mixed(model: NeoX, shape: Shape) -> MixedRow:
         [prompt] = random_prompts(1, prompt_tokens, shape.vocab_size, seed=number)
         engine.add(Sequence(str(number), prompt, _params(new_tokens)))
     while engine.num_running < shape.mixed_batch:
-        engine.step()
+        step_with_all(engine)
     num_tokens = num_steps = used = held = 0
     start = time.perf_counter()
     while engine.num_waiting:
-        num_tokens += len(engine.step())
+        num_tokens += len(step_with_all(engine))
         num_steps += 1
         used += sum(chunk.end for chunk in engine.last_batch.chunks)
         held += sum(len(chunk.sequence.blocks) * BLOCK_SIZE for chunk in engine.last_batch.chunks)
@@ -311,31 +319,36 @@ def measure_mixed(model: NeoX, shape: Shape) -> MixedRow:
 
 
 def measure_peers(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, rounds: int) -> list[EngineRow]:
-    """Generation from prompt to last token, at each batch."""
+    """Generation from prompt to last token, at each batch, by the systems that have memory for it."""
+    prompt_tokens, new_tokens = shape.peer_tokens
     rows = []
     for batch in shape.batches:
-        row = _if_it_fits(f"generation of {batch} sequences", _compare, model, reference, shape, batch, rounds)
-        rows += [] if row is None else [row]
+        prompts = random_prompts(batch, prompt_tokens, shape.vocab_size)
+        fitting = {
+            name: generate
+            for name, generate in systems_on(model, reference, shape, batch).items()
+            if _if_it_fits(f"{name} with {batch} sequences", generate, prompts, new_tokens) is not None
+        }
+        if OURS in fitting:
+            rows.append(compare_systems("random", fitting, prompts, new_tokens=new_tokens, rounds=rounds))
     return rows
 
 
-def _compare(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, batch: int, rounds: int) -> EngineRow:
-    prompt_tokens, new_tokens = shape.peer_tokens
-    max_tokens = prompt_tokens + new_tokens
+def systems_on(model: NeoX, reference: GPTNeoXForCausalLM, shape: Shape, batch: int) -> dict[str, Generate]:
+    """Ours and transformers' ways to generate, for so many sequences at once, on the same weights."""
+    max_tokens = sum(shape.peer_tokens)
     runner = _runner(model, batch * (-(-max_tokens // BLOCK_SIZE) + 1), batch)
 
     def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         return generate_greedily(runner, _engine_config(model, batch), prompts, new_tokens)[0]
 
-    systems = {
+    return {
         OURS: ours,
         "transformers generate": static_batch(reference),
         "transformers continuous batching": continuous_batching(
             reference, max_sequences=batch, max_tokens=max_tokens, step_tokens=STEP_TOKENS
         ),
     }
-    prompts = random_prompts(batch, prompt_tokens, shape.vocab_size)
-    return compare_systems("random", systems, prompts, new_tokens=new_tokens, rounds=rounds)
 
 
 def steps_table(rows: list[StepRow]) -> Table:
@@ -370,17 +383,18 @@ def lookahead_table(rows: list[LookaheadRow]) -> Table:
     return table
 
 
-def mixed_table(row: MixedRow) -> Table:
+def mixed_table(rows: list[MixedRow]) -> Table:
     table = Table(title="Requests of mixed lengths, prefill included, beside steady decode at their mean context")
     for heading in ("sequences", "tokens/s", "steady tokens/s", "of it", "KV cache wasted"):
         table.add_column(heading, justify="right")
-    table.add_row(
-        str(row.sequences),
-        f"{row.tokens_per_s:.0f}",
-        f"{row.steady_tokens_per_s:.0f}",
-        f"{row.tokens_per_s / row.steady_tokens_per_s:.0%}",
-        f"{row.kv_waste:.1%}",
-    )
+    for row in rows:
+        table.add_row(
+            str(row.sequences),
+            f"{row.tokens_per_s:.0f}",
+            f"{row.steady_tokens_per_s:.0f}",
+            f"{row.tokens_per_s / row.steady_tokens_per_s:.0%}",
+            f"{row.kv_waste:.1%}",
+        )
     return table
 
 
@@ -423,7 +437,7 @@ def _if_it_fits(what: str, measure: Callable[..., Any], *arguments: Any) -> Any:
     """What `measure` gives, or None, said aloud, where the device has no memory for it."""
     try:
         return measure(*arguments)
-    except torch.OutOfMemoryError:
+    except _OUT_OF_MEMORY:
         print(f"{what} does not fit into this card's memory", file=sys.stderr)
     torch.cuda.empty_cache()  # Behind the handler, whose traceback holds what was allocated.
     return None

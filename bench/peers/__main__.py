@@ -42,14 +42,18 @@ class Plan:
 
 def parse(arguments: list[str]) -> Plan:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["160m", "70m"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--concurrent", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["160m", "70m"], help="160m and 70m by default")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights; all by default")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="all by default")
+    about = "sequences at once, each number in turn; 1 8 32 by default"
+    parser.add_argument("--concurrent", nargs="+", type=int, metavar="N", default=[1, 8, 32], help=about)
+    for option, default, about in (
+        ("--rounds", 3, "rounds of each measurement"),
+        ("--prompt-tokens", 128, "tokens in a prompt"),
+        ("--new-tokens", 128, "tokens to generate for each prompt"),
+        ("--threads", 2, "threads of each system"),
+    ):
+        parser.add_argument(option, type=int, metavar="N", default=default, help=f"{about}; {default} by default")
     return Plan(**vars(parser.parse_args(arguments)))
 
 

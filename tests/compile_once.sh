@@ -2,7 +2,7 @@
 # compile_once.sh COMPILER FOLDER ARGUMENT...: what COMPILER ARGUMENT... would make of one source file; copied from FOLDER
 # where the same arguments have made it of the same files before.
 set -e -o pipefail
-compiler=$1 folder=$2
+compiler=$1 folder=$2 made='' sources=''
 shift 2
 
 rest=("$@")
@@ -12,6 +12,7 @@ for ((i = 0; i < $#; i++)); do
         *.c) sources=${rest[i]%/*} ;;
     esac
 done
+if [ -z "$made" ] || [ -z "$sources" ]; then exec "$compiler" "$@"; fi  # It was asked for something else.
 key=$({ echo "${rest[@]}"; cat "$sources"/*.[ch]; } | sha256sum | cut -c-64)
 
 if [ ! -e "$folder/$key" ]; then

@@ -32,7 +32,7 @@ class EngineRow:
 
     checkpoint: str
     concurrent: int
-    tokens_per_s: dict[str, float]
+    tokens_per_s: dict[str, float]  # Of those that could do it.
     ratios: dict[str, Ratio]  # Of ours to each peer's.
     same_tokens: dict[str, float]  # Share of generated tokens before a sequence's first difference from ours.
 
@@ -77,7 +77,7 @@ def compare_systems(
 
 
 def engine_table(rows: list[EngineRow], dtype: str = "fp32") -> Table:
-    peers = [system for system in rows[0].tokens_per_s if system != OURS]
+    peers = [peer for peer in dict.fromkeys(system for row in rows for system in row.tokens_per_s) if peer != OURS]
     table = Table(title=f"Engine alone: generated tokens per second, {dtype}, greedy, prefill included")
     for heading in ("checkpoint", "concurrent", OURS, *peers):
         table.add_column(heading, justify="right")
@@ -88,8 +88,8 @@ def engine_table(rows: list[EngineRow], dtype: str = "fp32") -> Table:
         table.add_row(
             row.checkpoint,
             str(row.concurrent),
-            *(f"{row.tokens_per_s[system]:.0f}" for system in (OURS, *peers)),
-            *(str(row.ratios[peer]) for peer in peers),
+            *(f"{row.tokens_per_s[each]:.0f}" if each in row.tokens_per_s else "-" for each in (OURS, *peers)),
+            *(str(row.ratios.get(peer, "-")) for peer in peers),
             f"{min(row.same_tokens.values()):.1%}",
         )
     return table

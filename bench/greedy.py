@@ -4,10 +4,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from oasst_worker.engine import Batch, Engine, EngineConfig, GenerationParams, Sequence
+from oasst_worker.engine import (
+    Batch,
+    Engine,
+    EngineConfig,
+    GenerationParams,
+    OutOfDeviceMemoryError,
+    ScoreOutput,
+    Sequence,
+    TokenOutput,
+)
 from oasst_worker.runtime import ModelRunner
 
-__all__ = ["UNPACED", "decode_steps", "generate_greedily", "num_decoded"]
+__all__ = ["UNPACED", "decode_steps", "generate_greedily", "num_decoded", "step_with_all"]
 
 # As `max_slowdown`: a prompt gets the whole step.
 UNPACED = 1e6
@@ -36,15 +45,30 @@ def decode_steps(
     """Seconds and batch of so many steps in which every prompt's sequence decodes and nothing else is computed.
 
     Prompts come in unpaced. The first such step is left out: on a GPU it makes what those of its size need.
+
+    Raises:
+        OutOfDeviceMemoryError: if the device has no memory for all at once, and the engine went on with fewer.
     """
     engine = Engine(runner, replace(config, max_slowdown=UNPACED))
     _add(engine, prompts, num_decoded(config, prompts, num_steps))
     while engine.last_batch.num_tokens != len(prompts) or engine.num_waiting:
-        engine.step()
+        step_with_all(engine)
     for _ in range(num_steps):
         start = time.perf_counter()
-        engine.step()
+        step_with_all(engine)
         yield time.perf_counter() - start, engine.last_batch
+
+
+def step_with_all(engine: Engine) -> list[TokenOutput | ScoreOutput]:
+    """A step of an engine for which the device has always had memory.
+
+    Raises:
+        OutOfDeviceMemoryError: if it had not, and the engine went on with fewer sequences.
+    """
+    outputs = engine.step()
+    if engine.num_out_of_memory:
+        raise OutOfDeviceMemoryError("the device has no memory for all sequences at once")
+    return outputs
 
 
 def num_decoded(config: EngineConfig, prompts: list[list[int]], num_steps: int) -> int:

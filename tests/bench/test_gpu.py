@@ -5,9 +5,12 @@ import json
 
 import pytest
 import torch
+from oasst_worker.engine import OutOfDeviceMemoryError
 from oasst_worker.model.neox import NeoX
+from oasst_worker.runtime import ModelRunner
 
 from bench import gpu
+from bench.engine import OURS
 from bench.peers.programs import transformers_continuous
 
 
@@ -38,12 +41,39 @@ def test_the_engine_and_the_peer_may_compute_as_many_tokens_in_a_step(monkeypatc
         step_tokens.append(max_batch_tokens)
 
     monkeypatch.setattr(transformers_continuous, "ContinuousBatchingConfig", make_config)
-    monkeypatch.setattr(gpu, "compare_systems", lambda *_, **__: None)
-    tiny = dataclasses.replace(gpu.SHAPES["tiny"], batches=(1,))
+    tiny = gpu.SHAPES["tiny"]
     reference = gpu.random_model(tiny, torch.device("cpu"), torch.float32)
     model = NeoX(*gpu.share_weights(reference))
-    gpu.measure_peers(model, reference, tiny, rounds=1)
+    gpu.systems_on(model, reference, tiny, 1)
     assert step_tokens == [gpu._engine_config(model, 1).step_tokens]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, OutOfDeviceMemoryError, MemoryError])
+def test_a_peer_that_the_memory_does_not_hold_is_left_out(error, monkeypatch, capsys):
+    def never_fits(prompts, new_tokens):
+        raise error("no room")
+
+    monkeypatch.setattr(gpu, "continuous_batching", lambda *_, **__: never_fits)
+    tiny = dataclasses.replace(gpu.SHAPES["tiny"], batches=(1,), peer_tokens=(8, 2))
+    reference = gpu.random_model(tiny, torch.device("cpu"), torch.float32)
+    [row] = gpu.measure_peers(NeoX(*gpu.share_weights(reference)), reference, tiny, rounds=1)
+    assert row.tokens_per_s.keys() == {OURS, "transformers generate"}
+    assert "transformers continuous batching with 1 sequences does not fit" in capsys.readouterr().err
+
+
+def test_steps_for_which_the_memory_was_too_small_are_not_measured(monkeypatch):
+    tiny = gpu.SHAPES["tiny"]
+    model = NeoX(*gpu.share_weights(gpu.random_model(tiny, torch.device("cpu"), torch.float32)))
+    launch = ModelRunner.launch
+
+    def launch_few(runner, batch, *more, **options):
+        if len(batch.chunks) > 2:
+            raise OutOfDeviceMemoryError("no room for three")
+        return launch(runner, batch, *more, **options)
+
+    monkeypatch.setattr(ModelRunner, "launch", launch_few)
+    with pytest.raises(OutOfDeviceMemoryError, match="all sequences at once"):
+        gpu._decode_steps(model, 4, 32, 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -231,9 +231,7 @@ where_bf16_is_packed = pytest.mark.skipif(
         (torch.float32, compiled_attention, build_quantized_linear),
         (torch.float32, PlainAttention, PlainQuantizedLinear),
         (torch.float32, partial(PlainAttention, kv_dtype=FP8), build_linear),
-        pytest.param(
-            torch.bfloat16, partial(PlainAttention, kv_dtype=FP8), PackedLinear, marks=where_bf16_is_packed
-        ),
+        pytest.param(torch.bfloat16, partial(PlainAttention, kv_dtype=FP8), PackedLinear, marks=where_bf16_is_packed),
         (torch.float32, partial(compiled_attention, kv_dtype=INT8), build_linear),
         (torch.bfloat16, partial(compiled_attention, kv_dtype=INT8), build_quantized_linear),
         (torch.float32, partial(PlainAttention, kv_dtype=INT8), build_linear),

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from oasst.v1 import chat_pb2
 from oasst_cli.__main__ import app
 from oasst_cli.report.analysis import compare_reports, describe_report
 from oasst_cli.report.configs import NOPREFIX, SamplingConfig, chat_options, read_configs
 from oasst_cli.report.document import PromptResults, Report, ReportError, SamplingResult, read_prompts
 from oasst_cli.report.screen import draw_comparison
-from oasst_client import InternalError, Priority
+from oasst_client import InternalError
 from oasst_client.testing import FakeServer
 from typer.testing import CliRunner
 
@@ -150,7 +151,7 @@ def test_a_report_has_every_prompt_under_every_config(prompts, tmp_path):
     assert [len(each.outputs) for each in made.prompts[0].results] == [2, 2, 2, 2, 2, 1]
     assert made.outputs_of("greedy") == ["to Why?", "to Who – é?", "to a\nb"]
     assert (made.model_name, made.args["seed"], made.args["device"]) == ("fake", 42, None)
-    assert {request.priority for request in server.requests} == {1}, Priority.BULK
+    assert {request.priority for request in server.requests} == {chat_pb2.PRIORITY_BULK}
     assert len({request.sampling.seed for request in server.requests}) == len(server.requests)
     assert not (tmp_path / "out.json.partial").exists()
 

@@ -1,20 +1,18 @@
 """Scoring for evaluations: the harness's model `oasst-grpc` on a whole service, against its own model `hf`."""
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from oasst_cli.eval.model import OasstLM
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from bench.batch_sizes import BatchSizes, compare_batch_sizes
 from bench.checkpoints import DEMO, complete_with_demo_tokenizer, random_prompts
 from bench.options import Measured, Options
 from bench.services import running_stack
-from bench.turns import Ratio, paired_ratio, take_turns, timed
 
 __all__ = ["EvalsRow", "evals_table", "measure"]
 
@@ -23,32 +21,23 @@ _NUM_REQUESTS = {"demo": 64, "160m": 16}
 _CONTEXT_TOKENS = 256
 _CONTINUATION_TOKENS = 8
 _CHOICES = 4
-_BATCH_SIZES = (1, 4, 16)
 
 # As the harness passes them on: its texts, context, continuation.
 Requests = list[tuple[None, list[int], list[int]]]
+# Log-likelihoods, and whether the continuation is the likeliest.
+Scores = list[tuple[float, bool]]
 
 
 @dataclass(frozen=True)
 class EvalsRow:
-    """Seconds to score the same requests, the medians of the rounds."""
+    """One checkpoint and kind of requests."""
 
     checkpoint: str
     requests: str
     num_requests: int
-    ours_s: float
-    theirs_s: dict[int, float]  # By batch size.
-    ratios: dict[int, Ratio]  # Of each of these to ours.
+    sizes: BatchSizes
     largest_difference: float  # Between two log-likelihoods.
     same_greedy: bool
-
-    @property
-    def best_batch_size(self) -> int:
-        return min(self.theirs_s, key=lambda size: self.theirs_s[size])
-
-    @property
-    def ratio(self) -> Ratio:
-        return self.ratios[self.best_batch_size]
 
 
 def measure(options: Options) -> Measured:
@@ -70,10 +59,10 @@ def evals_table(rows: list[EvalsRow]) -> Table:
         table.add_row(
             row.checkpoint,
             f"{row.num_requests}, {row.requests}",
-            f"{row.ours_s:.2f} s",
-            f"{row.theirs_s[row.best_batch_size]:.2f} s",
-            str(row.best_batch_size),
-            str(row.ratio),
+            f"{row.sizes.ours_s:.2f} s",
+            f"{row.sizes.best_s:.2f} s",
+            str(row.sizes.best),
+            str(row.sizes.ratio),
             f"{row.largest_difference:.0e}",
             "same" if row.same_greedy else "NOT THE SAME",
         )
@@ -84,49 +73,28 @@ def _measure_checkpoint(name: str, folder: Path, *, num_requests: int, rounds: i
     """Requests that share their context by fours, as multiple choices do, and requests that share nothing."""
     complete_with_demo_tokenizer(folder)
     vocab_size = Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab_size()
-    theirs = HFLM(str(folder), tokenizer=str(DEMO), device="cpu", dtype="float32")
+    peer = HFLM(str(folder), tokenizer=str(DEMO), device="cpu", dtype="float32")
 
-    def with_batches_of(size: int) -> Callable[[Requests], Any]:
-        def score(requests: Requests) -> Any:
-            theirs.batch_size_per_gpu = size
-            return theirs._loglikelihood_tokens(requests, disable_tqdm=True)
-
-        return score
+    def theirs(requests: Requests, batch_size: int) -> Scores:
+        peer.batch_size_per_gpu = batch_size
+        return peer._loglikelihood_tokens(requests, disable_tqdm=True)
 
     rows = []
     with running_stack(folder) as stack:
-        ours = OasstLM(stack["addresses"][0])
-        scorers: dict[int | None, Callable[[Requests], Any]] = {
-            None: lambda requests: ours._loglikelihood_tokens(requests, disable_tqdm=True),
-            **{size: with_batches_of(size) for size in _BATCH_SIZES},
-        }
+        ours = partial(OasstLM(stack["addresses"][0])._loglikelihood_tokens, disable_tqdm=True)
         for kind, choices in ((f"{_CHOICES} choices each", _CHOICES), ("all apart", 1)):
-            # Never the same twice: the worker would use again what it computed before.
-            requests = {
-                number: _requests(num_requests, choices, vocab_size, seed=100 * choices + 1 + number)
-                for number in range(-1, rounds)
-            }
-            turns = take_turns(
-                {
-                    system: lambda number, score=score, requests=requests: timed(lambda: score(requests[number]))
-                    for system, score in scorers.items()
-                },
-                rounds,
-            )
-            seconds = {system: [took_s for took_s, _ in of_one] for system, of_one in turns.items()}
-            pairs = [
-                pair
-                for (_, answers), (_, expected) in zip(turns[None], turns[1], strict=True)
-                for pair in zip(answers, expected, strict=True)
-            ]
+
+            def ask(number: int, choices: int = choices) -> Requests:
+                return _requests(num_requests, choices, vocab_size, seed=100 * choices + 1 + number)
+
+            sizes, answers = compare_batch_sizes(ours, theirs, ask, rounds)
+            pairs = [pair for of_both in answers for pair in zip(*of_both, strict=True)]
             rows.append(
                 EvalsRow(
                     name,
                     kind,
                     num_requests,
-                    statistics.median(seconds[None]),
-                    {size: statistics.median(seconds[size]) for size in _BATCH_SIZES},
-                    {size: paired_ratio(seconds[size], seconds[None]) for size in _BATCH_SIZES},
+                    sizes,
                     max(abs(logprob - expected) for (logprob, _), (expected, _) in pairs),
                     all(is_greedy == is_expected for (_, is_greedy), (_, is_expected) in pairs),
                 )

@@ -1,10 +1,10 @@
 """Log-likelihoods through the whole path against a plain transformers loop: same weights, items and scores, fp32."""
 
 import random
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +13,12 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import GPTNeoXForCausalLM
 
+from bench.batch_sizes import BatchSizes, compare_batch_sizes
 from bench.checkpoints import complete_with_demo_tokenizer
 from bench.options import Measured, Options
 from bench.services import running_stack
-from bench.turns import Ratio, paired_ratio, take_turns, timed
 
 __all__ = ["ScoringRow", "measure", "score_in_batches", "scoring_table"]
-
-BATCH_SIZES = (1, 4, 16)
 
 # Of sums over a continuation's tokens.
 _TOLERANCE = 1e-4
@@ -52,7 +50,7 @@ class _Draw:
     num_ids: int
     context_tokens: int
 
-    def items(self, *, seed: int) -> list[ScoreItem]:
+    def items(self, seed: int) -> list[ScoreItem]:
         dice, ids = random.Random(f"{self.task.name} {seed}"), range(300, self.num_ids)
         items = []
         for _ in range(self.task.num_contexts):
@@ -79,22 +77,13 @@ class _Draw:
 
 @dataclass(frozen=True)
 class ScoringRow:
-    """One checkpoint and task: items per second, the medians of the rounds."""
+    """One checkpoint and task."""
 
     checkpoint: str
     task: str
-    ours: float
-    transformers: dict[int, float]  # By batch size.
-    ratios: dict[int, Ratio]  # Of ours to each of these.
+    num_items: int
+    sizes: BatchSizes
     largest_difference: float  # Between two log-likelihoods of an item.
-
-    @property
-    def best_batch_size(self) -> int:
-        return max(self.transformers, key=lambda size: self.transformers[size])
-
-    @property
-    def ratio(self) -> Ratio:
-        return self.ratios[self.best_batch_size]
 
 
 def measure(options: Options) -> Measured:
@@ -110,10 +99,10 @@ def scoring_table(rows: list[ScoringRow]) -> Table:
         table.add_row(
             row.checkpoint,
             row.task,
-            f"{row.ours:.1f}",
-            f"{row.transformers[row.best_batch_size]:.1f}",
-            str(row.best_batch_size),
-            str(row.ratio),
+            f"{row.num_items / row.sizes.ours_s:.1f}",
+            f"{row.num_items / row.sizes.best_s:.1f}",
+            str(row.sizes.best),
+            str(row.sizes.ratio),
             f"{row.largest_difference:.0e}",
         )
     return table
@@ -160,28 +149,13 @@ def _measure_checkpoint(name: str, folder: Path, options: Options) -> list[Scori
 
 
 def _measure_task(name: str, draw: _Draw, client: Client, rounds: int) -> ScoringRow:
-    # New items for each round: the worker would use again what it computed before.
-    items = {number: draw.items(seed=number) for number in range(-1, rounds)}
-    scorers: dict[int | None, Callable[[Sequence[ScoreItem]], list[ItemScore]]] = {None: client.score}
-    for batch_size in BATCH_SIZES:
-        scorers[batch_size] = lambda items, size=batch_size: score_in_batches(draw.model, items, size)
-    turns = take_turns(
-        {system: lambda number, score=score: timed(lambda: score(items[number])) for system, score in scorers.items()},
-        rounds,
-    )
-    seconds = {system: [took_s for took_s, _ in of_one] for system, of_one in turns.items()}
-    rates = {system: len(items[0]) / statistics.median(times) for system, times in seconds.items()}
+    sizes, pairs = compare_batch_sizes(client.score, partial(score_in_batches, draw.model), draw.items, rounds)
     return ScoringRow(
         name,
         draw.task.name,
-        ours=rates[None],
-        transformers={batch_size: rates[batch_size] for batch_size in BATCH_SIZES},
-        ratios={batch_size: paired_ratio(seconds[batch_size], seconds[None]) for batch_size in BATCH_SIZES},
-        largest_difference=max(
-            _largest_difference(ours, theirs)
-            for batch_size in BATCH_SIZES
-            for (_, ours), (_, theirs) in zip(turns[None], turns[batch_size], strict=True)
-        ),
+        draw.task.num_contexts * draw.task.num_choices,
+        sizes,
+        largest_difference=max(_largest_difference(ours, theirs) for ours, theirs in pairs),
     )
 
 

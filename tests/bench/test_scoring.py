@@ -5,7 +5,8 @@ import torch
 from oasst_client import ItemScore, ScoreItem
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from bench.scoring import ScoringRow, score_in_batches
+from bench.batch_sizes import BatchSizes
+from bench.scoring import score_in_batches
 from bench.turns import Ratio
 
 ITEMS = [
@@ -44,6 +45,5 @@ def test_every_item_has_the_score_that_it_has_alone(model, batch_size):
 
 def test_the_ratio_is_to_the_best_batch_size():
     ratios = {size: Ratio(ratio, ratio, ratio) for size, ratio in ((1, 3.0), (4, 1.5), (16, 2.0))}
-    theirs = {1: 10.0, 4: 20.0, 16: 15.0}
-    row = ScoringRow("demo", "items", ours=30.0, transformers=theirs, ratios=ratios, largest_difference=0.0)
-    assert (row.best_batch_size, row.ratio.median) == (4, 1.5)
+    sizes = BatchSizes(ours_s=1.0, theirs_s={1: 3.0, 4: 1.5, 16: 2.0}, ratios=ratios)
+    assert (sizes.best, sizes.best_s, sizes.ratio.median) == (4, 1.5, 1.5)

@@ -165,9 +165,7 @@ class AsyncCompletionStream:
                 if final is cause:
                     raise
                 raise final from cause
-            with suppress(TimeoutError):
-                async with asyncio.timeout(delay_s):
-                    await self._closed.wait()
+            await _wait_for_any(self._closed, self._client_is_closed, timeout_s=delay_s)
         if self._is_closed:
             raise stream_closed(self.request_id) from cause
         self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
@@ -406,9 +404,7 @@ class AsyncClient:
                     return await method(request, timeout=attempts.remaining_s, metadata=traced(self._metadata))
             except grpc.aio.AioRpcError as error:
                 delay_s = delay_before_retry(attempts, error_from_call(error, request_id=request_id), cause=error)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(delay_s):
-                    await self._closed.wait()
+            await _wait_for_any(self._closed, timeout_s=delay_s)
 
     @contextmanager
     def _told_if_closed(self, request_id: str) -> Generator[None]:
@@ -446,3 +442,13 @@ def _is_our_task_cancelled() -> bool:
     """Whether somebody cancels this task; gRPC says the same where a call is closed under whoever awaits it."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+async def _wait_for_any(*events: asyncio.Event, timeout_s: float) -> None:
+    """One of the events is set, or the time is over."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -68,11 +68,14 @@ class CompletionStream:
         start_call: Callable[[EventRequest, float | None], _EventCall],
         cancel_request: Callable[[str], None],
         client_is_closed: threading.Event,
+        next_attempts: threading.Condition,
     ) -> None:
         self._continuation = continuation
         self._start_call = start_call
         self._cancel_request = cancel_request
         self._client_is_closed = client_is_closed
+        # The client's own: notified of what ends the wait for the next call.
+        self._next_attempts = next_attempts
         self._closed = threading.Event()
         self._call = start_call(continuation.next_call, continuation.attempts.remaining_s)
 
@@ -140,7 +143,9 @@ class CompletionStream:
         """Ends the call. One's own request is cancelled if it has not ended, unless it has a `detach_grace_s`."""
         if self._closed.is_set():
             return
-        self._closed.set()
+        with self._next_attempts:
+            self._closed.set()
+            self._next_attempts.notify_all()
         self._call.cancel()
         if not self._continuation.is_over and self._continuation.ends_with_its_caller:
             self._cancel_request(self.request_id)
@@ -163,7 +168,8 @@ class CompletionStream:
                 if final is cause:
                     raise
                 raise final from cause
-            self._closed.wait(delay_s)
+            with self._next_attempts:
+                self._next_attempts.wait_for(lambda: self._is_closed, delay_s)
         if self._is_closed:
             raise stream_closed(self.request_id) from cause
         self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
@@ -501,7 +507,7 @@ class Client:
 
         attempts = Attempts(self._retry, timeout_s=timeout_s)
         continuation = Continuation(request, accumulator, attempts)
-        return CompletionStream(continuation, start_call, self._cancel_quietly, self._closed)
+        return CompletionStream(continuation, start_call, self._cancel_quietly, self._closed, self._next_attempts)
 
     def _cancel_quietly(self, request_id: str) -> None:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""

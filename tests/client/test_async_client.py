@@ -5,6 +5,8 @@ import inspect
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2
 from oasst_client import (
     AsyncClient,
     AsyncCompletionStream,
@@ -18,6 +20,7 @@ from oasst_client import (
     OverloadedError,
     RequestCancelledError,
 )
+from waiting import until
 
 TEXT = "An idea that spreads."
 
@@ -243,3 +246,19 @@ async def test_a_stream_that_failed_tells_the_same_when_asked_again(server, asyn
     for _ in range(2):
         with pytest.raises(InternalError):
             await stream.completion()
+
+
+async def test_closing_a_client_ends_the_wait_of_its_streams_for_the_next_call(server):
+    def lost(request, context):
+        yield server.accepted(request)
+        retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=20))
+        server.refuse(context, code_pb2.UNAVAILABLE, "away", retry)
+
+    server.script = lost
+    client = AsyncClient(server.address)
+    stream = client.stream("Hi")
+    answer = asyncio.create_task(stream.completion())
+    await until(lambda: stream.num_resumes == 1)
+    await client.close()
+    with pytest.raises(RequestCancelledError, match="was closed"):
+        await asyncio.wait_for(answer, 10)

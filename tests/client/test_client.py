@@ -32,6 +32,7 @@ from oasst_client import (
     UnimplementedError,
     Waiting,
 )
+from waiting import wait_until
 
 TEXT = "An idea that spreads."
 
@@ -405,3 +406,20 @@ def test_closing_a_client_ends_the_wait_for_the_next_attempt(server):
         client.close()
         with pytest.raises(RequestCancelledError):
             answer.result(timeout=5)
+
+
+def test_closing_a_client_ends_the_wait_of_its_streams_for_the_next_call(server):
+    def lost(request, context):
+        yield server.accepted(request)
+        retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=20))
+        server.refuse(context, code_pb2.UNAVAILABLE, "away", retry)
+
+    server.script = lost
+    client = Client(server.address)
+    stream = client.stream("Hi")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(stream.completion)
+        wait_until(lambda: stream.num_resumes == 1)
+        client.close()
+        with pytest.raises(RequestCancelledError, match="was closed"):
+            answer.result(timeout=10)

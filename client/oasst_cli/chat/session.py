@@ -1,9 +1,13 @@
 """What happens to a line that is typed in a chat: a question is answered, a /command is done."""
 
 import secrets
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from oasst_client import ChatOptions, Client, CompletionStream, Conversation, OasstError, Role
@@ -129,26 +133,23 @@ class ChatSession:
 
     def _show(self, stream: CompletionStream) -> None:
         """Shows the answer as it is generated; Ctrl-C stops it and leaves the conversation as it was."""
-        try:
-            with stream:
+        with stream, _closed_by_ctrl_c(stream) as is_stopped:
+            try:
                 if self._is_plain:
                     self._show_plain(stream)
                 else:
                     self._show_markdown(stream)
-        except KeyboardInterrupt:
-            self._console.print(" [stopped]", markup=False)
+            except OasstError:
+                if not is_stopped.is_set():
+                    if self._is_plain and stream.text:
+                        print()
+                    raise
+                self._console.print(" [stopped]", markup=False)
 
     def _show_plain(self, stream: CompletionStream) -> None:
-        has_text = False
-        try:
-            for text in stream:
-                has_text = True
-                print(text, end="", flush=True)
-            print()
-        except OasstError:
-            if has_text:
-                print()
-            raise
+        for text in stream:
+            print(text, end="", flush=True)
+        print()
 
     def _show_markdown(self, stream: CompletionStream) -> None:
         with MarkdownStream(self._console) as screen:
@@ -157,6 +158,23 @@ class ChatSession:
 
     def _tell_error(self, message: str) -> None:
         self._console.print(f"error: {message}", style="red", markup=False)
+
+
+@contextmanager
+def _closed_by_ctrl_c(stream: CompletionStream) -> Iterator[threading.Event]:
+    """Set once Ctrl-C was heard. It raises nothing: an exception inside gRPC may leave one of the channel's locks held,
+    and every later call on it would wait for ever."""
+    is_stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        is_stopped.set()
+        threading.Thread(target=stream.close, name="stop-answer", daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield is_stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ MUTATIONS = (
     Mutation(
         "a push of its own for each shard",
         shards.one_is_away,
-        "if shard not in self._pushing and (",
-        "if not self._pushing and (",
+        "for shard, of_shard in jobs.items() if shard not in self._pushing}",
+        "for shard, of_shard in jobs.items() if not self._pushing}",
         package=oasst_worker,
         file="consumer.py",
     ),

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from bench.peers.answering import Generate, Setup, converted, serve
 
 # Left to itself it would compute in bf16 where it can, and cache keys and values in eight bits.
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16" if HAS_BF16 else "f32"}
 
 
 def load(setup: Setup) -> Generate:

@@ -32,12 +32,13 @@ def test_every_sequence_ends_and_the_oldest_never_loses_a_token(data, num_blocks
     num_steps = num_idle = 0
     while engine.has_work():
         oldest = next(each for each in sequences if len(drawn.get(each.sequence_id, ())) < each.params.max_new_tokens)
-        before = oldest.num_computed
+        # One that gave way to others that are done by now may wait for younger ones to end.
+        runs, before = bool(oldest.blocks), oldest.num_computed
         for output in engine.step():
             drawn.setdefault(output.sequence_id, []).append(output.token_id)
         assert oldest.num_computed >= before
         # A step in sixteen is kept free of prompts, to learn what it takes without any.
-        num_idle = 0 if oldest.num_computed > before else num_idle + 1
+        num_idle = 0 if not runs or oldest.num_computed > before else num_idle + 1
         assert num_idle <= 1
         num_steps += 1
     assert num_steps <= work

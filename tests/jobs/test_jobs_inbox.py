@@ -23,6 +23,7 @@ from oasst_jobs import (
     is_end_of_job,
     job_id_for,
 )
+from oasst_jobs import inbox as inbox_module
 from waiting import until
 
 News = list[job_pb2.LogEntry | job_pb2.Outcome]
@@ -459,19 +460,24 @@ async def test_a_gateway_started_anew_does_not_read_its_predecessors_news(
 
 
 async def test_what_was_read_is_cut_from_the_stream(
-    client: QueueClient, submitter: Submitter, claimer: Claimer, redis_client: redis.asyncio.Redis
+    client: QueueClient,
+    submitter: Submitter,
+    claimer: Claimer,
+    redis_client: redis.asyncio.Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(inbox_module, "_BATCHES_PER_TRIM", 100)
     updates = client.shards[0].keys.updates("gateway-1")
     async with running_inbox(client) as inbox, inbox.subscribe(JOB_ID) as subscription:
         await submit(submitter)
         claimed = await claim_one(claimer)
         reading = asyncio.create_task(collect(subscription))
-        for position in range(1100):
-            await push(claimer, claimed, position, position + 1, ends=position == 1099)
-        assert len(await reading) == 1101
+        for position in range(310):  # Cut in pieces of a hundred.
+            await push(claimer, claimed, position, position + 1, ends=position == 309)
+        assert len(await reading) == 311
 
         async def is_cut() -> bool:
-            return await redis_client.xlen(updates) < 300
+            return await redis_client.xlen(updates) < 200
 
         await until(is_cut)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat, parse_address, unknown_variables
+from oasst_telemetry import LogFormat, parse_address, variables
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -186,19 +186,20 @@ def read_settings(arguments: Sequence[str]) -> GatewaySettings:
         raise StartError(
             "; ".join(_explain(*e["loc"], message=e["msg"], kind=e["type"]) for e in error.errors())
         ) from error
-    for name, meant in _unknown_variables().items():
-        if meant is not None:
-            raise StartError(f"{name} is no option; did you mean {meant}?")
+    unread_variables()
     return settings
 
 
 def unread_variables() -> list[str]:
-    """Environment variables named as options are that are none, nor a mistyped one."""
-    return [name for name, meant in _unknown_variables().items() if meant is None]
+    """Environment variables named as options are that are none.
 
-
-def _unknown_variables() -> dict[str, str | None]:
-    return unknown_variables(os.environ, prefix=_PREFIX, options=GatewaySettings.model_fields)
+    Raises:
+        StartError: if one of them was meant to be.
+    """
+    try:
+        return variables.unread_variables(os.environ, prefix=_PREFIX, options=GatewaySettings.model_fields)
+    except variables.MistypedVariableError as error:
+        raise StartError(str(error)) from error
 
 
 def _explain(*location: int | str, message: str, kind: str) -> str:

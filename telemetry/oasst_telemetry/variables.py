@@ -4,12 +4,29 @@ import difflib
 import re
 from collections.abc import Collection, Iterable
 
-__all__ = ["unknown_variables"]
+__all__ = ["MistypedVariableError", "unknown_variables", "unread_variables"]
 
 # How alike a mistyped name is at least.
 _LIKENESS = 0.8
 # What a cluster sets for a service whose name begins as the prefix does.
 _OF_A_SERVICE = re.compile(r"\w*?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)")
+
+
+class MistypedVariableError(ValueError):
+    """A variable names no option and was probably meant to; the sentence names both."""
+
+
+def unread_variables(names: Iterable[str], *, prefix: str, options: Collection[str]) -> list[str]:
+    """Those of `names` that begin with the prefix and name no option, nor were meant to.
+
+    Raises:
+        MistypedVariableError: if one was.
+    """
+    unknown = unknown_variables(names, prefix=prefix, options=options)
+    for name, meant in unknown.items():
+        if meant is not None:
+            raise MistypedVariableError(f"{name} is no option; did you mean {meant}?")
+    return list(unknown)
 
 
 def unknown_variables(names: Iterable[str], *, prefix: str, options: Collection[str]) -> dict[str, str | None]:

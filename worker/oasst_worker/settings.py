@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat, parse_address, unknown_variables
+from oasst_telemetry import LogFormat, parse_address, variables
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -188,19 +188,20 @@ def read_settings(arguments: Sequence[str]) -> WorkerSettings:
     except ValidationError as error:
         explained = [_explain(str(fault["loc"][0]), fault["msg"], fault["type"]) for fault in error.errors()]
         raise StartError("; ".join(explained)) from error
-    for name, meant in _unknown_variables().items():
-        if meant is not None:
-            raise StartError(f"{name} is no option; did you mean {meant}?")
+    unread_variables()
     return settings
 
 
 def unread_variables() -> list[str]:
-    """Environment variables named as options are that are none, nor a mistyped one."""
-    return [name for name, meant in _unknown_variables().items() if meant is None]
+    """Environment variables named as options are that are none.
 
-
-def _unknown_variables() -> dict[str, str | None]:
-    return unknown_variables(os.environ, prefix=_PREFIX, options=WorkerSettings.model_fields)
+    Raises:
+        StartError: if one of them was meant to be.
+    """
+    try:
+        return variables.unread_variables(os.environ, prefix=_PREFIX, options=WorkerSettings.model_fields)
+    except variables.MistypedVariableError as error:
+        raise StartError(str(error)) from error
 
 
 def _explain(field: str, message: str, kind: str) -> str:

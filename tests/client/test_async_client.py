@@ -101,6 +101,19 @@ async def test_leaving_a_stream_early_cancels_the_request(server, async_client):
         await stream.completion()
 
 
+async def begin_reading(stream) -> asyncio.Task[None]:
+    """A task that reads, and has read something."""
+    started = asyncio.Event()
+
+    async def read():
+        async for _ in stream:
+            started.set()
+
+    task = asyncio.create_task(read())
+    await started.wait()
+    return task
+
+
 async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(server, async_client):
     server.script = waits_for_its_caller(server)
     started = asyncio.Event()
@@ -121,14 +134,7 @@ async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(
 async def test_closing_a_stream_under_its_reader_is_no_cancellation_of_the_reader(server, async_client):
     server.script = waits_for_its_caller(server)
     stream = async_client.stream("Tell me everything.")
-    started = asyncio.Event()
-
-    async def read():
-        async for _ in stream:
-            started.set()
-
-    task = asyncio.create_task(read())
-    await started.wait()
+    task = await begin_reading(stream)
     await stream.close()
     with pytest.raises(RequestCancelledError):
         await task
@@ -222,14 +228,7 @@ async def test_a_task_that_is_cancelled_while_its_client_closes_is_cancelled(ser
 async def test_a_reader_that_is_cancelled_while_its_stream_closes_is_cancelled(server, async_client):
     server.script = waits_for_its_caller(server)
     stream = async_client.stream("Tell me everything.")
-    started = asyncio.Event()
-
-    async def read():
-        async for _ in stream:
-            started.set()
-
-    task = asyncio.create_task(read())
-    await started.wait()
+    task = await begin_reading(stream)
     task.cancel()
     await stream.close()
     with pytest.raises(asyncio.CancelledError):

@@ -166,9 +166,8 @@ def _format_conversation(request: chat_pb2.ChatRequest, model: ServedModel, budg
         if request.truncation == chat_pb2.TRUNCATION_DROP_OLDEST_TURNS:
             # First by what their characters must take: a long history is not tokenized only to be dropped.
             turns = _newest_turns(turns, lambda text: len(text) // model.limits.longest_token, budget)
-            left = (
-                budget - len(encode_part(system)) - 1
-            )  # Beside the system text, and the assistant's token at the end.
+            # Beside them stand the system text and, at the end, the assistant's token.
+            left = budget - len(encode_part(system)) - 1
             turns = _newest_turns(turns, lambda text: len(encode_part(text)), left)
         token_ids = [token_id for part in format_prompt(turns, system=system) for token_id in encode_part(part)]
     except ControlTokenInTextError as error:

@@ -162,8 +162,11 @@ class ChatSession:
 
 @contextmanager
 def _closed_by_ctrl_c(stream: CompletionStream) -> Iterator[threading.Event]:
-    """Set once Ctrl-C was heard. It raises nothing: an exception inside gRPC may leave one of the channel's locks held,
-    and every later call on it would wait for ever."""
+    """The event is set, and the stream closed, once Ctrl-C was heard.
+
+    Nothing is raised: an exception inside gRPC may leave one of the channel's locks held, and every later call on it
+    would wait for ever.
+    """
     is_stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from oasst_gateway.arrival import Arrival
 from oasst_gateway.errors import TOO_MANY_RETRY_S, GatewayLeavingError, RefusedError
@@ -17,13 +18,22 @@ _REQUESTS_PER_RETURN = 4
 _REQUESTS_PER_OTHER = 8
 
 
+@dataclass(slots=True)
+class _Places:
+    """Places of one kind. Each kind is counted by itself: those who fill one leave the others free."""
+
+    num_free: int
+
+
 class OpenRequests:
     """Counts RPCs that bring a job or follow one."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._most_with_returns = most + -(-most // _REQUESTS_PER_RETURN)
-        self._most_with_others = most + -(-most // _REQUESTS_PER_OTHER)
+        self._for_all = _Places(most)
+        # Beyond those, for some.
+        self._for_returns = _Places(-(-most // _REQUESTS_PER_RETURN))
+        self._for_others = _Places(-(-most // _REQUESTS_PER_OTHER))
         # Of the tenants that have some open.
         self._num_open: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
@@ -41,13 +51,14 @@ class OpenRequests:
             RefusedError: if there are too many.
             QueueUnavailableError
         """
-        tenant = arrival.tenant
-        if len(self._scopes) >= self._most and not (self._is_below_share(tenant) or await self._may_return(arrival)):
+        tenant, places = arrival.tenant, await self._places_for(arrival)
+        if places is None:
             message = f"this gateway already has its {self._most} open chats"
             raise RefusedError("TOO_MANY_CHATS", message, retry_after_s=TOO_MANY_RETRY_S)
         if self._is_leaving:
             raise GatewayLeavingError
         scope = asyncio.timeout(None)
+        places.num_free -= 1
         self._scopes.add(scope)
         self._num_open[tenant.name] += 1
         self._weights[tenant.name] = tenant.weight
@@ -60,6 +71,7 @@ class OpenRequests:
                 raise GatewayLeavingError from error
             raise
         finally:
+            places.num_free += 1
             self._scopes.discard(scope)
             self._num_open[tenant.name] -= 1
             if not self._num_open[tenant.name]:
@@ -85,15 +97,19 @@ class OpenRequests:
         for scope in self._scopes:
             scope.reschedule(0)
 
+    async def _places_for(self, arrival: Arrival) -> _Places | None:
+        """Those of which the request may take one; None if there is none for it."""
+        if self._for_all.num_free:
+            return self._for_all
+        if self._for_others.num_free and self._is_below_share(arrival.tenant):
+            return self._for_others
+        # Looked at again behind the question: others came meanwhile.
+        if self._for_returns.num_free and await arrival.has_place() and self._for_returns.num_free:
+            return self._for_returns
+        return None
+
     def _is_below_share(self, tenant: Tenant) -> bool:
-        """Its part by weight, among all that have some open, is more than it has, and there is room for it."""
+        """Its part by weight, among all that have some open, is more than it has."""
         weights = self._weights | {tenant.name: tenant.weight}
         share = self._most * tenant.weight / sum(weights.values())
-        return len(self._scopes) < self._most_with_others and self._num_open[tenant.name] < max(1, int(share))
-
-    async def _may_return(self, arrival: Arrival) -> bool:
-        # Looked at again behind the question: others came meanwhile.
-        return self._has_room_for_return() and await arrival.has_place() and self._has_room_for_return()
-
-    def _has_room_for_return(self) -> bool:
-        return len(self._scopes) < self._most_with_returns
+        return self._num_open[tenant.name] < max(1, int(share))

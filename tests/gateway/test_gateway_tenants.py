@@ -350,6 +350,24 @@ async def test_a_tenant_that_has_all_chats_open_keeps_no_other_out(
             stream.cancel()
 
 
+async def test_a_tenant_that_watches_one_request_until_it_is_refused_keeps_no_other_out(
+    model: ServedModel, valkey_url: str, tenants_file: Path, acme: ApiKey, umbrella: ApiKey
+) -> None:
+    async with start_gateway(model, valkey_url, tenants=tenants_file, max_open_chats=8) as gateway:
+        submitted = await gateway.chat.SubmitChat(ask("Hello!", request_id="r-1"), metadata=bearer(acme.key))
+        watch = chat_pb2.WatchChatRequest(request_id="r-1", resume_token=submitted.accepted.resume_token)
+        streams = [gateway.chat.WatchChat(watch, metadata=bearer(acme.key)) for _ in range(10)]
+        for stream in streams:
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.WatchChat(watch, metadata=bearer(acme.key)).read()
+        assert details_of(refused.value).reason == "TOO_MANY_CHATS"
+        other = gateway.chat.ChatStream(ask("Hello!", request_id="r-2"), metadata=bearer(umbrella.key))
+        assert (await other.read()).HasField("accepted")
+        for stream in (*streams, other):
+            stream.cancel()
+
+
 async def test_a_tenants_weight_goes_with_its_jobs(
     guarded: Gateway, queue: QueueClient, acme: ApiKey, umbrella: ApiKey
 ) -> None:

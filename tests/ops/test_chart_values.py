@@ -94,6 +94,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"worker": {"autoscaling": {"type": "hpa", "minReplicas": 9, "maxReplicas": 3}}},
         "worker.autoscaling.minReplicas is above maxReplicas",
     ),
+    (
+        {"worker": {"gpus": 4, "resources": {"limits": {"nvidia.com/gpu": 4}}}},
+        "set worker.gpus instead.",
+    ),
     ({"worker": {"sharedMemory": ""}}, "at '/worker/sharedMemory'"),
     (
         {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}},

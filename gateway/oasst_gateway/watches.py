@@ -1,20 +1,20 @@
 """Which jobs this gateway watches, told to the queue: a job that nobody watches any more begins its grace."""
 
 import asyncio
-import functools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from oasst.jobs.v1 import job_pb2
-from oasst_jobs import Inbox, QueueError, QueueUnavailableError, Submitter, Subscription, is_end_of_job
+from oasst_jobs import Inbox, QueueUnavailableError, Submitter, Subscription, is_end_of_job
+
+from oasst_gateway.departures import Departures
 
 __all__ = ["Watch", "WatchedJob", "Watches"]
 
 logger = logging.getLogger(__name__)
 
-_LEAVE_RETRY_S = 0.5
 _CLOSE_GRACE_S = 1.0
 
 
@@ -51,7 +51,7 @@ class Watches:
         self._submitter = submitter
         self._inbox = inbox
         self._jobs: dict[str, WatchedJob] = {}  # By id.
-        self._departures: dict[str, asyncio.Task[None]] = {}  # By job id.
+        self._departures = Departures(submitter)
         self._is_leaving = False
 
     @asynccontextmanager
@@ -61,9 +61,8 @@ class Watches:
             job = self._jobs.setdefault(job_id, WatchedJob())
             job.num_rpcs += 1
             try:
-                if job_id in self._departures:
-                    # Were it still to come, it would take back what begins now.
-                    await asyncio.wait([self._departures[job_id]])
+                if await self._departures.take_back(job_id):
+                    job.is_watched = True  # As it was.
                 yield Watch(subscription, job)
             except (QueueUnavailableError, asyncio.CancelledError):
                 job.is_watched = True  # It may be: nobody knows what became of the call.
@@ -73,7 +72,7 @@ class Watches:
                 if not job.num_rpcs:
                     del self._jobs[job_id]
                     if job.is_watched and not job.has_ended and not self._is_leaving:
-                        self._depart(job_id)
+                        self._departures.begin(job_id)
 
     async def keep_alive(self) -> None:
         """The queue knows what is watched here, for a while longer."""
@@ -92,31 +91,4 @@ class Watches:
     async def aclose(self) -> None:
         """Nothing runs in the background any more, nor begins to."""
         self._is_leaving = True
-        if self._departures:
-            _, unfinished = await asyncio.wait(self._departures.values(), timeout=_CLOSE_GRACE_S)
-            for task in unfinished:
-                task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
-
-    def _depart(self, job_id: str) -> None:
-        task = asyncio.create_task(self._unwatch_until_heard(job_id))
-        self._departures[job_id] = task
-        task.add_done_callback(functools.partial(self._forget_departure, job_id))
-
-    def _forget_departure(self, job_id: str, departure: asyncio.Task[None]) -> None:
-        if self._departures.get(job_id) is departure:  # And not a later one.
-            del self._departures[job_id]
-
-    async def _unwatch_until_heard(self, job_id: str) -> None:
-        """The queue knows that this gateway does not watch the job, unless it does so again meanwhile."""
-        while job_id not in self._jobs:
-            try:
-                state = await self._submitter.unwatch(job_id)
-            except QueueUnavailableError:
-                await asyncio.sleep(_LEAVE_RETRY_S)
-            except QueueError:
-                logger.exception("the queue was not told that nobody watches job_id=%s", job_id)
-                return  # It notices in a minute by itself.
-            else:
-                logger.info("left job_id=%s state=%s", job_id, state)
-                return
+        await self._departures.aclose(grace_s=_CLOSE_GRACE_S)

@@ -20,9 +20,11 @@ from gateway_harness import (
 from google.protobuf.duration_pb2 import Duration
 from job_samples import make_job
 from oasst.v1 import chat_pb2
+from oasst_gateway.departures import Departures
 from oasst_gateway.model import ServedModel
 from oasst_gateway.watches import Watches
 from oasst_jobs import Inbox, JobState, QueueClient, QueueLimits, Submitter
+from valkey_server import ValkeyServer
 from waiting import until
 
 
@@ -238,12 +240,61 @@ async def test_the_last_to_leave_takes_back_what_another_began(queue: QueueClien
         await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
         watch.job.begin()
         await last.enter_async_context(watches.open(job.job_id))
+    await until(lambda: _is_cancelled(submitter, job.job_id))
 
-    async def is_cancelled() -> bool:
-        snapshot = await submitter.status(job.job_id)
-        return snapshot is not None and snapshot.state is JobState.CANCELLED
 
-    await until(is_cancelled)
+async def test_jobs_that_are_left_while_the_queue_is_away_share_few_tasks_until_it_hears_of_them(
+    valkey: ValkeyServer, queue: QueueClient
+) -> None:
+    submitter = Submitter(queue, gateway_id="g", limits=QueueLimits())
+    watches = Watches(submitter, Inbox(queue, gateway_id="g"))
+    jobs = [make_job(f"r-{index}") for index in range(200)]
+    async with AsyncExitStack() as opened:
+        for job in jobs:
+            watch = await opened.enter_async_context(watches.open(job.job_id))
+            await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
+            watch.job.begin()
+        valkey.kill()
+    await until(lambda: len(asyncio.all_tasks()) > 2)
+    assert len(asyncio.all_tasks()) < len(jobs) / 2
+    valkey.restart()
+    for job in jobs:
+        await until(lambda job=job: _is_cancelled(submitter, job.job_id))
+
+
+async def test_a_job_that_was_left_and_come_back_to_while_the_queue_is_away_is_left_once_more(
+    valkey: ValkeyServer, queue: QueueClient
+) -> None:
+    submitter = Submitter(queue, gateway_id="g", limits=QueueLimits())
+    watches = Watches(submitter, Inbox(queue, gateway_id="g"))
+    job = make_job("r-1")
+    async with watches.open(job.job_id) as watch:
+        await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
+        watch.job.begin()
+        valkey.kill()
+    async with watches.open(job.job_id):
+        valkey.restart()
+    await until(lambda: _is_cancelled(submitter, job.job_id))
+
+
+async def test_what_the_queue_has_not_heard_in_a_minute_it_is_not_told_any_more(
+    valkey: ValkeyServer, queue: QueueClient
+) -> None:
+    now_s = 0.0
+    departures = Departures(Submitter(queue, gateway_id="g", limits=QueueLimits()), retry_s=0, clock=lambda: now_s)
+    valkey.kill()
+    departures.begin("j-1")
+    now_s = 59.0
+    assert await departures.take_back("j-1")
+    departures.begin("j-1")
+    now_s += 60.0
+    await departures.aclose(grace_s=20)
+    assert not await departures.take_back("j-1")
+
+
+async def _is_cancelled(submitter: Submitter, job_id: str) -> bool:
+    snapshot = await submitter.status(job_id)
+    return snapshot is not None and snapshot.state is JobState.CANCELLED
 
 
 async def test_what_the_queue_forgot_to_be_watched_is_told_again(queue: QueueClient) -> None:

@@ -77,13 +77,13 @@ class QueueMonitor:
 
     async def _look(self) -> None:
         try:
-            load = await self._submitter.load()
+            load = await self._submitter.load(self._model_name)
         except UnsupportedServerError:
             raise
         except QueueError as error:
             await self._tell(False, error)
         else:
-            statuses = [status for status, _ in load.workers if status.model == self._model_name]
+            statuses = [status for status, _ in load.workers]
             self._has_workers = bool(statuses)
             if self._has_workers:  # Otherwise the looks are too many for the speed, and tell nothing of it.
                 self._speed.saw_speed(

@@ -115,7 +115,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetLoadRequest, call: Call
     ) -> model_pb2.GetLoadResponse:
         check_model_name(request.model, "model", self._model.name)
-        load = await self._submitter.load()
+        load = await self._submitter.load(self._model.name)
         wait_s = self._monitor.look_out().told_wait_s(load.waiting_tokens)
         response = model_pb2.GetLoadResponse(
             server_version=_SERVER_VERSION,

@@ -59,7 +59,7 @@ class QueueClient:
             UnsupportedServerError: with a sentence that says what to change.
         """
         await check_server(self.redis)
-        await self.on_each_shard(lambda shard: shard.load())  # Loads the functions where they are missing.
+        await self.on_each_shard(lambda shard: shard.load(""))  # Loads the functions where they are missing.
 
     async def least_replicas(self) -> int:
         """How many replicas that server has which has the fewest."""
@@ -134,9 +134,9 @@ class QueueClient:
         """Ends a job that has not ended. Tells the state it is in now."""
         return await self.shard_of(job_id).cancel(job_id)
 
-    async def load(self) -> QueueLoad:
-        """What the shards that answer hold. Raises QueueUnavailableError only when none does."""
-        loads = await self._on_those_that_answer(lambda shard: shard.load(), self.shards)
+    async def load(self, model: str) -> QueueLoad:
+        """What the shards that answer hold for a model. Raises QueueUnavailableError only when none does."""
+        loads = await self._on_those_that_answer(lambda shard: shard.load(model), self.shards)
         # Every worker tells every shard of itself.
         workers = {status.worker_id: (status, age_ms) for load in loads for status, age_ms in load.workers}
         return QueueLoad(

@@ -218,6 +218,18 @@ local function waiting_of(shard, model)
   return redis.call('ZCARD', key_of(shard, 'waiting', model)), tonumber(tokens) or 0
 end
 
+local function enter_running(shard, job)
+  redis.call('ZADD', key_of(shard, 'running', job.model), 'NX', shard.now_ms, job.id)
+end
+
+local function leave_running(shard, job)
+  redis.call('ZREM', key_of(shard, 'running', job.model), job.id)
+end
+
+local function running_of(shard, model)
+  return redis.call('ZCARD', key_of(shard, 'running', model))
+end
+
 -- Tokens that so many jobs at the head of a model's queue ask for, taken as so many average ones.
 local function tokens_of_first(shard, model, num_jobs)
   local jobs, tokens = waiting_of(shard, model)
@@ -314,6 +326,7 @@ local function end_job(shard, job, state, update)
     leave_waiting(shard, ended)
   else
     redis.call('SREM', key_of(shard, 'suspects', ended.worker), job.id)
+    leave_running(shard, ended)
   end
   refund(shard, ended)
   redis.call('ZREM', key_of(shard, 'leases'), job.id)
@@ -331,6 +344,7 @@ local function requeue(shard, job)
   redis.call('ZREM', key_of(shard, 'leases'), job.id)
   redis.call('HSET', job_key, 'state', 'waiting')
   redis.call('HDEL', job_key, 'fence')
+  leave_running(shard, job)
   -- It was served once, so its place is past; unless virtual time itself was forgotten meanwhile.
   enter_waiting(shard, job, math.min(job.place, place_of(job, virtual_now(shard, job.model))))
 end
@@ -547,19 +561,13 @@ local function unwatch(keys, args)
   return job.state
 end
 
--- ARGV  1 how the names of queues end that hold what is to be scored
+-- ARGV  1 model   2 name of the queue of what it has to score
 -- Returns {jobs waiting, tokens they ask for, jobs running, jobs dead, jobs to be scored waiting, tokens they ask for,
--- {WorkerStatus bytes, its age in ms ...}}. What is to be scored is not among the others that wait.
+-- {WorkerStatus bytes, its age in ms ...}}. What is to be scored is not among the others that wait. Dead jobs and
+-- workers are those of all models.
 local function load(keys, args)
   local shard = open_shard(keys)
-  local chats, scorings = { jobs = 0, tokens = 0 }, { jobs = 0, tokens = 0 }
-  local by_model = redis.call('HGETALL', key_of(shard, 'waiting_tokens'))
-  for index = 1, #by_model, 2 do
-    local waiting = string.sub(by_model[index], -#args[1]) == args[1] and scorings or chats
-    waiting.jobs = waiting.jobs + redis.call('ZCARD', key_of(shard, 'waiting', by_model[index]))
-    waiting.tokens = waiting.tokens + by_model[index + 1]
-  end
-
+  local chats, scorings = args[1], args[2]
   local workers = {}
   local heard_since_ms = shard.now_ms - WORKER_TTL_MS
   local heard = redis.call('ZRANGEBYSCORE', key_of(shard, 'heartbeats'), heard_since_ms, '+inf', 'WITHSCORES')
@@ -567,9 +575,11 @@ local function load(keys, args)
     workers[#workers + 1] = redis.call('HGET', key_of(shard, 'workers'), heard[index])
     workers[#workers + 1] = shard.now_ms - heard[index + 1]
   end
-  local running_jobs = redis.call('ZCARD', key_of(shard, 'leases'))
+  local waiting_jobs, waiting_tokens = waiting_of(shard, chats)
+  local scoring_jobs, scoring_tokens = waiting_of(shard, scorings)
   local dead_jobs = redis.call('ZCARD', key_of(shard, 'dead'))
-  return { chats.jobs, chats.tokens, running_jobs, dead_jobs, scorings.jobs, scorings.tokens, workers }
+  local running_jobs = running_of(shard, chats) + running_of(shard, scorings)
+  return { waiting_jobs, waiting_tokens, running_jobs, dead_jobs, scoring_jobs, scoring_tokens, workers }
 end
 
 ------------------------------------------------------------------------------------------------------------------------
@@ -612,6 +622,7 @@ local function take(shard, job, claim)
     redis.call('HDEL', job_key, 'passed_over_ms', 'kept_by', 'kept_until_ms')
   end
   leave_waiting(shard, job)
+  enter_running(shard, job)
   advance_now(shard, job.model, job.place - job.lane * HEAD_START)
   set_lease(shard, job.id, claim.lease_ms)
 end
@@ -999,6 +1010,11 @@ local function repair(shard, id)
       leave_waiting(shard, job)
     end
   end
+  if is_running then -- Libraries of older releases leave `running` as it is, so what it lacks is no defect.
+    enter_running(shard, job)
+  else
+    leave_running(shard, job)
+  end
   if (redis.call('ZSCORE', leases, id) ~= false) ~= is_running then
     repaired = true
     if is_running then
@@ -1107,6 +1123,9 @@ local function reconcile(keys, args)
   for _, model in ipairs(models) do
     repairs = repairs + drop_orphans(shard, 'waiting:' .. model, num_keys, function(id)
       return drop_waiting(shard, model, id)
+    end)
+    drop_orphans(shard, 'running:' .. model, num_keys, function(id)
+      return redis.call('ZREM', key_of(shard, 'running', model), id)
     end)
   end
   recount_waiting(shard, models)

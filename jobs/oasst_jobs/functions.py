@@ -238,8 +238,9 @@ class Shard:
         state = await self._call("cancel", job_id)
         return None if state is None else JobState(state.decode())
 
-    async def load(self) -> QueueLoad:
-        *counts, workers = await self._call("load", scoring_queue(""))
+    async def load(self, model: str) -> QueueLoad:
+        """What waits for a model and runs, and on which workers."""
+        *counts, workers = await self._call("load", model, scoring_queue(model))
         waiting_jobs, waiting_tokens, running_jobs, dead_jobs, scoring_jobs, scoring_tokens = counts
         statuses = [job_pb2.WorkerStatus.FromString(status) for status in workers[::2]]
         ages_ms = workers[1::2]
@@ -248,7 +249,7 @@ class Shard:
             waiting_tokens,
             running_jobs,
             dead_jobs,
-            workers=list(zip(statuses, ages_ms, strict=True)),
+            workers=[told for told in zip(statuses, ages_ms, strict=True) if told[0].model == model],
             waiting_scoring_jobs=scoring_jobs,
             waiting_scoring_tokens=scoring_tokens,
         )

@@ -19,11 +19,13 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  goes with the tenant's last waiting job.
 `oasst:{0}:tenant_tokens`        hash. Tenant -> tokens its waiting jobs ask for. As `tenant_jobs`.
 `oasst:{0}:tenant_weights`       hash. Tenant -> its weight when its last job came to wait. As `tenant_jobs`.
+`oasst:{0}:running:<model>`      sorted set. Running jobs by their claim (ms). Written by claim, reconcile and whatever
+                                 takes a job from its worker, read by load. Gone when empty.
 `oasst:{0}:flows:<model>`        sorted set. Virtual time: `now`, and where each tenant's last job of a lane ends, as
                                  `<lane><tenant>`. Written by enqueue, claim and whatever ends a job. A tenant that is
                                  past goes with the next claim, the key after an hour without enqueue and claim.
 `oasst:{0}:leases`               sorted set. Running jobs by end of their lease (ms). Written by claim and push, read by
-                                 sweep and load. Gone when empty.
+                                 sweep. Gone when empty.
 `oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue, read
                                  by sweep. Gone when empty.
 `oasst:{0}:watched`              sorted set. Jobs that end when nobody watches them any more, by when that is (ms) if

@@ -153,16 +153,16 @@ class LogSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """How much waits and runs in a shard, or in all that answered, and on which workers."""
+    """How much waits for a model and runs in a shard, or in all that answered, and on which workers."""
 
     # Jobs to be scored are not among these.
     waiting_jobs: int
     # Prompt tokens and tokens asked for of all waiting jobs.
     waiting_tokens: int
     running_jobs: int
-    # Jobs set aside because their workers died with them, again and again.
+    # Jobs of all models set aside because their workers died with them, again and again.
     dead_jobs: int
-    # Each live worker's last status and how many milliseconds old it is.
+    # Each live worker's last status, of those that serve the model, and how many milliseconds old it is.
     workers: Sequence[tuple[job_pb2.WorkerStatus, int]]
     # Jobs to be scored that wait, and their tokens.
     waiting_scoring_jobs: int = 0

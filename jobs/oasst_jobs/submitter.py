@@ -126,6 +126,6 @@ class Submitter:
         """The job as it is now. None: there is no such job."""
         return await self._client.status(job_id)
 
-    async def load(self) -> QueueLoad:
-        """How much waits and runs, and on which workers."""
-        return await self._client.load()
+    async def load(self, model: str) -> QueueLoad:
+        """How much waits for a model and runs, and on which workers."""
+        return await self._client.load(model)

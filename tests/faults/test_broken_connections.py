@@ -25,7 +25,7 @@ def _call_over_resets(
         redis = connect(f"redis://{link.address}/0")
         client = QueueClient(redis)
         for _ in range(5):
-            await asyncio.gather(*(client.load() for _ in range(4)))
+            await asyncio.gather(*(client.load("tiny") for _ in range(4)))
             loop_of_link.call_soon_threadsafe(link.reset)
             await asyncio.sleep(0.02)  # The loop hears of the RST.
         await redis.aclose()

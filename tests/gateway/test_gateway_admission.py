@@ -164,7 +164,7 @@ async def test_a_hundred_at_once_fill_the_queue_to_its_limit_and_no_further(
         calls = [gateway.chat.SubmitChat(ask("Hello!")) for _ in range(100)]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         refusals = [details_of(answer) for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
-        assert len(answers) - len(refusals) == 10 == (await queue.load()).waiting_jobs
+        assert len(answers) - len(refusals) == 10 == (await queue.load("tiny")).waiting_jobs
         assert {refusal.reason for refusal in refusals} == {"QUEUE_FULL"}
         assert all(refusal.retry_after_s is not None for refusal in refusals)
 
@@ -274,10 +274,11 @@ async def test_a_worker_of_another_model_is_no_worker(
     other = Claimer(queue, worker_id="other", model="other")
     await other.heartbeat(job_pb2.WorkerStatus(worker_id="other", model="other", tokens_per_second=10.0))
     async with start_gateway(model, valkey_url, worker_wait_s=30) as gateway:
-        await until(lambda: gateway.sample("workers") == 1)
+        await until(lambda: gateway.sample("redis_up") == 1)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await gateway.chat.Chat(chat_pb2.ChatRequest(conversation=ask("Hi").conversation), timeout=5)
         assert details_of(refused.value).reason == "NO_WORKER"
+        assert gateway.sample("workers") == 0
 
 
 def test_a_request_needs_its_own_time_before_the_deadline() -> None:

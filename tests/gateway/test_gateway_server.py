@@ -193,7 +193,7 @@ async def test_whoever_leaves_while_the_queue_is_away_still_ends_the_work(
     await asyncio.to_thread(valkey.start)
 
     async def is_gone() -> bool:
-        return (await queue.load()).waiting_jobs == 0
+        return (await queue.load("tiny")).waiting_jobs == 0
 
     await until(is_gone)
 

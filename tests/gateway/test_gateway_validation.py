@@ -190,7 +190,7 @@ async def test_bad_input_is_refused_before_any_queue(gateway: Gateway, queue: Qu
         assert details.reason == ("PROMPT_TOO_LONG" if field in ("conversation", "token_ids") else "INVALID_FIELD")
         assert list(details.violations) == [field]
         assert details.retry_after_s is None
-    assert (await queue.load()).waiting_jobs == 0
+    assert (await queue.load("tiny")).waiting_jobs == 0
 
 
 async def test_a_request_of_ten_megabytes_is_not_even_read(gateway: Gateway) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 import redis.exceptions
-from job_samples import finished, make_entry, make_job
+from job_samples import MODEL, finished, make_entry, make_job
 from oasst_jobs import (
     Claimer,
     Durability,
@@ -88,7 +88,7 @@ async def test_two_shards_know_nothing_of_each_other(redis_client: redis.asyncio
     shard = Shard(redis_client, 1)
     await shard.enqueue(Submission(make_job("elsewhere"), b"digest", QueueLimits()))
     assert await claimer.claim(max_jobs=1, max_tokens=1000) == []
-    assert (await shard.load()).waiting_jobs == 1
+    assert (await shard.load(MODEL)).waiting_jobs == 1
 
 
 async def test_a_server_that_is_gone_is_unreachable_and_serves_again_when_it_is_back(
@@ -111,7 +111,7 @@ async def test_a_server_that_is_gone_is_unreachable_and_serves_again_when_it_is_
 async def test_a_socket_that_never_was_is_unreachable(tmp_path: Path) -> None:
     client = connect(f"unix://{tmp_path}/nowhere.sock")
     with pytest.raises(QueueUnavailableError) as caught:
-        await QueueClient(client).load()
+        await QueueClient(client).load(MODEL)
     assert caught.value.reason is UnavailableReason.UNREACHABLE
     assert "Redis" in str(caught.value)
     await client.aclose()
@@ -265,7 +265,7 @@ class _OldServer(redis.asyncio.Redis):
 async def test_an_old_server_is_refused_with_a_sentence(about: dict[str, str], message: str) -> None:
     server = _OldServer()
     server.about = about
-    for call in (QueueClient(server).check_server(), QueueClient(server).load()):
+    for call in (QueueClient(server).check_server(), QueueClient(server).load(MODEL)):
         with pytest.raises(UnsupportedServerError, match=message):
             await call
 

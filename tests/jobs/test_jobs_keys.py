@@ -21,6 +21,7 @@ KINDS = {
     "tenant_tokens": ("hash", None),
     "tenant_weights": ("hash", None),
     "flows": ("zset", 3_600_000),
+    "running": ("zset", None),
     "leases": ("zset", None),
     "deadlines": ("zset", None),
     "watched": ("zset", None),

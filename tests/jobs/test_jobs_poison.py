@@ -193,7 +193,7 @@ async def test_a_job_that_loses_worker_after_worker_in_the_middle_ends_up_alone(
 async def test_the_dead_are_counted_listed_and_revived(submitter: Submitter, client: QueueClient, workers) -> None:
     first = await kill_with(workers, submitter, "first")
     second = await kill_with(workers, submitter, "another")
-    assert (await submitter.load()).dead_jobs == 2
+    assert (await submitter.load(MODEL)).dead_jobs == 2
     letters = await client.dead(10)
     assert {letter.job_id for letter in letters} == {first, second}
     assert all(0 <= letter.age_ms < 10_000 for letter in letters)
@@ -202,7 +202,7 @@ async def test_the_dead_are_counted_listed_and_revived(submitter: Submitter, cli
 
     assert await client.revive(first) is True
     assert await client.revive(first) is False
-    assert (await submitter.load()).dead_jobs == 1
+    assert (await submitter.load(MODEL)).dead_jobs == 1
     assert await Reconciler(client, interval_s=0.0).walk() == 0  # Nobody watches it, and nobody needs to.
     [claimed] = await workers.start().claim(max_jobs=2, max_tokens=1000)
     assert (claimed.job_id, claimed.attempt, claimed.is_solo) == (first, 1, False)
@@ -221,7 +221,7 @@ async def test_the_command_lists_the_dead_without_their_prompts_and_revives_one(
     revive = ["revive", job_id, "--redis-url", valkey_url]
     assert await asyncio.to_thread(main, revive) == 0
     assert capsys.readouterr().out == f"{job_id} waits again\n"
-    assert (await submitter.load()).waiting_jobs == 1
+    assert (await submitter.load(MODEL)).waiting_jobs == 1
     assert await asyncio.to_thread(main, revive) == 1
     assert "was not set aside" in capsys.readouterr().err
 
@@ -242,7 +242,7 @@ async def test_a_dead_job_is_kept_for_longer_than_others_but_not_for_ever(
     assert 300_000 < await redis_client.pttl(f"{root}:job:{job_id}") <= 86_400_000
     await redis_client.zadd(f"{root}:dead", {job_id: 1})
     await Sweeper(client).sweep()
-    assert (await submitter.load()).dead_jobs == 0
+    assert (await submitter.load(MODEL)).dead_jobs == 0
 
 
 async def test_a_poisoned_prompt_is_refused_to_its_tenant_for_a_while(

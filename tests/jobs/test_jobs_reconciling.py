@@ -52,7 +52,7 @@ async def test_a_waiting_job_in_no_index_is_queued_again(
     await redis_client.delete(f"{root}:waiting:{MODEL}", f"{root}:waiting_tokens", f"{root}:tenant_jobs")
     assert await reconciler.walk() == 1
     assert await reconciler.walk() == 0
-    assert (await submitter.load()).waiting_tokens == 20
+    assert (await submitter.load(MODEL)).waiting_tokens == 20
     assert await claim_ids(claimer) == [job_id]
 
 
@@ -95,6 +95,19 @@ async def test_a_job_that_should_be_watched_is_so_again(
     assert await reconciler.walk() == 1
     assert await reconciler.walk() == 0
     assert await redis_client.zscore(f"{root}:watched", job_id) > 0
+
+
+async def test_what_an_older_release_left_uncounted_is_counted_and_no_defect(
+    submitter: Submitter, claimer: Claimer, reconciler: Reconciler, redis_client: redis.asyncio.Redis, root: str
+) -> None:
+    job_ids = [await submit(submitter, request_id) for request_id in ("running", "ended")]
+    assert await claim_ids(claimer) == job_ids
+    await submitter.cancel(job_ids[1])
+    running = f"{root}:running:{MODEL}"
+    await redis_client.zrem(running, job_ids[0])
+    await redis_client.zadd(running, {job_ids[1]: 1})
+    assert await reconciler.walk() == 0
+    assert await redis_client.zrange(running, 0, -1) == [job_ids[0].encode()]
 
 
 async def test_what_has_ended_is_in_no_index_and_goes_in_time(
@@ -147,7 +160,7 @@ async def test_what_a_lost_job_counted_for_is_given_back(
         assert kept in [claim.job_id for claim in claimed]
         await claimer.release(claimed)
     await reconciler.walk()
-    load = await submitter.load()
+    load = await submitter.load(MODEL)
     assert (load.waiting_jobs, load.waiting_tokens) == (2, 40)
     assert await redis_client.hgetall(f"{root}:tenant_jobs") == {b"tenant": b"1", b"other": b"1"}
     assert await redis_client.hgetall(f"{root}:tenant_tokens") == {b"tenant": b"20", b"other": b"20"}
@@ -163,7 +176,7 @@ async def test_a_long_walk_comes_round_in_short_stretches(
     for _ in range(100):
         await reconciler.walk()
     assert reconciler.num_repairs == 100
-    assert (await submitter.load()).waiting_jobs == 300
+    assert (await submitter.load(MODEL)).waiting_jobs == 300
 
 
 async def test_many_processes_share_one_walk(submitter: Submitter, client: QueueClient) -> None:

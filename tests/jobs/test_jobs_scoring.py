@@ -1,7 +1,7 @@
 """What is to be scored waits in a queue of its own, and is kept like anything else."""
 
 import pytest
-from job_samples import finished, make_job, make_scores, make_scoring_job
+from job_samples import MODEL, finished, make_job, make_scores, make_scoring_job
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     JobState,
@@ -45,7 +45,7 @@ async def test_no_number_of_jobs_to_score_stands_before_a_chat(submitter, client
         await submit(submitter, make_scoring_job(f"score-{number}", num_items=200))
     submitted = await submit(submitter, make_job("chat"), max_tokens_ahead=0)
     assert (submitted.queue_position, submitted.tokens_ahead) == (0, 0)
-    load = await client.load()
+    load = await client.load(MODEL)
     assert (load.waiting_jobs, load.waiting_tokens) == (1, job_size(make_job("chat")))
     assert (load.waiting_scoring_jobs, load.waiting_scoring_tokens) == (20, 20 * 1000)
 

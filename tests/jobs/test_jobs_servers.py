@@ -106,7 +106,7 @@ async def test_with_the_users_rights_everything_works(users: dict[Role, redis.as
     assert await submitter.attach(make_job("released").job_id) is not None
     await gateway.shards[0].trim_updates("gateway-1", "0-1")
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL))
-    assert (await submitter.load()).waiting_jobs == 1
+    assert (await submitter.load(MODEL)).waiting_jobs == 1
     for client in (gateway, worker):
         await Sweeper(client).sweep()
         assert await Reconciler(client, interval_s=0.0).walk() == 0
@@ -162,7 +162,7 @@ async def test_who_may_not_load_functions_says_who_should(users: dict[Role, redi
 async def test_a_wrong_password_is_told_as_such(users: dict[Role, redis.asyncio.Redis], valkey_url: str) -> None:
     client = connect(valkey_url.replace("unix://", "unix://gateway:wrong@"))
     with pytest.raises(QueueUnavailableError) as caught:
-        await QueueClient(client).load()
+        await QueueClient(client).load(MODEL)
     assert caught.value.reason is UnavailableReason.ACCESS_DENIED
     await client.aclose()
 
@@ -280,7 +280,7 @@ async def test_over_tls_a_server_is_used_that_its_certificate_vouches_for(valkey
         await serve_one(client, client, "encrypted")
         doubting = connect(f"rediss://127.0.0.1:{port}")
         with pytest.raises(QueueUnavailableError, match="certificate"):
-            await QueueClient(doubting).load()
+            await QueueClient(doubting).load(MODEL)
         for redis_client in (trusting, doubting):
             await redis_client.aclose()
 
@@ -413,7 +413,7 @@ async def test_a_cluster_holds_the_shards_of_the_queue(cluster_url: str) -> None
         await submitter.submit(job, digest=b"digest", timeout_ms=60_000)
     nodes = {redis_client.get_node_from_key(client.shard_of(job.job_id).keys.root).name for job in jobs}
     assert len(nodes) == 3
-    assert (await submitter.load()).waiting_jobs == 40
+    assert (await submitter.load(MODEL)).waiting_jobs == 40
 
     claimer = Claimer(client, worker_id="worker-1", model=MODEL)
     claims = []

@@ -75,9 +75,9 @@ async def test_jobs_are_spread_and_claimed_from_all_shards_in_turn(
     client: QueueClient, submitter: Submitter, claimer: Claimer
 ) -> None:
     jobs = await submit(submitter, 60)
-    loads = await client.on_each_shard(lambda shard: shard.load())
+    loads = await client.on_each_shard(lambda shard: shard.load(MODEL))
     assert all(load.waiting_jobs > 10 for load in loads)
-    assert (await submitter.load()).waiting_jobs == 60
+    assert (await submitter.load(MODEL)).waiting_jobs == 60
 
     first_turn = [await claimer.claim(max_jobs=1, max_tokens=1000) for _ in range(NUM_SHARDS)]
     assert len({client.shard_of(claimed.job_id) for [claimed] in first_turn}) == NUM_SHARDS
@@ -106,7 +106,7 @@ async def test_places_and_limits_are_those_of_the_whole_queue(client: QueueClien
             positions.append(submitted.queue_position)
         except TenantFullError:
             num_refused += 1
-    assert (await submitter.load()).waiting_jobs == 90 - num_refused <= 60
+    assert (await submitter.load(MODEL)).waiting_jobs == 90 - num_refused <= 60
     assert len(positions) > 45
     assert positions[-1] > 40
 
@@ -130,7 +130,7 @@ async def test_refusals_are_told_as_those_of_the_whole_queue(client: QueueClient
 
 async def test_a_worker_is_counted_once(client: QueueClient, claimer: Claimer) -> None:
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, tokens_per_second=5.0))
-    [(status, _)] = (await client.load()).workers
+    [(status, _)] = (await client.load(MODEL)).workers
     assert status.tokens_per_second == 5.0
 
 
@@ -169,10 +169,10 @@ async def test_load_is_of_the_shards_that_answer(
 ) -> None:
     jobs = await submit(submitter, 30)
     present = [job for job in jobs if client.shard_number(job.job_id)]
-    assert (await lame_client.load()).waiting_jobs == len(present) < 30
+    assert (await lame_client.load(MODEL)).waiting_jobs == len(present) < 30
     lame.away = "oasst"
     with pytest.raises(QueueUnavailableError):
-        await lame_client.load()
+        await lame_client.load(MODEL)
 
 
 async def test_while_a_shard_is_away_the_others_tell_what_they_do_not_know_to_be_watched(

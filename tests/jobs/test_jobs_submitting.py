@@ -170,7 +170,7 @@ async def test_a_job_with_too_much_ahead_of_it_is_refused(submitter: Submitter) 
     with pytest.raises(TooMuchAheadError) as caught:
         await submitter.submit(make_job("third"), digest=b"digest", timeout_ms=None, max_tokens_ahead=39)
     assert (caught.value.jobs_ahead, caught.value.tokens_ahead) == (2, 40)
-    assert (await submitter.load()).waiting_jobs == 2
+    assert (await submitter.load(MODEL)).waiting_jobs == 2
     await submitter.submit(make_job("third"), digest=b"digest", timeout_ms=None, max_tokens_ahead=40)
 
 
@@ -259,24 +259,34 @@ async def test_a_cancelled_submit_has_been_carried_out_when_the_cancellation_goe
     assert await submitter.cancel(job.job_id) is JobState.CANCELLED
 
 
-async def test_load_counts_what_waits_and_runs_over_all_models(submitter: Submitter, claimer: Claimer) -> None:
+async def test_load_counts_what_waits_and_runs_of_its_model_alone(submitter: Submitter, claimer: Claimer) -> None:
+    async def load_of(model: str) -> tuple[int, int, int]:
+        load = await submitter.load(model)
+        return load.waiting_jobs, load.waiting_tokens, load.running_jobs
+
     await submit(
         submitter,
         make_job("a", prompt_tokens=10, max_new_tokens=20, n=2),
         make_job("b", prompt_tokens=1, max_new_tokens=1, model="other"),
         make_job("c", prompt_tokens=7, max_new_tokens=3),
     )
-    load = await submitter.load()
-    assert (load.waiting_jobs, load.waiting_tokens, load.running_jobs) == (3, 50 + 2 + 10, 0)
+    assert [await load_of(MODEL), await load_of("other")] == [(2, 50 + 10, 0), (1, 2, 0)]
+
+    claimed = await claimer.claim(max_jobs=1, max_tokens=1000)
+    assert [await load_of(MODEL), await load_of("other")] == [(1, 10, 1), (1, 2, 0)]
+    await claimer.release(claimed)
+    assert await load_of(MODEL) == (2, 50 + 10, 0)
 
     await claimer.claim(max_jobs=1, max_tokens=1000)
-    load = await submitter.load()
-    assert (load.waiting_jobs, load.waiting_tokens, load.running_jobs) == (2, 2 + 10, 1)
-
     for request_id in "abc":
         await submitter.cancel(job_id_for("tenant", request_id))
-    load = await submitter.load()
-    assert (load.waiting_jobs, load.waiting_tokens, load.running_jobs) == (0, 0, 0)
+    assert [await load_of(MODEL), await load_of("other")] == [(0, 0, 0), (0, 0, 0)]
+
+
+async def test_load_shows_the_workers_of_its_model_alone(submitter: Submitter, claimer: Claimer) -> None:
+    for worker_id, model in (("worker-1", MODEL), ("worker-2", "other")):
+        await claimer.heartbeat(job_pb2.WorkerStatus(worker_id=worker_id, model=model))
+    assert [status.worker_id for status, _ in (await submitter.load("other")).workers] == ["worker-2"]
 
 
 async def test_load_shows_each_workers_last_status_and_its_age(submitter: Submitter, claimer: Claimer) -> None:
@@ -285,7 +295,7 @@ async def test_load_shows_each_workers_last_status_and_its_age(submitter: Submit
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL, running_sequences=3))
 
     workers = {
-        status.worker_id: (status.running_sequences, age_ms) for status, age_ms in (await submitter.load()).workers
+        status.worker_id: (status.running_sequences, age_ms) for status, age_ms in (await submitter.load(MODEL)).workers
     }
     assert {worker_id: running for worker_id, (running, _) in workers.items()} == {"worker-1": 3, "worker-2": 2}
     assert all(0 <= age_ms < 10_000 for _, age_ms in workers.values())
@@ -296,7 +306,7 @@ async def test_a_worker_silent_for_long_is_shown_no_more(
 ) -> None:
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="silent", model=MODEL))
     await redis_client.zincrby(f"{client.shards[0].keys.root}:heartbeats", -60_000, "silent")
-    assert (await submitter.load()).workers == []
+    assert (await submitter.load(MODEL)).workers == []
 
     await claimer.heartbeat(job_pb2.WorkerStatus(worker_id="alive", model=MODEL))
     assert await redis_client.hkeys(f"{client.shards[0].keys.root}:workers") == [b"alive"]

@@ -323,7 +323,7 @@ async def test_jobs_for_which_there_is_no_slot_wait_in_the_queue(queue, start_wo
     worker.executor.allow(0)
     job_ids = [await queue.submit(make_job(f"job {index}")) for index in range(5)]
     await until(lambda: worker.consumer.num_sequences == 2)
-    assert (await queue.client.load()).waiting_jobs == 3
+    assert (await queue.client.load(MODEL)).waiting_jobs == 3
     worker.executor.allow(math.inf)
     for job_id in job_ids:
         assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
@@ -334,7 +334,7 @@ async def test_jobs_for_which_there_is_no_kv_cache_wait_in_the_queue(queue, star
     worker.executor.allow(0)
     job_ids = [await queue.submit(make_job(f"job {index}", prompt_tokens=100)) for index in range(3)]
     await until(lambda: worker.consumer.num_sequences == 2)
-    assert (await queue.client.load()).waiting_jobs == 1
+    assert (await queue.client.load(MODEL)).waiting_jobs == 1
     worker.executor.allow(math.inf)
     for job_id in job_ids:
         assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
@@ -348,7 +348,7 @@ async def test_small_jobs_for_which_there_is_no_block_of_kv_cache_wait_in_the_qu
     worker.executor.allow(4)
     await until(lambda: worker.loop.load.num_running > 4)
     assert (worker.loop.load.num_running, worker.loop.load.num_waiting) == (worker.claimed, 0)
-    assert (await queue.client.load()).waiting_jobs == 16 - worker.claimed
+    assert (await queue.client.load(MODEL)).waiting_jobs == 16 - worker.claimed
     worker.executor.allow(math.inf)
     for job_id in job_ids:
         assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 8)

@@ -292,7 +292,7 @@ async def test_a_worker_shows_its_load_and_its_readiness(make_scripted, queue, v
 
 
 async def _is_told_running(queue: Queue) -> bool:
-    statuses = [status for status, _ in (await queue.client.load()).workers]
+    statuses = [status for status, _ in (await queue.client.load(MODEL)).workers]
     return [(status.worker_id, status.model, status.running_sequences) for status in statuses] == [
         ("scripted-1", MODEL, 1)
     ]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,24 @@ import yaml
 from helm_release import CHART, Manifest, Release, RenderError
 from oasst_gateway.settings import GatewaySettings
 from oasst_gateway.settings import read_settings as read_gateway_settings
+from oasst_worker.model.shards import find_shards
 from oasst_worker.settings import WorkerSettings
 from oasst_worker.settings import read_settings as read_worker_settings
 
 Render = Callable[..., Release]
 
-HUB = {"id": "example/model", "revision": "0" * 40, "sha256": {"config.json": "a" * 64, "tokenizer.json": "b" * 64}}
+HUB: dict[str, Any] = {
+    "id": "example/model",
+    "revision": "0" * 40,
+    "sha256": {"config.json": "a" * 64, "tokenizer.json": "b" * 64},
+}
 NO_BUILT_IN = {"enabled": False}
+
+
+def hub_of(*weights: str) -> dict[str, Any]:
+    """A hub's model with these files of weights."""
+    return HUB | {"sha256": HUB["sha256"] | dict.fromkeys(weights, "c" * 64)}
+
 
 # Options that follow from other values, or must be as the chart's probes, ports and mounts are: no volume of a worker's
 # own is there to keep a converted checkpoint in.
@@ -80,14 +92,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"hub": HUB | {"revision": ""}}}, "name the full commit to serve"),
     ({"model": {"hub": HUB | {"sha256": {}}}}, "lacks config.json or tokenizer.json"),
     ({"model": {"hub": HUB}}, "names no weights"),
+    ({"model": {"hub": hub_of("model.safetensors.index.json")}}, "names no weights"),
+    (
+        {"model": {"hub": hub_of("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}},
+        "names weights that no worker finds",
+    ),
     ({"model": {"volume": {"existingClaim": "models"}}}, "set model.path to a folder below it"),
     (
-        {
-            "model": {
-                "hub": HUB | {"sha256": HUB["sha256"] | {"a.bin": "c" * 64}},
-                "volume": {"existingClaim": "models"},
-            }
-        },
+        {"model": {"hub": hub_of("pytorch_model.bin"), "volume": {"existingClaim": "models"}}},
         "model.hub.id and model.volume.existingClaim are both set",
     ),
     (
@@ -140,6 +152,23 @@ def test_bad_values_are_refused_with_what_to_change(render: Render, values: dict
 def test_without_network_policies_nobody_need_be_named(render: Render) -> None:
     values = SCALED_BY_METRICS | {"gateway": {"service": {"type": "LoadBalancer"}}, "networkPolicy": {"enabled": False}}
     assert render(**values).of_kind("NetworkPolicy") == []
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        ["model.safetensors"],
+        ["model.safetensors.index.json", "model-00001-of-00001.safetensors"],
+        ["pytorch_model.bin"],
+        ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"],
+    ],
+    ids=lambda weights: weights[0],
+)
+def test_weights_that_a_worker_finds_may_be_named(render: Render, tmp_path: Path, weights: list[str]) -> None:
+    for name in weights:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"embed_in": weights[-1]}}))
+    assert find_shards(tmp_path) == [tmp_path / weights[-1]]
+    assert render(model={"hub": hub_of(*weights)}).of_kind("StatefulSet")
 
 
 def test_every_validation_has_a_case_in_which_it_refuses() -> None:

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import pty
-import select
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from oasst_cli.__main__ import app
 from oasst_cli.exits import exit_of
 from oasst_client import InternalError, InvalidArgumentError, OverloadedError, ProfileError, UnauthenticatedError
 from oasst_client.testing import FakeServer
+from terminal import Terminal
 from typer.testing import CliRunner
 
 TEXT = "An idea that spreads."
@@ -169,47 +168,6 @@ def test_one_address_for_the_metrics_of_several_gateways_is_exit_code_2(monkeypa
     assert "OASST_GATEWAY_METRICS_LISTEN is one address, not 2" in result.stderr
 
 
-class Terminal:
-    """`oasst chat` in a terminal of its own, seen from that terminal's other end."""
-
-    # Takes the terminal as its controlling one, so that Ctrl-C becomes a signal, and then becomes `oasst chat`.
-    _PROGRAM = """
-import fcntl, termios
-from oasst_cli.__main__ import main
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-main()
-"""
-
-    def __init__(self, address: str, kind: str) -> None:
-        self._end, inner = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self._PROGRAM, "chat", "--address", address],
-            stdin=inner,
-            stdout=inner,
-            stderr=inner,
-            start_new_session=True,
-            env={**os.environ, "TERM": kind, "XDG_STATE_HOME": os.devnull},
-        )
-        os.close(inner)
-        self._unread = ""
-
-    def type(self, keys: str) -> None:
-        os.write(self._end, keys.encode())
-
-    def read_until(self, text: str) -> None:
-        """What is shown up to this text has been read."""
-        while text not in self._unread:
-            readable, _, _ = select.select([self._end], [], [], 30)
-            assert readable, f"{text!r} does not come after {self._unread!r}"
-            self._unread += os.read(self._end, 4096).decode()
-        self._unread = self._unread.partition(text)[2]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._end)
-
-
 @pytest.mark.parametrize("kind", ["dumb", "xterm-256color"])
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server, kind):
     def endless(request, context):
@@ -218,7 +176,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server, kind):
         server.ended.wait(timeout=30)
 
     server.script = endless
-    with contextlib.closing(Terminal(server.address, kind)) as terminal:
+    with contextlib.closing(Terminal("chat", "--address", server.address, kind=kind)) as terminal:
         terminal.read_until("> ")
         terminal.type("Tell me everything.\n")
         terminal.read_until("Well,")

@@ -1,5 +1,6 @@
 """How `oasst up` starts, refuses to start, and stops without leaving anything."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 from demo_answers import COINED, MEME
 from oasst_cli.up.checkpoint import demo_checkpoint
 from oasst_client import Client
+from terminal import Terminal
 from waiting import wait_until
 
 
@@ -117,6 +119,19 @@ def test_piped_questions_are_answered_on_stdout_and_then_everything_stops(short_
     result = oasst_up("--chat", stdin="What is a meme?\nAnd who coined the word?\n", folder=short_folder)
     assert result.stdout == f"{MEME}\n{COINED}\n"
     assert result.returncode == 0
+    assert list(short_folder.iterdir()) == []
+
+
+def test_ctrl_c_in_the_chat_is_for_the_chat_alone(short_folder):
+    with contextlib.closing(Terminal("up", "--chat", environment={"TMPDIR": str(short_folder)})) as terminal:
+        terminal.read_until("\n> ")
+        terminal.type("\x03\n")  # The line break wakes `input` if the signal came just before it slept.
+        terminal.read_until("\n> ")
+        terminal.type("What is a meme?\n")
+        terminal.read_until(MEME)
+        terminal.read_until("\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=30) == 0
     assert list(short_folder.iterdir()) == []
 
 

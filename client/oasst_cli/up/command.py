@@ -81,9 +81,9 @@ def up(
     """Run the whole service on this machine.
 
     The queue, workers and gateways. A process that dies says why and is restarted; one that never starts serving ends
-    the run. Ctrl-C stops everything, a second one at once. Workers and gateways also read the environment variables
-    OASST_WORKER_... and OASST_GATEWAY_...; `python -m oasst_worker --help` and `python -m oasst_gateway --help` list
-    them.
+    the run. Ctrl-C stops everything, a second one at once; in its chat it stops the current answer. Workers and
+    gateways also read the environment variables OASST_WORKER_... and OASST_GATEWAY_...; `python -m oasst_worker
+    --help` and `python -m oasst_gateway --help` list them.
     """
     if chat and as_json:
         raise typer.BadParameter("--json and --chat both want standard output")
@@ -109,9 +109,9 @@ def up(
         )
     except NoDemoError as error:
         raise typer.BadParameter(str(error)) from error
-    chat_flags = chat_options(model) if chat else None
+    opened = _Chat(chat_options(model)) if chat else None
     with Notices() as notices:
-        raise typer.Exit(asyncio.run(_supervise(options, notices, as_json=as_json, chat_flags=chat_flags)))
+        raise typer.Exit(asyncio.run(_supervise(options, notices, as_json=as_json, chat=opened)))
 
 
 def chat_options(model: str | None) -> tuple[str, ...]:
@@ -127,14 +127,38 @@ def _split_address(address: str, gateways: int) -> tuple[str, int]:
     return host, int(port)
 
 
-async def _supervise(
-    options: StackOptions, notices: Notices, *, as_json: bool, chat_flags: Sequence[str] | None
-) -> int:
+class _Chat:
+    """A chat in this terminal: a process of its own, so that it can be stopped while it reads."""
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self._flags = flags
+        # Whether Ctrl-C, which the terminal sends to us as well, is for the chat alone.
+        self.owns_ctrl_c: bool = False
+
+    async def run(self, address: str) -> int:
+        """Runs it to its end; 0 if it answered everything."""
+        command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, *self._flags]
+        # Our own gateways are plain and need no key, whatever service the person's environment speaks of.
+        environment = {name: value for name, value in os.environ.items() if name not in _CONNECTION_VARIABLES}
+        process = await asyncio.create_subprocess_exec(*command, env=environment, preexec_fn=die_with_parent())
+        self.owns_ctrl_c = sys.stdin.isatty()
+        try:
+            return 1 if await process.wait() else 0
+        finally:
+            self.owns_ctrl_c = False
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+
+
+async def _supervise(options: StackOptions, notices: Notices, *, as_json: bool, chat: _Chat | None) -> int:
     """Runs the stack until a signal, the end of its chat, or a failure that restarting cannot mend; the exit code."""
     stack = Stack(options, observer=notices)
-    run = asyncio.create_task(_run(stack, notices, as_json=as_json, chat_flags=chat_flags))
+    run = asyncio.create_task(_run(stack, notices, as_json=as_json, chat=chat))
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
+        if number == signal.SIGINT and chat and chat.owns_ctrl_c:
+            return
         if run.cancelling():
             stack.kill()
         else:
@@ -145,7 +169,7 @@ async def _supervise(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
             continue  # Under nohup the end of the terminal is not our end.
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     exit_code = 0
     try:
         exit_code = await run
@@ -159,7 +183,7 @@ async def _supervise(
     return exit_code
 
 
-async def _run(stack: Stack, notices: Notices, *, as_json: bool, chat_flags: Sequence[str] | None) -> int:
+async def _run(stack: Stack, notices: Notices, *, as_json: bool, chat: _Chat | None) -> int:
     """Runs the stack until this is cancelled, or its chat ends; the exit code."""
     notices.wait_for("starting")
     async with stack.running() as state:
@@ -171,8 +195,8 @@ async def _run(stack: Stack, notices: Notices, *, as_json: bool, chat_flags: Seq
         addresses = [announcement.listen for _, announcement in announcements if announcement.listen]
         if as_json:
             print(json.dumps(_summary(stack, state, announcements)), flush=True)
-        if chat_flags is not None:
-            return await _chat(addresses[0], chat_flags)
+        if chat:
+            return await chat.run(addresses[0])
         notices.say(f"serving at {', '.join(addresses)}; logs in {state.logs}; Ctrl-C stops everything")
         metrics = [announcement.metrics for _, announcement in announcements if announcement.metrics]
         watch = ["oasst top", "--address", addresses[0], *(f"--metrics {each}" for each in metrics)]
@@ -213,23 +237,6 @@ def _summary(
             for keeper, announcement in announcements
         ],
     }
-
-
-async def _chat(address: str, flags: Sequence[str]) -> int:
-    """Runs a chat in this terminal to its end; 0 if it answered everything.
-
-    A process of its own, so that it can be stopped while it reads.
-    """
-    command = [sys.executable, "-m", "oasst_cli", "chat", "--address", address, *flags]
-    # Our own gateways are plain and need no key, whatever service the person's environment speaks of.
-    environment = {name: value for name, value in os.environ.items() if name not in _CONNECTION_VARIABLES}
-    process = await asyncio.create_subprocess_exec(*command, env=environment, preexec_fn=die_with_parent())
-    try:
-        return 1 if await process.wait() else 0
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
 
 
 def _first(failures: BaseExceptionGroup[Exception]) -> Exception:

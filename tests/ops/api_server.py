@@ -1,4 +1,4 @@
-"""A stand-in Kubernetes API server: it knows the kinds a chart uses, has no objects, and accepts every new one.
+"""A stand-in Kubernetes API server: it knows the kinds a chart uses, has the objects it was given, accepts new ones.
 
 Helm renders a chart for a cluster: it asks which kinds there are, then creates objects. This is as much of a cluster as
 that takes. What it does not do: defaults, admission, controllers; it forgets what it is sent.
@@ -41,9 +41,9 @@ _VERBS = ["create", "delete", "get", "list", "patch", "update"]
 
 
 @contextmanager
-def running_api_server() -> Iterator[str]:
+def running_api_server(*objects: Mapping[str, Any]) -> Iterator[str]:
     """The server's URL; it answers as long as the context is open."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = _Server({_path_of(each): each for each in objects})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
@@ -54,7 +54,15 @@ def running_api_server() -> Iterator[str]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    def __init__(self, objects: Mapping[str, Mapping[str, Any]]) -> None:
+        """`objects` by their paths."""
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.objects = objects
+
+
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -63,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, {"major": "1", "minor": "34", "gitVersion": "v1.34.0"})
         elif (discovered := _discover(path)) is not None:
             self._answer(HTTPStatus.OK, discovered)
+        elif path in self.server.objects:
+            self._answer(HTTPStatus.OK, self.server.objects[path])
         else:
             self._answer(HTTPStatus.NOT_FOUND, _status("NotFound", 404))
 
@@ -71,6 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self._echo(HTTPStatus.OK)
+
+    def do_PATCH(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(HTTPStatus.OK, self.server.objects[self.path.partition("?")[0]])
 
     def log_message(self, format: str, *args: object) -> None:
         """Requests are not logged."""
@@ -87,6 +101,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _path_of(manifest: Mapping[str, Any]) -> str:
+    version, metadata = manifest["apiVersion"], manifest["metadata"]
+    root = "apis" if "/" in version else "api"
+    plural = KINDS[version][manifest["kind"]]
+    return f"/{root}/{version}/namespaces/{metadata['namespace']}/{plural}/{metadata['name']}"
 
 
 def _discover(path: str) -> Mapping[str, Any] | None:

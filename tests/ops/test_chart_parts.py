@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_release import CHART, Manifest, Release, read_profile
+from api_server import running_api_server
+from helm_release import CHART, Manifest, Release, Renderer, read_profile
 from oasst_jobs.connection import ServerAddress, ServerKind
 
 Render = Callable[..., Release]
@@ -163,6 +164,26 @@ def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> N
     assert cpu["resource"] == {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}
     assert requests["pods"]["metric"]["name"] == "oasst_gateway_requests_in_flight"
     assert requests["pods"]["target"] == {"type": "AverageValue", "averageValue": "200"}
+
+
+@pytest.mark.usefixtures("renderer")  # Skips where there is no Helm.
+@pytest.mark.parametrize(("kind", "component"), [("Deployment", "gateway"), ("StatefulSet", "worker")])
+def test_an_upgrade_that_begins_to_scale_leaves_as_many_pods_as_there_are(kind: str, component: str) -> None:
+    """A number that is there and then is not becomes the API's default, which is one."""
+    running = {
+        "apiVersion": "apps/v1",
+        "kind": kind,
+        "metadata": {
+            "name": f"chat-oasst-serve-{component}",
+            "namespace": "oasst",
+            "labels": {"app.kubernetes.io/managed-by": "Helm"},
+            "annotations": {"meta.helm.sh/release-name": "chat", "meta.helm.sh/release-namespace": "oasst"},
+        },
+        "spec": {"replicas": 6},
+    }
+    with running_api_server(running) as url:
+        release = Renderer(url).render({**read_profile("keda"), "gateway": {"autoscaling": {"enabled": True}}})
+    assert release.one(kind, component)["spec"]["replicas"] == 6
 
 
 def test_keda_scales_workers_by_waiting_and_running_tokens(render: Render) -> None:

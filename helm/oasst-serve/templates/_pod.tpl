@@ -57,6 +57,18 @@ topologySpreadConstraints:
   {{- end }}
 {{- end }}
 
+{{/* How many pods. Of what an autoscaler owns as many as there are: without a number, an upgrade that begins to scale a
+release, and so takes its number away, leaves one pod of it. */}}
+{{- define "oasst.replicas" -}}
+{{- if .isScaled -}}
+{{- with lookup "apps/v1" .kind .root.Release.Namespace (include "oasst.name" .) -}}
+replicas: {{ .spec.replicas }}
+{{- end -}}
+{{- else -}}
+replicas: {{ (index .root.Values .component).replicas }}
+{{- end -}}
+{{- end }}
+
 {{- define "oasst.traces.env" -}}
 {{- with .root.Values.traces.endpoint }}
 - name: OASST_{{ upper $.component }}_OTLP_ENDPOINT

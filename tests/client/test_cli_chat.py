@@ -65,7 +65,11 @@ def test_what_was_said_can_be_taken_back_and_forgotten(chat):
     assert chat.turns == ["Be brief.", "one", "answer *0*"]
     chat.type("/new")
     assert chat.turns == ["Be brief."]
-    assert "nothing was asked yet" in chat.type("/back")
+
+
+@pytest.mark.parametrize("line", ["/back", "/again", "/edit Who?"])
+def test_before_the_first_question_there_is_nothing_to_take_back_or_answer_anew(chat, line):
+    assert "error: nothing was asked yet" in chat.type(line)
 
 
 def test_a_preset_holds_from_now_on_in_place_of_what_was_asked_for_before(server):
@@ -153,7 +157,11 @@ def test_a_saved_conversation_is_gone_on_with_from_the_command_line(server, tmp_
 # ---------------------------------------------------------------------------------------------------------- Markdown
 
 
-MARKDOWN = st.lists(st.sampled_from(["a", "\n", "\n\n", "# T\n", "- x\n", "1. y\n", "```\n", "  z", "`", "~~~\n", " "]))
+MARKDOWN = st.lists(
+    st.sampled_from(
+        ["a", "\n", "\n\n", "# T\n", "- x\n", "1. y\n", "```\n", "  z", "`", "~~~\n", " ", "\r\n", "\xa0", "\f"]
+    )
+)
 
 
 @given(MARKDOWN)
@@ -176,6 +184,8 @@ def test_nothing_is_lost_and_what_is_settled_stays_settled(pieces):
         ("- a\n\nend", "- a\n\n"),
         ("```\na\n\nb\n```\n\nend", "```\na\n\nb\n```\n\n"),
         ("~~~\n```\n\nb", ""),
+        ("one\r\n\r\ntwo", "one\r\n\r\n"),
+        ("one\n\n\xa0\n\f\r\ntwo", "one\n\n\xa0\n\f\r\n"),
     ],
 )
 def test_blocks_are_settled_once_nothing_can_change_them(text, settled):

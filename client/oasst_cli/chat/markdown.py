@@ -29,11 +29,12 @@ def split_settled(text: str) -> tuple[str, str]:
     is_after_blank = False
     for line in text.splitlines(keepends=True):
         mark = line.lstrip()[:3]
-        if not fence and is_after_blank and line[0] not in " \t\n" and not _is_list_item(line):
+        is_blank = not line.strip()
+        if not fence and is_after_blank and not is_blank and line[0] not in " \t" and not _is_list_item(line):
             settled = position
         if mark in _FENCES and fence in ("", mark):
             fence = "" if fence else mark
-        is_after_blank = not fence and not line.strip()
+        is_after_blank = not fence and is_blank
         position += len(line)
     return text[:settled], text[settled:]
 

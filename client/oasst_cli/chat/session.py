@@ -66,23 +66,23 @@ class ChatSession:
                 self._run(line)
             else:
                 self._show(self.conversation.ask_stream(line))
-        except (OasstError, IndexError, OSError, ValueError) as error:
+        except (OasstError, OSError, ValueError) as error:
             self._tell_error(str(error))
 
     def again(self, _: str) -> None:
+        self._check_asked()
         if self.conversation.options.get("temperature") == 0:
             raise ValueError("the chat takes the most likely token each time, so the answer stays; try /preset first")
         # A seed of the command line would draw the same answer again.
         self._show(self.conversation.regenerate_stream(seed=secrets.randbits(63)))
 
     def edit(self, text: str) -> None:
+        self._check_asked()
         self._show(self.conversation.edit_stream(text))
 
     def back(self, _: str) -> None:
-        num_questions = sum(each.role in (Role.USER, Role.PROMPTER) for each in self.conversation.messages)
-        if not num_questions:
-            raise IndexError("nothing was asked yet")
-        self.conversation = self.conversation.fork(num_questions - 1)
+        self._check_asked()
+        self.conversation = self.conversation.fork(self._num_questions - 1)
 
     def new(self, _: str) -> None:
         self.conversation = self.conversation.fork(0)
@@ -121,6 +121,15 @@ class ChatSession:
     @property
     def _model(self) -> str:
         return self.conversation.options.get("model", "")
+
+    @property
+    def _num_questions(self) -> int:
+        return sum(each.role in (Role.USER, Role.PROMPTER) for each in self.conversation.messages)
+
+    def _check_asked(self) -> None:
+        """There is a last question; raises ValueError if there is none."""
+        if not self._num_questions:
+            raise ValueError("nothing was asked yet")
 
     def _run(self, line: str) -> None:
         name, _, argument = (part.strip() for part in line.partition(" "))

@@ -121,6 +121,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gateway": {"ingress": {"enabled": True}}}, "needs gateway.ingress.host"),
     ({"worker": {"autoscaling": {"type": "keda"}}}, "set monitoring.podMonitors.enabled=true"),
     (
+        # Whoever scrapes by it sets no labels, and gateways are not scraped.
+        {"worker": {"autoscaling": {"type": "keda"}, "podAnnotations": {"prometheus.io/scrape": "true"}}},
+        "are labelled where the chart's PodMonitors scrape them",
+    ),
+    (
         {"worker": {"autoscaling": {"type": "keda"}}, "monitoring": {"podMonitors": {"enabled": True}}},
         "needs worker.autoscaling.prometheus.address",
     ),

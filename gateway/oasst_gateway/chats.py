@@ -28,7 +28,7 @@ from oasst_gateway.events import build_response
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
-from oasst_gateway.offloading import run_off_loop
+from oasst_gateway.offloading import TenantThreads, is_big
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.preparation import PreparedJob, prepare_chat
 from oasst_gateway.spans import describe_chat, submitting, trace_of
@@ -55,6 +55,7 @@ class Chats:
         admission: Admission,
         metrics: GatewayMetrics,
         secrets: DerivedSecrets,
+        threads: TenantThreads,
         default_grace_s: float,
         remind_interval_s: float = 5.0,
     ) -> None:
@@ -66,6 +67,7 @@ class Chats:
         self._admission = admission
         self._metrics = metrics
         self._secrets = secrets
+        self._threads = threads
         self._default_grace_s = default_grace_s
         self._remind_interval_s = remind_interval_s
         self._chats: set[Chat] = set()
@@ -201,7 +203,7 @@ class Chats:
             remaining_s=remaining_s,
             default_grace_s=default_grace_s,
         )
-        return await run_off_loop(request, prepare)
+        return await self._threads.run(tenant, prepare, off_loop=is_big(request))
 
     @contextmanager
     def _following(

@@ -127,6 +127,8 @@ async def running_gateway(
         watches = Watches(submitter, inbox)
         stack.push_async_callback(watches.aclose)
         open_requests = OpenRequests(settings.max_open_chats)
+        threads = TenantThreads(most_per_tenant=max(1, settings.max_open_chats // _CHATS_PER_TENANTS_TEXT))
+        stack.callback(threads.close)
         derived_secrets = DerivedSecrets(_secret(settings))
         chats = Chats(
             model=model,
@@ -137,6 +139,7 @@ async def running_gateway(
             admission=Admission(submitter, look_out=monitor.look_out, worker_wait_s=settings.worker_wait_s),
             metrics=metrics,
             secrets=derived_secrets,
+            threads=threads,
             default_grace_s=settings.detach_grace_s,
         )
         scores = Scores(
@@ -151,11 +154,10 @@ async def running_gateway(
             ),
             metrics=metrics,
             secrets=derived_secrets,
+            threads=threads,
             grace_s=settings.detach_grace_s,
         )
         await stack.enter_async_context(_running(metrics, chats=chats.run))
-        threads = TenantThreads(most_per_tenant=max(1, settings.max_open_chats // _CHATS_PER_TENANTS_TEXT))
-        stack.callback(threads.close)
         server, port = create_server(
             listen=settings.listen,
             certificate=certificate,

@@ -1,53 +1,53 @@
 """What keeps one request's work from holding up all streams, and one tenant's from holding up all others'."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import Message
+from oasst.jobs.v1 import job_pb2
 
 from oasst_gateway.errors import TOO_MANY_RETRY_S, RefusedError
 from oasst_gateway.tenants import Tenant
 
-__all__ = ["TenantThreads", "run_off_loop"]
+__all__ = ["TenantThreads", "is_big", "is_long"]
 
 T = TypeVar("T")
 
-# Work on larger requests is done in a thread.
+# Work on larger requests, and on longer parts of a log, is done in a thread.
 _BIG_REQUEST_BYTES = 8 * 1024
+_LONG_LOG_ENTRIES = 64
 
 _NUM_THREADS = 4
 _THREADS_PER_TENANT = 2
 
 
-async def run_off_loop(request: Message, work: Callable[[], T]) -> T:
-    """What `work`, which takes time by the request's size, returns or raises."""
-    return await asyncio.to_thread(work) if _is_big(request) else work()
+def is_big(request: Message) -> bool:
+    """Work on it takes too long for the event loop."""
+    return request.ByteSize() > _BIG_REQUEST_BYTES
+
+
+def is_long(entries: Sequence[job_pb2.LogEntry]) -> bool:
+    """Putting them together takes too long for the event loop."""
+    return len(entries) > _LONG_LOG_ENTRIES
 
 
 class TenantThreads:
-    """Threads for work that needs no place in the queue. However much a tenant asks for, others have some of them."""
+    """Threads for what would hold up the event loop. However much a tenant asks for, others have some of them."""
 
     def __init__(self, *, most_per_tenant: int) -> None:
-        """A tenant with `most_per_tenant` requests at work or waiting is refused more."""
+        """With `most_per_tenant` requests at work or waiting, a tenant may be refused more."""
         self._most_per_tenant = most_per_tenant
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tenants")
         self._lines: dict[str, _Line] = {}  # By tenant; of those with requests here.
 
-    async def run(self, tenant: Tenant, request: Message, work: Callable[[], T]) -> T:
-        """What `work`, which takes time by the request's size, returns or raises.
-
-        Raises:
-            RefusedError: if too many of the tenant's requests are here.
-        """
-        if not _is_big(request):
+    async def run(self, tenant: Tenant, work: Callable[[], T], *, off_loop: bool) -> T:
+        """What `work` returns or raises; at once, or `off_loop` in a thread, when it is the tenant's turn."""
+        if not off_loop:
             return work()
         line = self._lines.setdefault(tenant.name, _Line())
-        if line.num_requests >= self._most_per_tenant:
-            message = f"this gateway already has {line.num_requests} such requests of this tenant"
-            raise RefusedError("TOO_MANY_RPCS", message, retry_after_s=TOO_MANY_RETRY_S)
         line.num_requests += 1
         try:
             async with line.turn:
@@ -57,6 +57,21 @@ class TenantThreads:
             if not line.num_requests:
                 del self._lines[tenant.name]
 
+    async def run_or_refuse(self, tenant: Tenant, work: Callable[[], T], *, off_loop: bool) -> T:
+        """As `run`, for requests that nothing else counts.
+
+        Raises:
+            RefusedError: if too many of the tenant's requests are here.
+        """
+        line = self._lines.get(tenant.name)
+        if off_loop and line is not None and line.num_requests >= self._most_per_tenant:
+            message = (
+                f"this gateway already has {line.num_requests} requests of this tenant with much text;"
+                " its --max-open-chats says how many it takes"
+            )
+            raise RefusedError("TOO_MUCH_TEXT", message, retry_after_s=TOO_MANY_RETRY_S)
+        return await self.run(tenant, work, off_loop=off_loop)
+
     def close(self) -> None:
         """Nothing begins any more."""
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -64,11 +79,13 @@ class TenantThreads:
     async def _run(self, work: Callable[[], T]) -> T:
         """As `work`. A caller that leaves frees its thread only when that is free: work cannot be stopped."""
         future = self._executor.submit(work)
+        result = asyncio.wrap_future(future)
+        result.add_done_callback(_note_exception)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(result)
         except asyncio.CancelledError:
             if not future.cancel():
-                await asyncio.wait([asyncio.wrap_future(future)])
+                await asyncio.wait([result])
             raise
 
 
@@ -80,5 +97,7 @@ class _Line:
     turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_THREADS_PER_TENANT))
 
 
-def _is_big(request: Message) -> bool:
-    return request.ByteSize() > _BIG_REQUEST_BYTES
+def _note_exception(result: asyncio.Future[T]) -> None:
+    """Its exception counts as seen: a caller that has left does not look, and asyncio would log it."""
+    if not result.cancelled():
+        result.exception()

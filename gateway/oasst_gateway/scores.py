@@ -16,7 +16,7 @@ from oasst_gateway.derived_secrets import DerivedSecrets
 from oasst_gateway.errors import ChatFailedError, GatewayLeavingError
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
-from oasst_gateway.offloading import run_off_loop
+from oasst_gateway.offloading import TenantThreads, is_big
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.preparation import PreparedJob, prepare_score
 from oasst_gateway.spans import describe_score, submitting, trace_of
@@ -40,6 +40,7 @@ class Scores:
         admission: Admission,
         metrics: GatewayMetrics,
         secrets: DerivedSecrets,
+        threads: TenantThreads,
         grace_s: float,
     ) -> None:
         self._model = model
@@ -48,6 +49,7 @@ class Scores:
         self._admission = admission
         self._metrics = metrics
         self._secrets = secrets
+        self._threads = threads
         self._grace_s = grace_s
         self._followed: set[Subscription] = set()
 
@@ -95,7 +97,7 @@ class Scores:
             remaining_s=remaining_s,
             grace_s=self._grace_s,
         )
-        return await run_off_loop(request, prepare)
+        return await self._threads.run(tenant, prepare, off_loop=is_big(request))
 
     async def _submit(self, prepared: PreparedJob, tenant: Tenant, arrival: Arrival, span: Span) -> job_pb2.Job:
         with submitting(prepared.job, span):

@@ -10,7 +10,7 @@ from oasst_gateway.call import Call
 from oasst_gateway.chats import Chats
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
-from oasst_gateway.offloading import TenantThreads
+from oasst_gateway.offloading import TenantThreads, is_big
 from oasst_gateway.scores import Scores
 from oasst_gateway.validation import check_detokenize, check_model_name, check_tokenize
 
@@ -98,7 +98,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 sequences=[model_pb2.TokenSequence(ids=to_ids(text)) for text in request.texts]
             )
 
-        return await self._threads.run(call.tenant, request, encode)
+        return await self._threads.run_or_refuse(call.tenant, encode, off_loop=is_big(request))
 
     async def Detokenize(  # noqa: N802
         self, request: model_pb2.DetokenizeRequest, call: Call
@@ -109,7 +109,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             texts = [self._model.tokenizer.decode(ids.ids, skip_control_tokens=skip) for ids in request.sequences]
             return model_pb2.DetokenizeResponse(texts=texts)
 
-        return await self._threads.run(call.tenant, request, decode)
+        return await self._threads.run_or_refuse(call.tenant, decode, off_loop=is_big(request))
 
     async def GetLoad(  # noqa: N802
         self, request: model_pb2.GetLoadRequest, call: Call

@@ -1,11 +1,13 @@
 """Who callers are, what they may do, and that nobody learns of another's requests."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,13 +22,16 @@ from gateway_harness import Gateway, RuleWorker, ask, details_of, rule_text, sta
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2
 from oasst_client import AsyncClient, PermissionDeniedError, Tls, UnauthenticatedError, UnavailableError
+from oasst_gateway import chats
 from oasst_gateway.errors import StartError
 from oasst_gateway.errors import UnauthenticatedError as NoTenantError
 from oasst_gateway.model import ServedModel
+from oasst_gateway.preparation import PreparedJob, prepare_chat
 from oasst_gateway.settings import read_settings
-from oasst_gateway.tenants import ApiKey, Tenants, draw_api_key
+from oasst_gateway.tenants import ApiKey, Tenant, Tenants, draw_api_key
 from oasst_gateway.web_tokens import JwtAuthenticator, JwtIssuer
 from oasst_jobs import Claimer, QueueClient
+from waiting import until
 
 ISSUER, AUDIENCE = "https://id.example", "chat"
 
@@ -366,6 +371,27 @@ async def test_a_tenant_that_watches_one_request_until_it_is_refused_keeps_no_ot
         assert (await other.read()).HasField("accepted")
         for stream in (*streams, other):
             stream.cancel()
+
+
+async def test_long_prompts_of_a_tenant_hold_up_no_other(
+    guarded: Gateway, acme: ApiKey, umbrella: ApiKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    def prepare(request: chat_pb2.ChatRequest, model: ServedModel, *, tenant: Tenant, **about: object) -> PreparedJob:
+        if tenant.name == "acme":
+            released.wait()
+        return prepare_chat(request, model, tenant=tenant, **about)
+
+    monkeypatch.setattr(chats, "prepare_chat", prepare)
+    long = ask("a" * 10_000, "b", "c", truncation=chat_pb2.TRUNCATION_DROP_OLDEST_TURNS)
+    flood = [guarded.chat.SubmitChat(long, metadata=bearer(acme.key)) for _ in range(40)]
+    try:
+        await until(lambda: guarded.sample("requests_in_flight", rpc="ChatService/SubmitChat") == len(flood))
+        await guarded.chat.SubmitChat(long, metadata=bearer(umbrella.key), timeout=20)
+    finally:
+        released.set()
+        await asyncio.gather(*flood)
 
 
 async def test_a_tenants_weight_goes_with_its_jobs(

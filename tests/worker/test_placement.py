@@ -12,6 +12,7 @@ from oasst_worker.engine import Sequence as EngineSequence
 from oasst_worker.model.attention import FP8, INT8, PlainAttention, kv_bytes
 from oasst_worker.model.config import NeoXConfig, load_config
 from oasst_worker.model.inputs import BLOCK_SIZE
+from oasst_worker.model.linear import CompiledLinear
 from oasst_worker.model.neox import NeoX
 from oasst_worker.model.weights import LayerPlace, open_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
@@ -310,6 +311,38 @@ def test_a_model_knows_whether_one_device_has_all_of_it(make_checkpoint, places,
 def test_placement_options_are_refused_for_other_splits(make_checkpoint):
     with pytest.raises(UnsupportedOptionError, match="are for --split layers"):
         build_executor(make_checkpoint(), replace(OPTIONS, offload="disk"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "expected"),
+    [
+        ("auto", torch.float16, torch.bfloat16),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float32, torch.float32),
+        ("float32", torch.float16, torch.float32),
+    ],
+)
+def test_a_cpu_beside_gpus_computes_in_a_dtype_that_it_has_a_kernel_for(
+    make_model, tmp_path, caplog, asked, stored, expected
+):
+    make_model(**SMALL).to(stored).save_pretrained(tmp_path)
+    config, meta = load_config(tmp_path), torch.device("meta")  # Like a GPU: no CPU.
+    devices = [
+        DeviceMemory(meta, room_for(config, expected, layers=1, is_first=True)),
+        DeviceMemory(CPU, room_for(config, expected, layers=3, caches=3)),
+    ]
+    options = replace(OPTIONS, dtype=asked, split="layers", offload="cpu")
+    with caplog.at_level(logging.INFO):
+        model = build_layered(tmp_path, options, devices).model
+    assert "layers by device: 0-0 meta, 1-3 cpu" in caplog.text
+    assert ("dtype=bfloat16: the model is in float16" in caplog.text) is (expected is not stored and asked == "auto")
+    assert model.dtype is expected
+    assert isinstance(model._stacks[1].first_layer().qkv, CompiledLinear)
+
+
+def test_float16_is_refused_where_a_layer_may_be_on_a_cpu(make_checkpoint):
+    with pytest.raises(UnsupportedOptionError, match="--dtype float16 needs every layer on a GPU: use bfloat16"):
+        build_layered(make_checkpoint(), replace(OPTIONS, dtype="float16"), gpus(1, cpu=1))
 
 
 @pytest.mark.parametrize("devices", [[DeviceMemory(CPU, 10**9)], gpus(1, cpu=1)], ids=["cpu", "gpu and cpu"])

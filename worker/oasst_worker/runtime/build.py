@@ -165,6 +165,7 @@ def build_layered(
 ) -> ModelRunner:
     """As `build_executor`, the layers over these devices."""
     config = load_config(folder)
+    options = replace(options, dtype=_layered_dtype(options.dtype, config, *(each.device for each in devices)))
     dtype = _choose_dtype(options.dtype, devices[0].device, config)
     kv_dtype = _choose_kv_dtype(options.kv_dtype, dtype, *(each.device for each in devices))
     may_use_disk = options.offload == "disk"
@@ -301,6 +302,21 @@ def _choose_dtype(name: str, device: torch.device, config: NeoXConfig) -> torch.
     if name == "float16" and device.type == "cpu":
         raise UnsupportedOptionError("--dtype float16 needs a GPU; use float32 or bfloat16 on a CPU")
     return _DTYPES[name]
+
+
+def _layered_dtype(name: str, config: NeoXConfig, *devices: torch.device) -> str:
+    """The dtype asked of layers over these devices: beside a CPU, which has no kernel for fp16, GPUs compute bf16."""
+    on_cpu = [device.type == "cpu" for device in devices]
+    if all(on_cpu) or not any(on_cpu):
+        return name
+    if name == "float16":
+        raise UnsupportedOptionError(
+            "--dtype float16 needs every layer on a GPU: use bfloat16 with --offload, or leave it out"
+        )
+    if name == "auto" and config.dtype is torch.float16:
+        _log.info("dtype=bfloat16: the model is in float16, which the CPU that layers may go to has no kernel for")
+        return "bfloat16"
+    return name
 
 
 def _choose_kv_dtype(name: str, dtype: torch.dtype, *devices: torch.device) -> torch.dtype:

@@ -58,8 +58,9 @@ class Claimer:
         self._claim_ids = [secrets.token_hex(8) for _ in client.shards]
         # When that claim was asked for first; None before.
         self._asked_s: list[float | None] = [None for _ in client.shards]
-        # Where the next claim begins: every shard comes first in its turn.
-        self._first_shard = 0
+        # Where the next claim from a queue begins: every shard comes first in its turn.
+        self._first_shards = {model: 0, scoring_queue(model): 0}
+        self._keeps_itself_to_score = False
         # A shard that did not answer is left alone for a while, so that one that hangs does not hide the others.
         self._rests_until_s = [float("-inf")] * len(client.shards)
         self._clock = clock
@@ -67,6 +68,14 @@ class Claimer:
     @property
     def num_shards(self) -> int:
         return len(self._client.shards)
+
+    @property
+    def keeps_itself_to_score(self) -> bool:
+        """Whether the last claim to score got nothing because a job waits there that is to run alone, on this worker.
+
+        It comes once the worker says that it is idle. Until then the worker should claim nothing else.
+        """
+        return self._keeps_itself_to_score
 
     def shard_number(self, job_id: str) -> int:
         """Which shard holds the job. What is pushed to one can be pushed while another does not answer."""
@@ -92,6 +101,7 @@ class Claimer:
 
         Jobs come from the shards that answer; only if none does, that is raised.
         """
+        queue = self._queue(is_scoring)
 
         async def claim_from(number: int) -> tuple[list[ClaimedJob], bool]:
             asked_s = self._asked_s[number]
@@ -100,7 +110,7 @@ class Claimer:
             replies, is_kept = await self._client.shards[number].claim(
                 self._worker_id,
                 self._claim_ids[number],
-                model=self._queue(is_scoring),
+                model=queue,
                 lease_ms=self._lease_ms,
                 max_jobs=max_jobs,
                 max_tokens=max_tokens,
@@ -114,8 +124,8 @@ class Claimer:
 
         away: QueueUnavailableError | None = None
         has_answered = False
-        for number in self._shards_to_ask():
-            self._first_shard = (number + 1) % self.num_shards
+        for number in self._shards_to_ask(queue):
+            self._first_shards[queue] = (number + 1) % self.num_shards
             tried_s, is_repeated = self._clock(), self._asked_s[number] is not None
             try:
                 claims, is_kept = await claim_from(number)
@@ -126,16 +136,19 @@ class Claimer:
                 continue
             has_answered = True
             if is_kept:
-                self._first_shard = number
+                self._first_shards[queue] = number
+            if is_scoring:
+                self._keeps_itself_to_score = is_kept and not claims
             if claims or is_kept:
                 return claims
         if away is not None and not has_answered:
             raise away
         return []
 
-    def _shards_to_ask(self) -> list[int]:
+    def _shards_to_ask(self, queue: str) -> list[int]:
         """Every shard, the one whose turn it is first; without those that rest, unless all do."""
-        in_turn = [(self._first_shard + offset) % self.num_shards for offset in range(self.num_shards)]
+        first = self._first_shards[queue]
+        in_turn = [(first + offset) % self.num_shards for offset in range(self.num_shards)]
         now_s = self._clock()
         return [number for number in in_turn if self._rests_until_s[number] <= now_s] or in_turn
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import pytest
 import redis.asyncio
-from job_samples import MODEL, finished, make_entry, make_job
+from job_samples import MODEL, finished, make_entry, make_job, make_scoring_job
 from oasst.jobs.v1 import job_pb2
 from oasst_jobs import (
     Claimer,
@@ -83,6 +83,27 @@ async def test_jobs_are_spread_and_claimed_from_all_shards_in_turn(
     assert len({client.shard_of(claimed.job_id) for [claimed] in first_turn}) == NUM_SHARDS
     claimed_ids = [claimed.job_id for claimed in chain.from_iterable(first_turn)] + await claim_all(claimer)
     assert sorted(claimed_ids) == sorted(job.job_id for job in jobs)
+
+
+async def test_a_worker_that_keeps_itself_stays_with_its_shard_whatever_it_scores_meanwhile(
+    client: QueueClient, submitter: Submitter, claimer: Claimer
+) -> None:
+    large, scored = make_job("large", max_new_tokens=500), make_scoring_job("scored")
+    shard = client.shard_of(scored.job_id)
+    while client.shard_of(large.job_id) is not shard:
+        large = make_job(f"large {large.request_id}", max_new_tokens=500)
+    await client.redis.hset(f"{shard.keys.root}:job:{large.job_id}", "passed_over_ms", 1)  # For long.
+    for job in (large, scored):
+        await submitter.submit(job, digest=b"", timeout_ms=None)
+    await submit(submitter, 30)
+    while await claimer.claim(max_jobs=1, max_tokens=100):
+        pass
+    waiting_jobs = (await client.load(MODEL)).waiting_jobs
+    assert waiting_jobs > 1
+    [claimed] = await claimer.claim(max_jobs=1, max_tokens=100, is_scoring=True)
+    assert claimed.job_id == scored.job_id
+    assert await claimer.claim(max_jobs=1, max_tokens=100) == []
+    assert (await client.load(MODEL)).waiting_jobs == waiting_jobs
 
 
 async def test_statuses_of_a_push_keep_the_order_of_its_items(submitter: Submitter, claimer: Claimer) -> None:

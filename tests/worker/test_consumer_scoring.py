@@ -99,6 +99,27 @@ async def test_a_worker_that_waits_takes_what_comes_to_be_scored(queue, start_wo
         check(await queue.ended(await queue.submit(make_scoring(f"job {number}"))))
 
 
+async def test_what_is_to_be_scored_alone_comes_before_chats_that_came_later(queue, start_worker):
+    worker = start_worker()
+    worker.executor.allow(0)
+    await queue.submit(make_job("before", max_new_tokens=8))
+    await until(lambda: worker.claimed == 1)
+    alone = make_scoring("alone")
+    # As after the loss of two workers, and passed over for long.
+    await queue.client.redis.hset(f"oasst:{{0}}:job:{alone.job_id}", mapping={"charge": 8, "passed_over_ms": 1})
+    await queue.submit(alone)
+    await until(lambda: worker.claimer.keeps_itself_to_score)
+    later_ids = [await queue.submit(make_job(f"later {number}", max_new_tokens=8)) for number in range(3)]
+    worker.executor.allow(math.inf)
+    check(await queue.ended(alone.job_id))
+    for job_id in later_ids:
+        assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 8)
+    claimed_ms = [
+        int(await queue.client.redis.hget(f"oasst:{{0}}:job:{job_id}", "claimed_ms")) for job_id in (alone.job_id, *later_ids)
+    ]
+    assert claimed_ms[0] == min(claimed_ms)
+
+
 async def test_another_worker_goes_on_behind_the_last_logged_item(queue, start_worker):
     different = [([token, 4, 6], 1) for token in range(1, 41)]
     first = start_worker("first", step_tokens=24)

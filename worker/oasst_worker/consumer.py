@@ -206,6 +206,7 @@ class Consumer:
             give_up=self._draining,
         )
         if not claimed_jobs:
+            self._note_room()  # Whether it keeps itself for something to score may be another than before.
             return False
         failpoints.reach("worker.claimed")
         self._metrics.claim_seconds.observe(self._clock() - started_s)
@@ -218,8 +219,11 @@ class Consumer:
         """What may be claimed to generate; None for nothing.
 
         An idle worker takes one job whatever its size: so one that can never fit is told so, and one that needs the
-        whole worker gets it. Beside a job that is to run alone nothing is claimed.
+        whole worker gets it. Beside a job that is to run alone nothing is claimed, and nothing while one of those to be
+        scored waits for this worker to be idle.
         """
+        if self._claimer.keeps_itself_to_score:
+            return None
         if not self._jobs:
             return _ROOM_OF_IDLE
         if self._has_solo() or self._is_unheard():

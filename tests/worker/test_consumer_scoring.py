@@ -115,7 +115,8 @@ async def test_what_is_to_be_scored_alone_comes_before_chats_that_came_later(que
     for job_id in later_ids:
         assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 8)
     claimed_ms = [
-        int(await queue.client.redis.hget(f"oasst:{{0}}:job:{job_id}", "claimed_ms")) for job_id in (alone.job_id, *later_ids)
+        int(await queue.client.redis.hget(f"oasst:{{0}}:job:{job_id}", "claimed_ms"))
+        for job_id in (alone.job_id, *later_ids)
     ]
     assert claimed_ms[0] == min(claimed_ms)
 

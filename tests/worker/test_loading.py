@@ -227,7 +227,7 @@ def test_the_ranks_of_an_engine_that_cannot_be_made_are_ended(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kv_tokens", "said"),
-    [(None, "the machine has no memory for 16 positions of KV cache"), (5, "--kv-tokens must be at least 16, not 5")],
+    [(None, "leave the machine no memory for 16 positions of KV cache"), (5, "--kv-tokens must be at least 16, not 5")],
 )
 def test_no_room_for_a_cache_is_blamed_on_an_option_only_if_it_was_given(make_checkpoint, monkeypatch, kv_tokens, said):
     monkeypatch.setattr(build, "usable_bytes", lambda _: 0)

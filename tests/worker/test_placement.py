@@ -178,6 +178,40 @@ def test_a_gpus_cache_is_counted_in_its_own_bytes(kv_dtype, positions):
     assert build._default_kv_tokens(PYTHIA_12B, kv_dtype, max_sequences=32, memory=memory + 1) == positions
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_counted_as_they_lie_in_a_cpus_memory(make_checkpoint, dtype, quantize, tied):
+    folder = make_checkpoint(**SMALL | {"vocab_size": 1024, "tie_word_embeddings": tied})
+    model = build_executor(folder, replace(OPTIONS, dtype=dtype, quantize=quantize)).model
+    parts = [part for layer in model._stacks[0]._kept.layers for part in vars(layer).values()]
+    panels = [part._tensors[0] for part in [*parts, model._head] if isinstance(part, CompiledLinear)]
+    held = model._embedding.nbytes + sum(tensor.nbytes for tensor in panels)  # But for norms and biases.
+    assert build._cpu_weight_bytes(model.config, model.dtype, quantize) == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize(("gigabytes", "dtype"), [(32, "bfloat16"), (48, "float32"), (64, "float32")])
+def test_a_machine_holds_the_weights_and_the_cache_with_something_to_spare(gigabytes, dtype):
+    memory, torch_dtype = gigabytes * 2**30, getattr(torch, dtype)
+    cache = build._cpu_cache_bytes(PYTHIA_12B, torch_dtype, None, memory)
+    assert 0 < cache < memory / 4
+    assert weight_bytes(PYTHIA_12B, torch_dtype) + 2 * cache == memory
+
+
+def test_a_large_machine_gives_a_cache_a_quarter_of_its_memory():
+    assert build._cpu_cache_bytes(PYTHIA_12B, torch.float32, None, 2**37) == 2**35
+    assert build._cpu_cache_bytes(PYTHIA_12B, torch.float32, "int8", 2**35) == 2**33
+
+
+def test_a_cpus_cache_is_made_beside_the_weights(make_checkpoint, monkeypatch):
+    folder = make_checkpoint(**SMALL)
+    config = load_config(folder)
+    cache = 40 * config.num_layers * kv_bytes(config, torch.float32)
+    monkeypatch.setattr(build, "usable_bytes", lambda _: weight_bytes(config, torch.float32) + 2 * cache)
+    runner = build_executor(folder, replace(OPTIONS, kv_tokens=None))
+    assert runner.num_blocks == 40 // BLOCK_SIZE
+
+
 def make_machine(root: Path, cgroup: str, limits: dict[str, str]) -> Path:
     """A tree of files as Linux shows them."""
     for path, text in {"proc/self/cgroup": cgroup, **limits}.items():

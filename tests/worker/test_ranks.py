@@ -21,6 +21,7 @@ from oasst_worker.model.ranks import ConnectedRanks, ExchangeError, Share
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
 from oasst_worker.runtime.memory import machine_bytes
+from oasst_worker.runtime.placement import weight_bytes
 from oasst_worker.runtime.ranks import Command, LostRankError, RankProcesses, SplitModel, pack_rows, unpack_rows
 from oasst_worker.runtime.runner import ModelRunner
 from oasst_worker.runtime.split import Machine, UnsupportedSplitError, choose_split
@@ -277,10 +278,11 @@ def test_the_rank_with_the_least_memory_decides_how_large_the_cache_is(folder, m
     answered: list[list[str]] = []
     wait = RankProcesses.wait_until_ready
     bytes_of_cache = 100 * 2 * 3 * 64 * 4
+    bytes_of_weights = weight_bytes(load_config(folder), torch.float32)  # Of all ranks together.
 
     def wait_for_little(self):
         answered.append(wait(self))
-        return [str(4 * bytes_of_cache)]  # A quarter is the cache's.
+        return [str(bytes_of_weights + 2 * bytes_of_cache)]  # Half of what the weights leave is the cache's.
 
     monkeypatch.setattr(RankProcesses, "wait_until_ready", wait_for_little)
     split = build_executor(folder, replace(OPTIONS, kv_tokens=None, split="tensor", num_ranks=2))

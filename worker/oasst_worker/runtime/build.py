@@ -56,9 +56,12 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Of the machine's memory on a CPU, of what the weights leave on a GPU.
-_CPU_CACHE_SHARE = 0.25
+# By default a KV cache takes so much of what the weights leave on a GPU.
 _GPU_CACHE_SHARE = 0.85
+# On a CPU the smaller of these: of the machine's memory, and of what the weights leave. The rest is for a step's rows
+# and for other processes.
+_CPU_CACHE_SHARE = 0.25
+_CPU_SPARE_SHARE = 0.5
 
 # For whom a GPU is too small.
 _HOW_TO_FIT = "use more GPUs, or let the CPU compute some layers by --split layers --offload cpu"
@@ -261,12 +264,16 @@ def _start_compiling(dtype: torch.dtype, kv_dtype: torch.dtype, *, quantize: boo
 
 
 def _make_runner(model: NeoX | SplitModel, options: RuntimeOptions, memory: int, banned: Iterable[int]) -> ModelRunner:
-    """`memory` is what the device, or the ranks' devices, have left."""
+    """`memory` is what the device, or the ranks' devices, have left; of a CPU, all there is."""
     kv_dtype = _choose_kv_dtype(options.kv_dtype, model.dtype, model.device)
     kv_tokens = options.kv_tokens
     if kv_tokens is None:
-        share = _GPU_CACHE_SHARE if model.device.type == "cuda" else _CPU_CACHE_SHARE
-        kv_tokens = _default_kv_tokens(model.config, kv_dtype, options.max_sequences, int(memory * share))
+        given = (
+            memory * _GPU_CACHE_SHARE
+            if model.device.type == "cuda"
+            else _cpu_cache_bytes(model.config, model.dtype, options.quantize, memory)
+        )
+        kv_tokens = _default_kv_tokens(model.config, kv_dtype, options.max_sequences, int(given))
     if kv_tokens < BLOCK_SIZE:
         raise UnsupportedOptionError(_why_no_block(options, model.device))
     runner = ModelRunner(
@@ -283,7 +290,10 @@ def _why_no_block(options: RuntimeOptions, device: torch.device) -> str:
     if options.kv_tokens is not None:
         return f"--kv-tokens must be at least {BLOCK_SIZE}, not {options.kv_tokens}"
     if device.type == "cpu":
-        return f"the machine has no memory for {BLOCK_SIZE} positions of KV cache: give it, or its container, more"
+        return (
+            f"the weights leave the machine no memory for {BLOCK_SIZE} positions of KV cache: give it, or its"
+            " container, more, or hold the weights in fewer bits by --dtype bfloat16 or --quantize int8"
+        )
     return f"the weights leave {device} no memory for {BLOCK_SIZE} positions of KV cache: {_HOW_TO_FIT}"
 
 
@@ -339,6 +349,18 @@ def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..
     if device.type != "cpu":
         raise UnsupportedOptionError(f"--quantize {options.quantize} needs --device cpu; leave it out on {device.type}")
     return build_quantized_linear
+
+
+def _cpu_cache_bytes(config: NeoXConfig, dtype: torch.dtype, quantize: str | None, memory: int) -> float:
+    """What a KV cache takes by default of a machine's memory; below zero if that does not hold the weights."""
+    spare = memory - _cpu_weight_bytes(config, dtype, quantize)
+    return min(memory * _CPU_CACHE_SHARE, spare * _CPU_SPARE_SHARE)
+
+
+def _cpu_weight_bytes(config: NeoXConfig, dtype: torch.dtype, quantize: str | None) -> int:
+    """Of all ranks together. The head is laid out for its product: apart from an embedding that it is tied to."""
+    untied = replace(config, tie_word_embeddings=False)
+    return weight_bytes(untied, dtype, linear_dtype=torch.int8 if quantize else dtype)
 
 
 def _default_kv_tokens(config: NeoXConfig, kv_dtype: torch.dtype, max_sequences: int, memory: int) -> int:

@@ -48,9 +48,11 @@ class UnplacedError(ValueError):
     """The devices have no memory for the model; the message says what to change."""
 
 
-def weight_bytes(config: NeoXConfig, dtype: torch.dtype) -> int:
-    """Of a whole model in memory."""
-    return _ends_bytes(config, dtype) + config.num_layers * _layer_bytes(config, dtype)
+def weight_bytes(config: NeoXConfig, dtype: torch.dtype, *, linear_dtype: torch.dtype | None = None) -> int:
+    """Of a whole model in memory; with `linear_dtype` the weights of its linear layers, head included, are in that."""
+    spared = dtype.itemsize - (linear_dtype or dtype).itemsize
+    linear = config.num_layers * _num_layer_weights(config) + config.vocab_size * config.hidden_size
+    return _ends_bytes(config, dtype) + config.num_layers * _layer_bytes(config, dtype) - spared * linear
 
 
 def find_devices(device: torch.device, memory: Mapping[str, int], offload: str) -> list[DeviceMemory]:
@@ -225,6 +227,11 @@ def _ends_bytes(config: NeoXConfig, dtype: torch.dtype) -> int:
 
 
 def _layer_bytes(config: NeoXConfig, dtype: torch.dtype) -> int:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    biases = inner + hidden + 4 * hidden * config.attention_bias
-    return dtype.itemsize * (4 * hidden * hidden + 2 * hidden * inner + 4 * hidden + biases)
+    hidden = config.hidden_size
+    biases = config.intermediate_size + hidden + 4 * hidden * config.attention_bias
+    return dtype.itemsize * (_num_layer_weights(config) + 4 * hidden + biases)
+
+
+def _num_layer_weights(config: NeoXConfig) -> int:
+    """Of a layer's linear layers, without their biases."""
+    return config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)

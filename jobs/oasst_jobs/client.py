@@ -3,15 +3,15 @@
 import asyncio
 import zlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import chain, compress
 from typing import TypeVar
 
 from oasst.jobs.v1 import job_pb2
 
-from oasst_jobs.connection import RedisClient, check_server, least_replicas
-from oasst_jobs.errors import QueueFullError, QueueUnavailableError, TenantFullError, TooMuchAheadError
+from oasst_jobs.connection import RedisClient, answer_or_raise, check_server, least_replicas, of_those_that_answer
+from oasst_jobs.errors import QueueFullError, TenantFullError, TooMuchAheadError
 from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
@@ -53,16 +53,18 @@ class QueueClient:
         return zlib.crc32(job_id.encode()) % len(self.shards)
 
     async def check_server(self) -> None:
-        """The server is new enough, keeps what it is given, and has the functions.
+        """The servers are new enough, keep what they are given, and have the functions, as far as they answer.
 
         Raises:
             UnsupportedServerError: with a sentence that says what to change.
+            QueueUnavailableError: if no shard answers.
         """
         await check_server(self.redis)
-        await self.on_each_shard(lambda shard: shard.load(""))  # Loads the functions where they are missing.
+        # Loads the functions where they are missing.
+        await of_those_that_answer(shard.load("") for shard in self.shards)
 
     async def least_replicas(self) -> int:
-        """How many replicas that server has which has the fewest."""
+        """How many replicas that server has which has the fewest, of those that are not away."""
         return await least_replicas(self.redis)
 
     async def enqueue(self, submission: Submission) -> Submitted:
@@ -116,7 +118,7 @@ class QueueClient:
                 unwatched += compress(part, await shard.keep_watching(gateway_id, part))
             return unwatched
 
-        return list(chain.from_iterable(await self._on_those_that_answer(keep_watching, by_shard)))
+        return list(chain.from_iterable(await of_those_that_answer(map(keep_watching, by_shard))))
 
     async def unwatch(self, job_id: str, gateway_id: str) -> JobState | None:
         """Takes the gateway from a job's watchers; if it was the last, the job's grace begins. Tells its state."""
@@ -136,7 +138,7 @@ class QueueClient:
 
     async def load(self, model: str) -> QueueLoad:
         """What the shards that answer hold for a model. Raises QueueUnavailableError only when none does."""
-        loads = await self._on_those_that_answer(lambda shard: shard.load(model), self.shards)
+        loads = await of_those_that_answer(shard.load(model) for shard in self.shards)
         # Every worker tells every shard of itself.
         workers = {status.worker_id: (status, age_ms) for load in loads for status, age_ms in load.workers}
         return QueueLoad(
@@ -200,13 +202,7 @@ class QueueClient:
     async def on_each_shard(self, call: Callable[[Shard], Awaitable[R]]) -> list[R]:
         """The answers of all shards, in their order. All are asked at once; then the first error is raised."""
         answers = await asyncio.gather(*map(call, self.shards), return_exceptions=True)
-        return [_answer_or_raise(answer) for answer in answers]
-
-    async def _on_those_that_answer(self, call: Callable[[Shard], Awaitable[R]], shards: Iterable[Shard]) -> list[R]:
-        """The answers of those of the shards that are not away; if all are, the first one's error is raised."""
-        answers = await asyncio.gather(*map(call, shards), return_exceptions=True)
-        present = [answer for answer in answers if not isinstance(answer, QueueUnavailableError)]
-        return [_answer_or_raise(answer) for answer in present or answers]
+        return [answer_or_raise(answer) for answer in answers]
 
     def _part(self, limit: int | None) -> int | None:
         """One shard's part of a limit for all."""
@@ -245,9 +241,3 @@ class QueueClient:
 
         answers = dict(chain.from_iterable(await asyncio.gather(*map(ask, indices))))
         return [answers[index] for index in range(len(items))]
-
-
-def _answer_or_raise(answer: R | BaseException) -> R:
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer

@@ -1,5 +1,6 @@
 """Connections to Redis or Valkey, alone or many, with timeouts that suit short function calls."""
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -32,12 +33,17 @@ from oasst_jobs.errors import QueueUnavailableError, UnavailableReason, Unsuppor
 
 __all__ = [
     "MAX_BLOCK_S",
+    "Primary",
     "RedisClient",
     "ServerAddress",
+    "answer_or_raise",
+    "ask",
     "check_server",
     "connect",
     "least_replicas",
+    "of_those_that_answer",
     "on_all_primaries",
+    "on_each_primary",
     "send",
     "send_and_wait",
     "translated",
@@ -46,6 +52,9 @@ __all__ = [
 T = TypeVar("T")
 
 RedisClient = redis.asyncio.Redis | RedisCluster
+
+# A server that may hold a shard.
+Primary = redis.asyncio.Redis | ClusterNode
 
 # A read that takes longer means that the server hangs. Blocking reads (BLPOP, XREAD) must end well before.
 _SOCKET_TIMEOUT_S = 3.0
@@ -109,6 +118,21 @@ class _SentinelSSLConnection(_FastPacking, SentinelManagedSSLConnection):
 
 class _BlockingSentinelPool(SentinelConnectionPool, redis.asyncio.BlockingConnectionPool):
     """Connections to the primary that the sentinels name; whoever finds all in use waits for one."""
+
+
+class _Cluster(RedisCluster):
+    """Knows which node holds what as soon as any of them tells.
+
+    The base class asks the first primary for a table of all commands as well, and fails when just that one is away.
+    Only its own way to find a command's node needs the table.
+    """
+
+    async def initialize(self, *arguments: Any, **options: Any) -> "_Cluster":
+        # Any: as the base class has it, and nobody gives it any.
+        if self._initialize:
+            await self.nodes_manager.initialize(*arguments, **options)
+            self._initialize = False
+        return self
 
 
 class ServerKind(Enum):
@@ -252,7 +276,7 @@ def _connect_sentinel(address: ServerAddress, settings: dict[str, Any]) -> redis
 
 
 def _connect_cluster(address: ServerAddress, settings: dict[str, Any]) -> RedisCluster:
-    return RedisCluster(
+    return _Cluster(
         startup_nodes=[ClusterNode(host, port) for host, port in address.nodes], ssl=address.is_tls, **settings
     )
 
@@ -327,30 +351,58 @@ async def _send_both(node: ClusterNode, command: Iterable[Any], wait: Iterable[A
 
 
 async def on_all_primaries(client: RedisClient, *command: str | bytes | int) -> list[Any]:
-    """The replies to a command from every server that may hold a shard."""
-    if isinstance(client, RedisCluster):
-        await translated(client.initialize())
-        nodes = client.get_primaries()
-        return [await translated(node.execute_command(*command)) for node in nodes]
-    return [await translated(client.execute_command(*command))]  # type: ignore[no-untyped-call]  # theirs
+    """The replies to a command of all servers that may hold a shard and are not away. Raises like on_each_primary."""
+    return await on_each_primary(client, lambda server: ask(server, *command))
+
+
+async def on_each_primary(client: RedisClient, call: Callable[[Primary], Awaitable[T]]) -> list[T]:
+    """What all servers give that may hold a shard and are not away. All are asked at once.
+
+    Raises:
+        QueueUnavailableError: if all are away.
+    """
+    if not isinstance(client, RedisCluster):
+        return [await call(client)]
+    await translated(client.initialize())
+    return await of_those_that_answer(map(call, client.get_primaries()))
+
+
+async def ask(server: Primary, *command: str | bytes | int) -> Any:
+    """One server's reply to a command."""
+    # Any: replies have the shape that their command gives them.
+    return await translated(server.execute_command(*command))
+
+
+async def of_those_that_answer(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """What the calls give to servers that are not away; if all are, the first call's error is raised."""
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    present = [answer for answer in answers if not isinstance(answer, QueueUnavailableError)]
+    return [answer_or_raise(answer) for answer in present or answers]
+
+
+def answer_or_raise(answer: T | BaseException) -> T:
+    """What a call gave that was gathered with its error."""
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 async def check_server(client: RedisClient) -> None:
-    """Every server is new enough, and never drops a job to make room.
+    """Every server that is not away is new enough, and never drops a job to make room.
 
     Raises:
         UnsupportedServerError: with a sentence that says what to change.
-        QueueUnavailableError: if one cannot be asked.
+        QueueUnavailableError: if all are away.
     """
     for info in await on_all_primaries(client, "INFO", "server", "memory"):
         _check_info(info)
 
 
 async def least_replicas(client: RedisClient) -> int:
-    """How many replicas that server has which has the fewest.
+    """How many replicas that server has which has the fewest, of those that are not away.
 
     Raises:
-        QueueUnavailableError: if one cannot be asked.
+        QueueUnavailableError: if all are away.
     """
     return min(int(info["connected_slaves"]) for info in await on_all_primaries(client, "INFO", "replication"))
 

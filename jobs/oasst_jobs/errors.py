@@ -102,8 +102,8 @@ class RequestConflictError(QueueError):
         self.job_id = job_id
 
 
-# How a server says that it does not have a function, or functions at all (Redis 6).
-_MISSING_LIBRARY = ("function not found", "unknown command")
+# How a server says that it does not have a function, a library, or functions at all (Redis 6).
+_MISSING_LIBRARY = ("function not found", "library not found", "unknown command")
 
 # First word of an error reply -> why it says that the queue is unavailable.
 _REASON_OF_REPLY = {

@@ -7,10 +7,11 @@ when the next version is loaded. A process whose library went all the same loads
 
 import hashlib
 import importlib.resources
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from oasst_jobs.connection import RedisClient, on_all_primaries
-from oasst_jobs.errors import QueueUnavailableError, UnavailableReason
+from oasst_jobs.connection import Primary, RedisClient, ask, on_all_primaries, on_each_primary
+from oasst_jobs.errors import LibraryMissingError, QueueUnavailableError, UnavailableReason
 
 __all__ = ["LIBRARY", "FunctionLibrary", "install", "remove_unused"]
 
@@ -45,10 +46,10 @@ LIBRARY = FunctionLibrary(importlib.resources.files("oasst_jobs").joinpath("func
 
 
 async def install(redis: RedisClient, library: FunctionLibrary) -> None:
-    """Every server has the functions.
+    """Every server that is not away has the functions.
 
     Raises:
-        QueueUnavailableError: if one cannot be reached, or does not let this user load functions.
+        QueueUnavailableError: if all are away, or do not let this user load functions.
     """
     try:
         # The name tells the text, so what is replaced is the same.
@@ -60,12 +61,14 @@ async def install(redis: RedisClient, library: FunctionLibrary) -> None:
         raise QueueUnavailableError(error.reason, message) from error
 
 
-async def remove_unused(redis: RedisClient, used_versions: set[str]) -> list[str]:
-    """Only libraries of these versions are left, of those that are ours. Returns the names of the others."""
-    names: set[str] = set()
-    for listing in await on_all_primaries(redis, "FUNCTION", "LIST", "LIBRARYNAME", f"{_NAME}*"):
-        names |= {library[library.index(b"library_name") + 1].decode() for library in listing}
-    unused = sorted(name for name in names if name.removeprefix(_NAME) not in used_versions)
-    for name in unused:
-        await on_all_primaries(redis, "FUNCTION", "DELETE", name)
-    return unused
+async def remove_unused(redis: RedisClient, used_versions: set[str]) -> None:
+    """Only libraries of these versions are left, of those that are ours, on servers that are not away."""
+
+    async def remove(server: Primary) -> None:
+        for library in await ask(server, "FUNCTION", "LIST", "LIBRARYNAME", f"{_NAME}*"):
+            name = library[library.index(b"library_name") + 1].decode()
+            if name.removeprefix(_NAME) not in used_versions:
+                with suppress(LibraryMissingError):  # Another process was faster.
+                    await ask(server, "FUNCTION", "DELETE", name)
+
+    await on_each_primary(redis, remove)

@@ -77,6 +77,21 @@ async def test_libraries_in_use_stay_and_others_go_when_the_next_is_loaded(
     assert await redis_client.fcall("oasst_push_used", 0) == 1
 
 
+class Overtaken(redis.asyncio.Redis):
+    """Another process does first what it is about to do with libraries."""
+
+    async def execute_command(self, *command: object, **options: object) -> object:
+        if command[:2] == ("FUNCTION", "DELETE"):
+            await super().execute_command(*command, **options)
+        return await super().execute_command(*command, **options)
+
+
+async def test_whoever_finds_a_library_removed_already_goes_on(redis_client: redis.asyncio.Redis) -> None:
+    await redis_client.function_load("#!lua name=oasst_jobs_old\nredis.register_function('old', function() end)")
+    await QueueClient(Overtaken(connection_pool=redis_client.connection_pool)).check_server()
+    assert [library[1] for library in await redis_client.function_list()] == [LIBRARY.name.encode()]
+
+
 async def test_whoever_sweeps_keeps_its_library_in_use(
     client: QueueClient, sweeper: Sweeper, redis_client: redis.asyncio.Redis
 ) -> None:

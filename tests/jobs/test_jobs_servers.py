@@ -373,11 +373,21 @@ async def eventually_served(client: QueueClient, request_id: str) -> None:
 
 
 @pytest.fixture
-async def cluster_url(start_server) -> str:
+def cluster_ports() -> list[int]:
+    return [free_port() for _ in range(3)]
+
+
+@pytest.fixture
+def cluster_nodes(start_server, cluster_ports: list[int]) -> list[ValkeyServer]:
+    """They go on when one of them is away."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "no")
+    return [start_server(f"node-{port}", port, *options) for port in cluster_ports]
+
+
+@pytest.fixture
+async def cluster_url(cluster_nodes: list[ValkeyServer], cluster_ports: list[int]) -> str:
     """Three nodes that share the slots."""
-    ports = [free_port() for _ in range(3)]
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
-    nodes = [connect(start_server(f"node-{port}", port, *options).url) for port in ports]
+    ports, nodes = cluster_ports, [connect(node.url) for node in cluster_nodes]
     slots = [(0, 5460), (5461, 10922), (10923, 16383)]
     for node, (first, last) in zip(nodes, slots, strict=True):
         await node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
@@ -432,4 +442,18 @@ async def test_a_cluster_holds_the_shards_of_the_queue(cluster_url: str) -> None
     with pytest.raises(QueueUnavailableError) as caught:
         await replicated.submit(make_job("alone"), digest=b"digest", timeout_ms=None)
     assert caught.value.reason is UnavailableReason.NOT_REPLICATED
+    await redis_client.aclose()
+
+
+async def test_the_nodes_that_answer_get_the_functions_and_serve(
+    cluster_url: str, cluster_nodes: list[ValkeyServer]
+) -> None:
+    await asyncio.to_thread(cluster_nodes[0].kill)
+    redis_client = connect(cluster_url)
+    client = QueueClient(redis_client, num_shards=8)
+    await client.check_server()
+    await asyncio.to_thread(cluster_nodes[1].kill)
+    await asyncio.to_thread(cluster_nodes[2].kill)
+    with pytest.raises(QueueUnavailableError):
+        await client.check_server()
     await redis_client.aclose()

@@ -185,6 +185,15 @@ async def test_a_shard_that_hangs_is_not_asked_for_jobs_all_the_time(
     assert asked == 3
 
 
+async def test_whoever_starts_while_a_shard_is_away_goes_on_with_the_others(
+    lame_client: QueueClient, lame: PartlyAway
+) -> None:
+    await lame_client.check_server()
+    lame.away = "oasst"
+    with pytest.raises(QueueUnavailableError):
+        await lame_client.check_server()
+
+
 async def test_load_is_of_the_shards_that_answer(
     client: QueueClient, lame_client: QueueClient, lame: PartlyAway, submitter: Submitter
 ) -> None:

@@ -4,21 +4,28 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack
 
 import grpc
 from google.protobuf.message import Message as ProtoMessage
-from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2_grpc
+from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 
 from oasst_client import _score as scoring
 from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of, traced
 from oasst_client._continuation import Continuation, EventRequest
-from oasst_client._errors import APIError, client_closed, error_from_call, request_given_up, stream_closed
+from oasst_client._errors import (
+    APIError,
+    RequestCancelledError,
+    client_closed,
+    error_from_call,
+    request_given_up,
+    stream_closed,
+)
 from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
 from oasst_client._types import (
     Accepted,
@@ -173,6 +180,39 @@ class CompletionStream:
         if self._is_closed:
             raise stream_closed(self.request_id) from cause
         self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
+
+
+class _EndingMethod:
+    """A method of a service whose calls, made by several threads, all end once they are given up."""
+
+    # Any: generated code has no types.
+    def __init__(self, method: Any, given_up: threading.Event) -> None:
+        self._method = method
+        self._given_up = given_up
+        self._lock = threading.Lock()
+        self._under_way: set[grpc.Future[Any]] = set()
+
+    def __call__(self, request: scoring_pb2.ScoreRequest, **options: Any) -> Any:
+        """The answer. Raises what the method raises, and RequestCancelledError once it is given up."""
+        call: grpc.Future[Any] = self._method.future(request, **options)
+        with self._lock:
+            self._under_way.add(call)
+        if self._given_up.is_set():  # Before `end_calls` could know of this one.
+            call.cancel()
+        try:
+            return call.result()
+        except grpc.FutureCancelledError:
+            raise request_given_up(request.request_id) from None
+        finally:
+            with self._lock:
+                self._under_way.discard(call)
+
+    def end_calls(self) -> None:
+        """All calls end, after they were given up."""
+        with self._lock:
+            under_way = list(self._under_way)
+        for call in under_way:
+            call.cancel()
 
 
 class Client:
@@ -373,13 +413,17 @@ class Client:
             self._score_items(list(items), model, deadline_s), model=model, token_logprobs=token_logprobs
         )
         given_up = threading.Event()
+        method = _EndingMethod(self._scoring.Score, given_up)
 
         def score(part: scoring.ScorePart) -> list[ItemScore]:
             remaining_s, request_id = max(0.0, deadline_s - time.monotonic()), part.request.request_id
-            with scoring.told_of_all_items(part):
-                response = self._call_again(
-                    self._scoring.Score, part.request, remaining_s, request_id, given_up=given_up
-                )
+            try:
+                with scoring.told_of_all_items(part):
+                    response = self._call_again(method, part.request, remaining_s, request_id, given_up=given_up)
+            except RequestCancelledError:
+                if given_up.is_set():
+                    self._cancel_quietly(request_id)
+                raise
             return scoring.scores_from(response, part.request)
 
         with ThreadPoolExecutor(scoring.REQUESTS_AT_ONCE, thread_name_prefix="score") as pool:
@@ -392,8 +436,9 @@ class Client:
                         on_progress(num_scored)
                 return tuple(each for future in under_way for each in future.result())
             except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
                 self._end_calls(given_up)
-                self._cancel_scores(parts, under_way)
+                method.end_calls()
                 raise
 
     def models(self) -> tuple[Model, ...]:
@@ -448,12 +493,6 @@ class Client:
         has_empty_context = any(not pair.context for pair in pairs)
         end_of_text = self._get_model(model, deadline_s).control_tokens.end_of_text if has_empty_context else 0
         return scoring.token_items(items, pairs, dict(zip(texts, ids, strict=True)), end_of_text=end_of_text)
-
-    def _cancel_scores(self, parts: Sequence[scoring.ScorePart], under_way: Sequence[Future[list[ItemScore]]]) -> None:
-        """Requests that have not ended do so at the server, and with it their calls here."""
-        for part, future in zip(parts, under_way, strict=True):
-            if not future.cancel() and not future.done():
-                self._cancel_quietly(part.request.request_id)
 
     def _query(self, method: Callable[..., Any], request: ProtoMessage, deadline_s: float = math.inf) -> Any:
         remaining_s = max(0.0, deadline_s - time.monotonic())

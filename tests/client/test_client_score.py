@@ -21,6 +21,7 @@ from oasst_client import (
     UnavailableError,
 )
 from oasst_client.testing import FakeServer
+from waiting import wait_until
 
 RETRY_IN_20_S = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=20))
 
@@ -227,6 +228,24 @@ def test_a_deadline_is_for_all_requests_together(server):
         client.score(items_of(*[1] * 640), timeout_s=30)
     assert len(given) == 10
     assert max(given) <= 30
+
+
+def test_a_refusal_ends_the_calls_of_the_other_requests_and_tells_the_server(server):
+    held_to_their_end = []
+
+    def refuse_the_last(request, context: grpc.ServicerContext):
+        if len(request.items) == 1:
+            wait_until(lambda: len(server.score_requests) == 3)
+            server.refuse(context, code_pb2.INVALID_ARGUMENT, "not as allowed")
+        is_left = threading.Event()
+        context.add_callback(is_left.set)
+        held_to_their_end.append(not is_left.wait(20))
+
+    server.on_score = refuse_the_last
+    with Client(server.address) as client, pytest.raises(InvalidArgumentError):
+        client.score(items_of(*[1] * 129))
+    wait_until(lambda: held_to_their_end == [False, False])
+    assert sorted(server.cancelled) == sorted(each.request_id for each in server.score_requests if len(each.items) > 1)
 
 
 async def test_whoever_is_cancelled_cancels_at_the_server(server):

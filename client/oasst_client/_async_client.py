@@ -17,7 +17,7 @@ from oasst_client import _score as scoring
 from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of, traced
-from oasst_client._continuation import Continuation, EventRequest
+from oasst_client._continuation import Continuation, EventRequest, ends_with_its_caller
 from oasst_client._errors import APIError, client_closed, error_from_call, stream_closed
 from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
 from oasst_client._types import (
@@ -234,7 +234,8 @@ class AsyncClient:
         try:
             response = await self._call_again(self._chat.Chat, request, options.get("timeout_s"), request.request_id)
         except asyncio.CancelledError:
-            await self._cancel_quietly(request.request_id)
+            if ends_with_its_caller(request):
+                await self._cancel_quietly(request.request_id)
             raise
         return wire.completion_from(response)
 

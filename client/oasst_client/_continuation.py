@@ -17,7 +17,7 @@ from oasst_client._errors import APIError, NotFoundError, OasstError, ProtocolEr
 from oasst_client._retry import Attempts, is_cut_short, is_lost, is_transient
 from oasst_client._types import Accepted, Event
 
-__all__ = ["Continuation", "EventRequest"]
+__all__ = ["Continuation", "EventRequest", "ends_with_its_caller"]
 
 logger = logging.getLogger("oasst_client")
 
@@ -25,6 +25,11 @@ EventRequest = chat_pb2.ChatRequest | chat_pb2.WatchChatRequest
 
 # A server that loses the same request more often will not bring it to its end.
 _MAX_RESTARTS = 3
+
+
+def ends_with_its_caller(request: EventRequest) -> bool:
+    """Whether the request is cancelled if its caller leaves: one's own is, unless it was given time to run on."""
+    return isinstance(request, chat_pb2.ChatRequest) and not request.HasField("detach_grace")
 
 
 class Continuation:
@@ -50,8 +55,7 @@ class Continuation:
 
     @property
     def ends_with_its_caller(self) -> bool:
-        """Whether the request is cancelled if its caller leaves: one's own is, unless it was given time to run on."""
-        return isinstance(self._request, chat_pb2.ChatRequest) and not self._request.HasField("detach_grace")
+        return ends_with_its_caller(self._request)
 
     def add(self, message: chat_pb2.ChatEvent) -> Event | None:
         """The next event as the caller sees it; None for one that tells nothing new.

@@ -131,6 +131,17 @@ async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(
     assert await server_saw_the_end(server)
 
 
+@pytest.mark.parametrize(("options", "ends"), [({}, True), ({"detach_grace_s": 30}, False)], ids=["none", "grace"])
+async def test_a_chat_ends_with_its_caller_unless_it_was_given_a_grace(server, async_client, options, ends):
+    server.script = waits_for_its_caller(server)
+    answer = asyncio.create_task(async_client.chat("Hi", request_id="mine", **options))
+    assert await asyncio.to_thread(server.started.wait, 5)
+    answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
+    assert server.cancelled == ["mine"] * ends
+
+
 async def test_closing_a_stream_under_its_reader_is_no_cancellation_of_the_reader(server, async_client):
     server.script = waits_for_its_caller(server)
     stream = async_client.stream("Tell me everything.")

@@ -244,7 +244,8 @@ class _Keeper:
             self._metrics.restarts.inc()
             logger.error("process died, another follows exit_code=%d backoff_s=%g", code, backoff_s)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._retired.wait(), backoff_s)
+                async with asyncio.timeout(backoff_s):
+                    await self._retired.wait()
                 return code
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 

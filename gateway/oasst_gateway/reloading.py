@@ -57,7 +57,8 @@ async def reload_when_asked_or_changed(
     """
     while True:
         with suppress(TimeoutError):
-            await asyncio.wait_for(asked.wait(), interval_s)
+            async with asyncio.timeout(interval_s):
+                await asked.wait()
         # A look before they are read: what changes meanwhile is found by the next one.
         have_changed = await asyncio.to_thread(files.have_changed)
         if not (asked.is_set() or have_changed):

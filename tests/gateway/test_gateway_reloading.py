@@ -61,6 +61,18 @@ async def test_whoever_asks_does_not_wait_for_the_next_look(tmp_path: Path) -> N
         await asyncio.wait_for(read.wait(), 20)
 
 
+async def test_whoever_asks_does_not_keep_it_from_being_cancelled_in_the_same_turn(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+    files = WatchedFiles([tmp_path / "none"])
+    task = asyncio.create_task(reload_when_asked_or_changed(list, asked, files, interval_s=3600))
+    await asyncio.sleep(0)  # It waits.
+    asked.set()
+    task.cancel()
+    _, pending = await asyncio.wait([task], timeout=20)
+    task.cancel()
+    assert not pending
+
+
 def test_files_change_when_they_are_written_replaced_removed_or_linked_anew(tmp_path: Path) -> None:
     """The last as a kubelet does: the mounted files are links through one that it puts in place at once."""
     (tmp_path / "old").mkdir()

@@ -38,6 +38,8 @@ local SUSPECTS_TTL_MS = 120000
 local DEAD_TTL_MS = 86400000       -- how long a dead job can be looked at and revived
 local POISON_TTL_MS = 3600000      -- how long its tenant's same prompt is refused
 
+local MAX_UNPACKED = 1000          -- arguments of one command that come out of a table: Lua's stack holds no 8,000
+
 local RESERVE = 2                  -- a full queue takes up to so many times its limit, of tenants below their share
 
 -- Fields of a job by what they are read for.
@@ -368,13 +370,18 @@ end
 
 -- The part by weight that is the tenant's, among all who have jobs that wait for the model.
 local function share_of(shard, job)
-  local others = 0
-  for _, tenant in ipairs(redis.call('HKEYS', key_of(shard, 'tenants', job.model))) do
-    if tenant ~= job.tenant then
-      others = others + (redis.call('HGET', key_of(shard, 'tenant_weights'), tenant) or 0)
+  local total = 0 + job.weight
+  local tenants = redis.call('HKEYS', key_of(shard, 'tenants', job.model))
+  for first = 1, #tenants, MAX_UNPACKED do
+    local last = math.min(first + MAX_UNPACKED - 1, #tenants)
+    local weights = redis.call('HMGET', key_of(shard, 'tenant_weights'), unpack(tenants, first, last))
+    for index, weight in ipairs(weights) do
+      if tenants[first + index - 1] ~= job.tenant then
+        total = total + (weight or 0)
+      end
     end
   end
-  return job.weight / (job.weight + others)
+  return job.weight / total
 end
 
 -- Whether the queue has no place for a job: it is full, and the tenant has its share of it, or the reserve is used up.

@@ -123,6 +123,26 @@ async def test_the_share_of_a_tenant_is_among_those_that_wait_in_the_same_queue(
         await submit(submitter, make_job("guest 2", tenant="guest"))
 
 
+async def test_a_share_among_very_many_tenants_takes_few_commands(
+    client: QueueClient, redis_client: redis.asyncio.Redis
+) -> None:
+    submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_jobs=1200))
+    jobs = [make_job("job", tenant=f"tenant {number}") for number in range(1200)]
+    await asyncio.gather(*(submitter.submit(job, digest=b"", timeout_ms=None) for job in jobs))
+
+    async def submit_guest(number: int) -> None:
+        job, policy = make_job(str(number), tenant="guest"), TenantPolicy(weight=100.0)
+        await submitter.submit(job, digest=b"", timeout_ms=None, policy=policy)
+
+    for number in range(1200 * 100 // (1200 + 100)):
+        await submit_guest(number)
+    await redis_client.config_resetstat()
+    with pytest.raises(QueueFullError):
+        await submit_guest(1200)
+    stats = await redis_client.info("commandstats")
+    assert sum(command["calls"] for command in stats.values()) < 30
+
+
 async def test_tokens_that_wait_have_a_limit_of_their_own(client: QueueClient) -> None:
     submitter = Submitter(client, gateway_id="gateway-1", limits=QueueLimits(max_waiting_tokens=100))
     await submit(submitter, make_job("alone", prompt_tokens=400))

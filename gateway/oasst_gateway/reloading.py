@@ -53,7 +53,7 @@ async def reload_when_asked_or_changed(
 ) -> None:
     """Reloads until cancelled: at once when `asked`, within the interval when the files have changed.
 
-    What was read before still counts where `reload` raises StartError.
+    What was read before still counts where `reload` raises anything.
     """
     while True:
         with suppress(TimeoutError):
@@ -68,6 +68,8 @@ async def reload_when_asked_or_changed(
             await asyncio.to_thread(reload)
         except StartError as error:
             logger.error("reload failed, what was read before still counts error=%s", error)
+        except Exception:
+            logger.exception("reload failed, what was read before still counts")
         else:
             logger.info("reloaded tenants and certificate")
 

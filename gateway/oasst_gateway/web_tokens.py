@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from oasst_gateway.errors import StartError, UnauthenticatedError
 from oasst_gateway.tenants import Tenant, bearer_token
@@ -33,7 +34,7 @@ class JwtAuthenticator:
         self._tenants = tenants
         try:
             self._key = jwt.get_algorithm_by_name(issuer.algorithm).prepare_key(issuer.key)
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, UnsupportedAlgorithm, ValueError, TypeError) as error:
             raise StartError(f"the JWT key is no public key for {issuer.algorithm}: {error}") from error
         if hasattr(self._key, "private_bytes"):
             raise StartError("the JWT key holds a private key; give the public one")

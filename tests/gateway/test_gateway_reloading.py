@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from oasst_gateway.errors import StartError
 from oasst_gateway.reloading import WatchedFiles, reload_when_asked_or_changed
 from oasst_gateway.settings import GatewaySettings
@@ -37,7 +38,8 @@ async def test_a_file_that_changes_is_read_anew_though_nobody_asks(tmp_path: Pat
         await until(lambda: read == ["two", "three"])
 
 
-async def test_what_cannot_be_read_is_read_again_once_it_has_changed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", [StartError("broken"), LookupError("unforeseen")])
+async def test_what_cannot_be_read_is_read_again_once_it_has_changed_again(tmp_path: Path, failure: Exception) -> None:
     path = tmp_path / "tenants.toml"
     path.write_text("one")
     tried: list[str] = []
@@ -45,7 +47,7 @@ async def test_what_cannot_be_read_is_read_again_once_it_has_changed_again(tmp_p
     def reload() -> None:
         tried.append(path.read_text())
         if tried[-1] == "broken":
-            raise StartError("broken")
+            raise failure
 
     async with reloading(reload, path):
         replace(path, "broken")

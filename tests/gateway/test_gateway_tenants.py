@@ -17,7 +17,7 @@ import jwt
 import pytest
 from certificates import Authority
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from gateway_harness import Gateway, RuleWorker, ask, details_of, rule_text, start_gateway
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from oasst.v1 import chat_pb2, chat_pb2_grpc, model_pb2
@@ -153,6 +153,23 @@ def test_a_private_key_is_not_taken_for_the_issuers(signer: rsa.RSAPrivateKey) -
     ).decode()
     issuer = JwtIssuer(issuer=ISSUER, audience=AUDIENCE, key=pem, algorithm="RS256", tenant_claim="tenant")
     with pytest.raises(StartError, match="holds a private key; give the public one"):
+        JwtAuthenticator(issuer, {})
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown"),
+    [
+        pytest.param("2a8648ce3d030107", "2a8648ce3d030177", id="curve"),
+        pytest.param("2a8648ce3d0201", "2a8648ce3d0277", id="kind"),
+    ],
+)
+def test_a_key_of_an_unknown_curve_or_kind_is_told_as_such(known: str, unknown: str) -> None:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    body = base64.b64encode(der.replace(bytes.fromhex(known), bytes.fromhex(unknown))).decode()
+    pem = f"-----BEGIN PUBLIC KEY-----\n{body}\n-----END PUBLIC KEY-----\n"
+    issuer = JwtIssuer(issuer=ISSUER, audience=AUDIENCE, key=pem, algorithm="ES256", tenant_claim="tenant")
+    with pytest.raises(StartError, match="the JWT key is no public key for ES256"):
         JwtAuthenticator(issuer, {})
 
 

@@ -9,7 +9,7 @@ from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
 from oasst_jobs.errors import QueueUnavailableError
-from oasst_jobs.functions import ClaimReply, scoring_queue
+from oasst_jobs.functions import ClaimReply, Shard, scoring_queue
 from oasst_jobs.outcomes import malformed
 from oasst_jobs.records import ClaimedJob, PushItem, PushStatus
 
@@ -61,7 +61,8 @@ class Claimer:
         # Where the next claim from a queue begins: every shard comes first in its turn.
         self._first_shards = {model: 0, scoring_queue(model): 0}
         self._keeps_itself_to_score = False
-        # A shard that did not answer is left alone for a while, so that one that hangs does not hide the others.
+        # A shard that did not answer is left alone for a while, so that one that hangs does not hide the others. Once
+        # it answers again it is asked at once: it may have given jobs unheard, whose leases lapse.
         self._rests_until_s = [float("-inf")] * len(client.shards)
         self._clock = clock
 
@@ -172,7 +173,12 @@ class Claimer:
 
     async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
         """The queue's load shows this status, for a while."""
-        await self._client.heartbeat(status)
+
+        async def beat(shard: Shard) -> None:
+            await shard.heartbeat(status)
+            self._rests_until_s[shard.keys.shard] = float("-inf")
+
+        await self._client.on_each_shard(beat)
 
     def _queue(self, is_scoring: bool) -> str:
         return scoring_queue(self._model) if is_scoring else self._model

@@ -8,8 +8,6 @@ from dataclasses import replace
 from itertools import chain, compress
 from typing import TypeVar
 
-from oasst.jobs.v1 import job_pb2
-
 from oasst_jobs.connection import RedisClient, answer_or_raise, check_server, least_replicas, of_those_that_answer
 from oasst_jobs.errors import QueueFullError, TenantFullError, TooMuchAheadError
 from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
@@ -167,9 +165,6 @@ class QueueClient:
             return [None] * len(part)
 
         await self._by_shard(claims, lambda claim: claim[0], release, per_call=PUSH_ITEMS_PER_CALL)
-
-    async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
-        await self.on_each_shard(lambda shard: shard.heartbeat(status))
 
     async def wait_for_wake(self, model: str, timeout_s: float) -> None:
         """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S.

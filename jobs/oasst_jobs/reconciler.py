@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from oasst_jobs.client import QueueClient
+from oasst_jobs.connection import of_those_that_answer
 from oasst_jobs.errors import QueueUnavailableError
 
 __all__ = ["Reconciler"]
@@ -48,11 +49,14 @@ class Reconciler:
             await asyncio.sleep(self._interval_s)
 
     async def walk(self) -> int:
-        """Goes one stretch further in each shard, unless another process just has. Tells how many repairs it took."""
+        """Goes one stretch further in each shard that is not away, unless another process just has.
+
+        Tells how many repairs it took.
+        """
         # A little less than the interval: with one process, every turn is its own.
         pause_ms = round(900 * self._interval_s)
-        walked = await self._client.on_each_shard(
-            lambda shard: shard.reconcile(max_keys=self._max_keys, pause_ms=pause_ms)
+        walked = await of_those_that_answer(
+            shard.reconcile(max_keys=self._max_keys, pause_ms=pause_ms) for shard in self._client.shards
         )
         num_repairs = sum(repairs for _, repairs in walked)
         if num_repairs:

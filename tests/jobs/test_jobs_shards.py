@@ -18,6 +18,7 @@ from oasst_jobs import (
     QueueFullError,
     QueueLimits,
     QueueUnavailableError,
+    Reconciler,
     Submitter,
     Sweeper,
     SweepReport,
@@ -183,6 +184,43 @@ async def test_a_shard_that_hangs_is_not_asked_for_jobs_all_the_time(
     now_s += 15.0
     assert await claim_all(claimer) == []
     assert asked == 3
+
+
+async def test_a_shard_that_answers_a_heartbeat_is_asked_for_jobs_again_at_once(
+    lame_client: QueueClient, lame: PartlyAway, submitter: Submitter
+) -> None:
+    now_s = 0.0
+
+    async def hang(*arguments: object, **room: object) -> None:
+        nonlocal now_s
+        now_s += 3.0
+        raise QueueUnavailableError(UnavailableReason.TIMEOUT, "no answer")
+
+    claim = lame_client.shards[0].claim
+    lame_client.shards[0].claim = hang  # type: ignore[method-assign, assignment]
+    claimer = Claimer(lame_client, worker_id="worker-1", model=MODEL, clock=lambda: now_s)
+    for _ in range(2):
+        await claim_all(claimer)
+    lame_client.shards[0].claim = claim  # type: ignore[method-assign]
+    status = job_pb2.WorkerStatus(worker_id="worker-1", model=MODEL)
+    with pytest.raises(QueueUnavailableError):
+        await claimer.heartbeat(status)
+    jobs = await submit(submitter, 30)
+    assert len(await claim_all(claimer)) < 30
+    lame.away = None
+    await claimer.heartbeat(status)
+    assert await claim_all(claimer) == [job.job_id for job in jobs if lame_client.shard_number(job.job_id) == 0]
+
+
+async def test_repairs_are_counted_while_a_shard_is_away(
+    lame_client: QueueClient, redis_client: redis.asyncio.Redis, submitter: Submitter
+) -> None:
+    jobs = await submit(submitter, 30)
+    lost = next(job.job_id for job in jobs if lame_client.shard_number(job.job_id))
+    await redis_client.zrem(f"{lame_client.shard_of(lost).keys.root}:waiting:{MODEL}", lost)
+    reconciler = Reconciler(lame_client, interval_s=0.0)
+    assert await reconciler.walk() == 1
+    assert reconciler.num_repairs == 1
 
 
 async def test_whoever_starts_while_a_shard_is_away_goes_on_with_the_others(

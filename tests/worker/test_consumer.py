@@ -148,6 +148,7 @@ async def test_a_worker_that_lost_its_lease_drops_the_job_and_shows_nothing(queu
     await until(lambda: first.executor.num_steps == 3)
     first.claimer.may_push.clear()
     first.consumer.drain(3600)  # So that it does not claim the job again.
+    await until(lambda: not first.claimer.is_claiming)
     await queue.lose_lease(job_id)
     start_worker("second")
     assert choice_text(await queue.ended(job_id)) == expected_text(job_id, 16)
@@ -346,8 +347,8 @@ async def test_small_jobs_for_which_there_is_no_block_of_kv_cache_wait_in_the_qu
     job_ids = [await queue.submit(make_job(f"job {index}", max_new_tokens=8)) for index in range(16)]
     await until(lambda: worker.consumer.num_sequences > 1)
     worker.executor.allow(4)
-    await until(lambda: worker.loop.load.num_running > 4)
-    assert (worker.loop.load.num_running, worker.loop.load.num_waiting) == (worker.claimed, 0)
+    await until(lambda: worker.loop.load.num_running == worker.claimed > 4)
+    assert worker.loop.load.num_waiting == 0
     assert (await queue.client.load(MODEL)).waiting_jobs == 16 - worker.claimed
     worker.executor.allow(math.inf)
     for job_id in job_ids:
@@ -527,6 +528,18 @@ async def test_jobs_that_outlast_the_drain_are_released_and_another_worker_goes_
     # It came to the first one from the queue, and to the second from the first.
     waits = [worker.registry.get_sample_value("oasst_worker_queue_wait_seconds_count") for worker in (first, second)]
     assert waits == [1, 0]
+
+
+async def test_a_drained_worker_releases_what_it_claimed_and_never_heard_of(queue):
+    losing = SlowlyLosingClaims(connection_pool=queue.client.redis.connection_pool)
+    worker = RunningWorker(QueueClient(losing), "worker")
+    losing.on_loss = lambda: worker.consumer.drain(3600)
+    job_id = await queue.submit(make_job("unheard"))
+    await worker.task
+    assert (losing.num_lost, worker.claimed) == (1, 0)
+    [claim] = await _claim_all(queue)
+    assert (claim.job_id, claim.attempt) == (job_id, 1)
+    await worker.die()
 
 
 async def test_a_drained_worker_releases_its_jobs_of_the_shards_that_answer(valkey_url):

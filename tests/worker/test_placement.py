@@ -178,6 +178,15 @@ def test_a_gpus_cache_is_counted_in_its_own_bytes(kv_dtype, positions):
     assert build._default_kv_tokens(PYTHIA_12B, kv_dtype, max_sequences=32, memory=memory + 1) == positions
 
 
+@pytest.mark.parametrize(
+    ("kv_dtype", "max_sequences", "positions"), [(torch.float16, 32, 8), (FP8, 32, 4), (FP8, 2, 1)]
+)
+def test_a_cache_is_of_use_from_a_few_sequences_on(kv_dtype, max_sequences, positions):
+    """Counted in positions of fp16: as much is given of what the weights leave."""
+    useful = build._useful_cache_bytes(PYTHIA_12B, kv_dtype, max_sequences)
+    assert useful * 0.85 == pytest.approx(positions * 2048 * 2 * 36 * 5120 * 2, abs=1)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -188,7 +188,7 @@ def test_other_ranks_are_told_what_the_host_knows_without_reading_it_from_the_de
     ],
 )
 def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num_gpus, expected):
-    split = choose_split(load_config(folder), kind, num_ranks, Machine([80 * 10**9] * num_gpus, 10**9))
+    split = choose_split(load_config(folder), kind, num_ranks, Machine([80] * num_gpus, 75, 10))
     assert (split.kind, split.num_ranks) == expected
     assert split.reason
 
@@ -196,16 +196,23 @@ def test_the_split_is_chosen_by_options_and_machine(folder, kind, num_ranks, num
 @pytest.mark.parametrize(
     ("num_heads", "machine", "kind"),
     [
-        (4, Machine([24, 24], 40), "tensor"),
-        (4, Machine([24, 10], 40), "layers"),  # A half does not fit the smaller one.
-        (3, Machine([24, 24], 40), "layers"),  # Two ranks do not divide three heads.
-        (4, Machine([24, 24], 40, has_placement=True), "layers"),
-        (4, Machine([24], 40), "none"),
+        (4, Machine([24, 24], 40, 2), "tensor"),
+        (4, Machine([24, 10], 40, 2), "layers"),  # A half does not fit the smaller one.
+        (3, Machine([24, 24], 40, 2), "layers"),  # Two ranks do not divide three heads.
+        (4, Machine([24, 24], 40, 2, has_placement=True), "layers"),
+        (4, Machine([24], 40, 2), "none"),
     ],
 )
 def test_auto_takes_layers_where_a_tensor_split_does_not_fit(folder, num_heads, machine, kind):
     split = choose_split(replace(load_config(folder), num_heads=num_heads), "auto", None, machine)
     assert (split.kind, split.num_ranks) == (kind, 2 if kind == "tensor" else 1)
+
+
+@pytest.mark.parametrize(("gpu_bytes", "kind"), [([42, 8], "none"), ([41, 41], "tensor")])
+def test_auto_leaves_a_model_on_one_gpu_that_holds_it_and_a_cache_of_use(folder, gpu_bytes, kind):
+    split = choose_split(load_config(folder), "auto", None, Machine(gpu_bytes, 40, 2))
+    assert split.kind == kind
+    assert ("--split tensor takes all 2" in split.reason) is (kind == "none")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_auto_takes_layers_where_a_tensor_split_does_not_fit(folder, num_heads, 
 )
 def test_a_split_that_cannot_be_is_refused_with_what_to_change(folder, kind, num_ranks, num_gpus, said):
     with pytest.raises(UnsupportedSplitError, match=said):
-        choose_split(load_config(folder), kind, num_ranks, Machine([80 * 10**9] * num_gpus, 10**9))
+        choose_split(load_config(folder), kind, num_ranks, Machine([80] * num_gpus, 75, 10))
 
 
 def test_a_bad_split_stops_before_a_process_is_started(folder):

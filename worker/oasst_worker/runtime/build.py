@@ -63,6 +63,10 @@ _GPU_CACHE_SHARE = 0.85
 _CPU_CACHE_SHARE = 0.25
 _CPU_SPARE_SHARE = 0.5
 
+# A KV cache is of use from so many sequences at their longest on: four times as many chats of some five hundred tokens,
+# all that a worker generates at once by default.
+_USEFUL_SEQUENCES = 8
+
 # For whom a GPU is too small.
 _HOW_TO_FIT = "use more GPUs, or let the CPU compute some layers by --split layers --offload cpu"
 
@@ -125,7 +129,8 @@ def _build_executor(
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus)]
     has_placement = bool(options.device_memory) or options.offload != "none"
-    machine = Machine(gpus, weight_bytes(config, dtype), has_placement)
+    cache_bytes = _useful_cache_bytes(config, _choose_kv_dtype(options.kv_dtype, dtype, device), options.max_sequences)
+    machine = Machine(gpus, weight_bytes(config, dtype), cache_bytes, has_placement)
     try:
         split = choose_split(config, options.split, options.num_ranks, machine)
     except UnsupportedSplitError as error:
@@ -349,6 +354,12 @@ def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..
     if device.type != "cpu":
         raise UnsupportedOptionError(f"--quantize {options.quantize} needs --device cpu; leave it out on {device.type}")
     return build_quantized_linear
+
+
+def _useful_cache_bytes(config: NeoXConfig, kv_dtype: torch.dtype, max_sequences: int) -> int:
+    """What the weights must leave on a GPU for a KV cache of use."""
+    positions = min(max_sequences, _USEFUL_SEQUENCES) * config.max_positions
+    return int(positions * config.num_layers * kv_bytes(config, kv_dtype) / _GPU_CACHE_SHARE)
 
 
 def _cpu_cache_bytes(config: NeoXConfig, dtype: torch.dtype, quantize: str | None, memory: int) -> float:

@@ -29,6 +29,7 @@ class Machine:
 
     gpu_bytes: Sequence[int]  # Memory of each GPU; none on a CPU.
     model_bytes: int  # Of the weights, in the dtype they are served in.
+    cache_bytes: int  # That a KV cache needs beside the weights to be of use.
     has_placement: bool = False  # Memory of devices, or where to offload, was asked for.
 
     @property
@@ -39,8 +40,10 @@ class Machine:
 def choose_split(config: NeoXConfig, kind: str, num_ranks: int | None, machine: Machine) -> Split:
     """The split of a model on a machine. `kind` is auto, none, tensor or layers.
 
-    auto takes `tensor` where it was told a number of ranks; `layers` where memory or offloading was asked for; and over
-    several GPUs `tensor`, by as many as divide the model, unless there are none or a share is too big for one of them.
+    auto takes `tensor` where it was told a number of ranks; `layers` where memory or offloading was asked for; and
+    `none` where one GPU holds the model and a KV cache of use: there alone steps that decode are replayed, and launched
+    ahead. Over several smaller GPUs it takes `tensor`, by as many as divide the model, unless there are none or a share
+    is too big for one of them.
 
     Raises:
         UnsupportedSplitError: if the model, the machine and the options do not fit.
@@ -68,6 +71,8 @@ def _choose(config: NeoXConfig, machine: Machine) -> Split:
         return Split("layers", 1, "--device-memory or --offload is given")
     if num_gpus < 2:
         return Split("none", 1, "there are not several GPUs")
+    if machine.model_bytes + machine.cache_bytes <= machine.gpu_bytes[0]:
+        return Split("none", 1, f"one GPU holds the model and its cache; --split tensor takes all {num_gpus}")
     most = max(count for count in range(1, num_gpus + 1) if _divides(config, count))
     if most == 1:
         return Split("layers", 1, f"no number of ranks up to {num_gpus} divides the model")

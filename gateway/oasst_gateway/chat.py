@@ -1,5 +1,6 @@
 """One accepted request, as one RPC sees it: the events from its acceptance to its end."""
 
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from oasst_jobs import STREAM_DIVERGED, failpoints
 from oasst_gateway.errors import ChatFailedError
 from oasst_gateway.events import IndivisibleDeltaError, StreamMessage, build_response, delta_events, entries_after
 from oasst_gateway.metrics import ChatMeter
+from oasst_gateway.offloading import TenantThreads, is_long
 from oasst_gateway.spans import trace_of
+from oasst_gateway.tenants import Tenant
 
 __all__ = ["Chat", "NewsSource"]
 
@@ -56,6 +59,8 @@ class Chat:
         *,
         source: NewsSource,
         meter: ChatMeter,
+        threads: TenantThreads,
+        tenant: Tenant,
         ask_queue: Callable[[], Awaitable[chat_pb2.QueueStatus | None]],
         after: int = 0,
     ) -> None:
@@ -64,6 +69,8 @@ class Chat:
         self._accepted = accepted
         self._source = source
         self._meter = meter
+        self._threads = threads
+        self._tenant = tenant
         self._ask_queue = ask_queue
         self._position = after
         self._is_quiet = False  # Nothing came since the last `remind`.
@@ -80,7 +87,8 @@ class Chat:
             if isinstance(news, chat_pb2.QueueStatus):
                 yield chat_pb2.ChatEvent(next_position=self._position, waiting=news)
                 continue
-            for event in delta_events(news.entries, position=news.start_position):
+            show = functools.partial(delta_events, news.entries, position=news.start_position)
+            for event in await self._threads.run(self._tenant, show, off_loop=is_long(news.entries)):
                 failpoints.reach("gateway.sending")
                 yield event
             if news.outcome is not None:
@@ -102,9 +110,15 @@ class Chat:
             if news.outcome is not None:
                 _raise_if_failed(news.outcome)
                 finished = news.outcome.finished
-        return build_response(
-            self._accepted, entries, model=self._job.model, num_choices=self._job.n, finished=finished
+        build = functools.partial(
+            build_response,
+            self._accepted,
+            entries,
+            model=self._job.model,
+            num_choices=self._job.n,
+            finished=finished,
         )
+        return await self._threads.run(self._tenant, build, off_loop=is_long(entries))
 
     def remind(self) -> None:
         """A chat that heard nothing since it was last reminded tells where its job stands."""

@@ -12,6 +12,7 @@ from oasst.v1 import chat_pb2
 from oasst_jobs import (
     JobSnapshot,
     JobState,
+    LogSnapshot,
     QueueUnavailableError,
     Submitted,
     Submitter,
@@ -28,7 +29,7 @@ from oasst_gateway.events import build_response
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
-from oasst_gateway.offloading import TenantThreads, is_big
+from oasst_gateway.offloading import TenantThreads, is_big, is_long
 from oasst_gateway.open_requests import OpenRequests
 from oasst_gateway.preparation import PreparedJob, prepare_chat
 from oasst_gateway.spans import describe_chat, submitting, trace_of
@@ -99,7 +100,7 @@ class Chats:
                 submitted = await self._submit(prepared, tenant, arrival, span)
                 watch.job.begin()
                 accepted = self._accepted(submitted.job, self._describe_queue(submitted))
-                with self._following(watch, prepared.job, accepted, meter, is_new=submitted.is_new) as chat:
+                with self._following(watch, prepared.job, tenant, accepted, meter, is_new=submitted.is_new) as chat:
                     yield chat
 
     async def submit(self, request: chat_pb2.ChatRequest, *, tenant: Tenant, span: Span) -> chat_pb2.Accepted:
@@ -136,33 +137,22 @@ class Chats:
                 logger.info(
                     "watched job_id=%s after=%d", job_id, request.after, extra=trace_of(snapshot.job).log_fields
                 )
-                with self._following(watch, snapshot.job, accepted, meter, after=request.after) as chat:
+                with self._following(watch, snapshot.job, tenant, accepted, meter, after=request.after) as chat:
                     yield chat
 
     async def get(self, request: chat_pb2.GetChatRequest, *, tenant: Tenant) -> chat_pb2.GetChatResponse:
         """The request's state, and all it has generated so far.
 
-        Raises:
-            UnknownChatError: as `watch`.
+        Raises what `watch` raises.
         """
         check_chat_name(request.request_id)
         job_id = self._find(request.request_id, request.resume_token, tenant)
-        snapshot, log = await self._submitter.status(job_id), await self._submitter.read(job_id)
-        if snapshot is None or log is None:
-            raise UnknownChatError
-        outcome = log.outcome or job_pb2.Outcome()
-        return chat_pb2.GetChatResponse(
-            state=f"CHAT_STATE_{log.state.name}",
-            response=build_response(
-                self._accepted(snapshot.job, None),
-                log.entries,
-                model=snapshot.job.model,
-                num_choices=snapshot.job.n,
-                finished=outcome.finished if outcome.HasField("finished") else None,
-            ),
-            queue=self._describe_queue(snapshot) if log.state is JobState.WAITING else None,
-            failed=outcome.failed if outcome.HasField("failed") else None,
-        )
+        async with self._open_requests.opened(Arrival(self._submitter, tenant, job_id, was_accepted=True)):
+            snapshot, log = await self._submitter.status(job_id), await self._submitter.read(job_id)
+            if snapshot is None or log is None:
+                raise UnknownChatError
+            describe = functools.partial(self._describe, snapshot, log)
+            return await self._threads.run(tenant, describe, off_loop=is_long(log.entries))
 
     async def cancel(self, request: chat_pb2.CancelChatRequest, *, tenant: Tenant) -> JobState:
         """The request has ended; its state is returned.
@@ -210,6 +200,7 @@ class Chats:
         self,
         watch: Watch,
         job: job_pb2.Job,
+        tenant: Tenant,
         accepted: chat_pb2.Accepted,
         meter: ChatMeter,
         *,
@@ -221,6 +212,8 @@ class Chats:
             accepted,
             source=watch.subscription,
             meter=meter,
+            threads=self._threads,
+            tenant=tenant,
             ask_queue=functools.partial(self._ask_queue, job.job_id),
             after=after,
         )
@@ -261,6 +254,21 @@ class Chats:
             extra=trace_of(job).log_fields,
         )
         return submitted
+
+    def _describe(self, snapshot: JobSnapshot, log: LogSnapshot) -> chat_pb2.GetChatResponse:
+        outcome = log.outcome or job_pb2.Outcome()
+        return chat_pb2.GetChatResponse(
+            state=f"CHAT_STATE_{log.state.name}",
+            response=build_response(
+                self._accepted(snapshot.job, None),
+                log.entries,
+                model=snapshot.job.model,
+                num_choices=snapshot.job.n,
+                finished=outcome.finished if outcome.HasField("finished") else None,
+            ),
+            queue=self._describe_queue(snapshot) if log.state is JobState.WAITING else None,
+            failed=outcome.failed if outcome.HasField("failed") else None,
+        )
 
     def _accepted(self, job: job_pb2.Job, queue: chat_pb2.QueueStatus | None) -> chat_pb2.Accepted:
         return chat_pb2.Accepted(

@@ -109,17 +109,19 @@ def _cut(delta: generation_pb2.Delta, num_tokens: int) -> generation_pb2.Delta:
 def _merge_deltas(entries: Sequence[job_pb2.LogEntry]) -> list[generation_pb2.Delta]:
     """One delta per choice that says what all its deltas said; the entries stay as they are."""
     merged: dict[int, generation_pb2.Delta] = {}
+    positions: dict[int, int] = {}
     texts: dict[int, list[str]] = {}
     for delta in (delta for entry in entries for delta in entry.deltas):
-        whole = merged.get(delta.choice)
-        if whole is None:
-            whole = merged[delta.choice] = generation_pb2.Delta(choice=delta.choice, position=delta.position)
-            texts[delta.choice] = []
-        texts[delta.choice].append(delta.text)
-        whole.token_ids.extend(delta.token_ids)
-        whole.logprobs.extend(delta.logprobs)
-        whole.text_lengths.extend(delta.text_lengths or _lengths_of_one(delta))
+        choice = delta.choice
+        if choice not in merged:
+            merged[choice], positions[choice], texts[choice] = generation_pb2.Delta(), delta.position, []
+        merged[choice].MergeFrom(delta)
+        texts[choice].append(delta.text)
+        if not delta.text_lengths:
+            merged[choice].text_lengths.extend(_lengths_of_one(delta))
     for choice, whole in merged.items():
+        # Of these, merging kept the last.
+        whole.position = positions[choice]
         whole.text = "".join(texts[choice])
         if len(whole.text_lengths) != len(whole.token_ids):
             whole.ClearField("text_lengths")  # Some delta did not tell.

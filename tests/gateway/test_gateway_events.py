@@ -1,6 +1,8 @@
 """How log entries become events, and what a chat tells while it waits."""
 
 import asyncio
+import threading
+from collections.abc import Callable
 
 import pytest
 from oasst.jobs.v1 import job_pb2
@@ -9,7 +11,9 @@ from oasst_gateway.chat import Chat
 from oasst_gateway.errors import ChatFailedError
 from oasst_gateway.events import IndivisibleDeltaError, StreamMessage, build_response, delta_events, entries_after
 from oasst_gateway.metrics import ChatMeter, GatewayMetrics
+from oasst_gateway.offloading import TenantThreads
 from oasst_gateway.presets import resolve_sampling
+from oasst_gateway.tenants import Tenant
 from prometheus_client import CollectorRegistry
 
 
@@ -57,6 +61,8 @@ def test_entries_that_waited_together_become_one_delta_for_each_choice() -> None
     assert [event.delta.text for event in events] == ["abc", "xy"]
     assert [list(event.delta.token_ids) for event in events] == [[1, 2, 3], [7, 8]]
     assert [list(event.delta.text_lengths) for event in events] == [[1, 1, 1], [1, 1]]
+    assert [event.delta.position for event in events] == [0, 0]
+    assert [len(event.delta.logprobs) for event in events] == [3, 2]
     assert [event.next_position for event in events] == [0, 5]
     assert entries[0].deltas[0].text == "a"
 
@@ -140,6 +146,8 @@ def make_chat(source: Source, *places: chat_pb2.QueueStatus | None, after: int =
         chat_pb2.Accepted(request_id="r-1"),
         source=source,
         meter=ChatMeter(GatewayMetrics(CollectorRegistry())),
+        threads=TenantThreads(most_per_tenant=1),
+        tenant=Tenant(name="tenant"),
         ask_queue=ask_queue,
         after=after,
     )
@@ -167,6 +175,32 @@ async def test_a_chat_that_is_heard_of_is_not_asked_for_its_place() -> None:
     await anext(events)
     chat.remind()
     assert source.news.empty()
+
+
+@pytest.mark.parametrize(("num_entries", "off_loop"), [(64, False), (65, True)])
+async def test_a_long_log_is_put_together_beside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, num_entries: int, off_loop: bool
+) -> None:
+    threads: list[int] = []
+
+    def noting(function: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object, **named: object) -> object:
+            threads.append(threading.get_ident())
+            return function(*arguments, **named)
+
+        return noted
+
+    monkeypatch.setattr("oasst_gateway.chat.delta_events", noting(delta_events))
+    monkeypatch.setattr("oasst_gateway.chat.build_response", noting(build_response))
+    entries = [entry(index + 1, delta(0, index, "a", 1)) for index in range(num_entries)]
+    news = [*entries, job_pb2.Outcome(finished=chat_pb2.Finished())]
+    source = Source()
+    source.news.put_nowait(news)
+    events = [event async for event in make_chat(source).events()]
+    source.news.put_nowait(news)
+    response = await make_chat(source).response()
+    assert events[1].delta.text == response.choices[0].text == "a" * num_entries
+    assert [thread != threading.get_ident() for thread in threads] == [off_loop, off_loop]
 
 
 async def test_a_chat_whose_log_cannot_be_divided_ends_rather_than_repeat() -> None:

@@ -106,6 +106,19 @@ async def test_a_snapshot_tells_where_a_request_waits_and_how_it_failed(gateway:
     assert (cancelled.state, cancelled.failed.reason) == (chat_pb2.CHAT_STATE_CANCELLED, "CANCELLED")
 
 
+async def test_snapshots_count_as_open_while_they_are_made(model: ServedModel, valkey_url: str) -> None:
+    async with start_gateway(model, valkey_url, max_open_chats=2) as gateway:
+        accepted = await submit(gateway)
+        streams = [gateway.chat.WatchChat(watch_request(accepted)) for _ in range(3)]
+        for stream in streams:
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.GetChat(get_request(accepted))
+        assert details_of(refused.value).reason == "TOO_MANY_CHATS"
+        for stream in streams:
+            stream.cancel()
+
+
 async def test_another_gateway_with_the_secret_goes_on_where_the_first_stopped(
     model: ServedModel, valkey_url: str, worker: RuleWorker
 ) -> None:

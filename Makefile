@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url \
 	--python-version 3.12 --python-platform x86_64-manylinux_2_28
+# In as many processes as there are cores: most tests wait for what they have started.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 SEEDS ?= 20
 MINUTES ?= 10
 
@@ -10,11 +12,11 @@ run: .venv/all            ## Start the whole stack on this machine and chat with
 	@$(BIN)/oasst up --chat
 
 test: .venv/dev .venv/helm ## Run the tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-triton: .venv/dev    ## Run the tests of the kernels for GPUs, in Triton's interpreter; installs 200 MB
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps 'triton>=3.7,<3.8' >&2
-	$(BIN)/pytest tests/worker/test_paged_attention.py tests/worker/test_buckets.py
+	$(PYTEST) tests/worker/test_paged_attention.py tests/worker/test_buckets.py
 
 fuzz: .venv/dev           ## Fuzz the queue with many seeds
 	$(BIN)/pytest -m fuzz tests/jobs

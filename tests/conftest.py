@@ -37,7 +37,8 @@ def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     if compiler is None:
         yield
         return
-    folder, made = tmp_path_factory.mktemp("compiler"), tmp_path_factory.mktemp("kernels")
+    folder, made = tmp_path_factory.mktemp("compiler"), _folder_of_the_run(tmp_path_factory) / "kernels"
+    made.mkdir(exist_ok=True)
     command = shlex.join([str(Path(__file__).with_name("compile_once.sh")), compiler, str(made)])
     cc = folder / "cc"
     cc.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
@@ -45,6 +46,12 @@ def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=os.pathsep)
         yield
+
+
+def _folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all processes that the tests are run by."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture

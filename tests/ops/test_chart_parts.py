@@ -323,10 +323,19 @@ def test_prometheus_is_given_every_component_and_the_rules_as_they_are(render: R
     release = render(monitoring={"podMonitors": {"enabled": True}, "rules": {"enabled": True}})
     for component in ("gateway", "worker", "valkey"):
         [endpoint] = release.one("PodMonitor", component)["spec"]["podMetricsEndpoints"]
-        labels = {each["targetLabel"]: each["replacement"] for each in endpoint["relabelings"]}
+        relabelings = endpoint["relabelings"]
+        labels = {each["targetLabel"]: each["replacement"] for each in relabelings if "targetLabel" in each}
         assert labels == {"release": "chat", "component": component}
     [rules] = release.of_kind("PrometheusRule")
     assert rules["spec"] == yaml.safe_load(read("files/rules.yaml"))
+
+
+def test_a_pod_that_is_pending_is_no_target_that_is_down(render: Render) -> None:
+    """Each added worker is one for as long as its model is fetched."""
+    for monitor in render(monitoring={"podMonitors": {"enabled": True}}).of_kind("PodMonitor"):
+        [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+        pending = {"sourceLabels": ["__meta_kubernetes_pod_phase"], "regex": "Pending", "action": "drop"}
+        assert pending in endpoint["relabelings"]
 
 
 def test_grafana_is_given_every_dashboard_as_it_is(render: Render) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import redis.asyncio
 import redis.exceptions
@@ -38,6 +39,7 @@ class SlowlyLosingClaims(redis.asyncio.Redis):
 
     silence_s = 0.0
     num_lost = 0
+    on_loss: Callable[[], object] = staticmethod(lambda: None)
 
     def clock(self) -> float:
         return time.monotonic() + self.num_lost * self.silence_s
@@ -46,5 +48,6 @@ class SlowlyLosingClaims(redis.asyncio.Redis):
         reply = await super().execute_command(*command, **options)
         if not self.num_lost and str(command[1]).startswith("oasst_claim") and reply[1]:
             self.num_lost += 1
+            self.on_loss()
             raise redis.exceptions.TimeoutError("no answer")
         return reply

@@ -1,5 +1,6 @@
 """The worker's side of the queue: jobs come out, tokens go back."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +9,7 @@ from google.protobuf.message import DecodeError
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
+from oasst_jobs.connection import answer_or_raise
 from oasst_jobs.errors import QueueUnavailableError
 from oasst_jobs.functions import ClaimReply, Shard, scoring_queue
 from oasst_jobs.outcomes import malformed
@@ -103,33 +105,21 @@ class Claimer:
         Jobs come from the shards that answer; only if none does, that is raised.
         """
         queue = self._queue(is_scoring)
-
-        async def claim_from(number: int) -> tuple[list[ClaimedJob], bool]:
-            asked_s = self._asked_s[number]
-            if asked_s is None:
-                asked_s = self._asked_s[number] = self._clock()
-            replies, is_kept = await self._client.shards[number].claim(
-                self._worker_id,
-                self._claim_ids[number],
-                model=queue,
-                lease_ms=self._lease_ms,
-                max_jobs=max_jobs,
-                max_tokens=max_tokens,
-                max_choices=_ANY_NUMBER if max_choices is None else max_choices,
-                tokens_per_choice=tokens_per_choice,
-                is_idle=is_idle,
-            )
-            claims = [claimed for reply in replies if (claimed := await self._read_claim(reply, asked_s)) is not None]
-            self._claim_ids[number], self._asked_s[number] = secrets.token_hex(8), None
-            return claims, is_kept
-
         away: QueueUnavailableError | None = None
         has_answered = False
         for number in self._shards_to_ask(queue):
             self._first_shards[queue] = (number + 1) % self.num_shards
             tried_s, is_repeated = self._clock(), self._asked_s[number] is not None
             try:
-                claims, is_kept = await claim_from(number)
+                claims, is_kept = await self._claim_from(
+                    number,
+                    queue,
+                    max_jobs=max_jobs,
+                    max_tokens=max_tokens,
+                    max_choices=_ANY_NUMBER if max_choices is None else max_choices,
+                    tokens_per_choice=tokens_per_choice,
+                    is_idle=is_idle,
+                )
             except QueueUnavailableError as error:
                 away = error
                 if is_repeated:  # The first time it may have given jobs, which are soon asked for again.
@@ -145,6 +135,36 @@ class Claimer:
         if away is not None and not has_answered:
             raise away
         return []
+
+    async def _claim_from(
+        self,
+        number: int,
+        queue: str,
+        *,
+        max_jobs: int,
+        max_tokens: int,
+        max_choices: int,
+        tokens_per_choice: int,
+        is_idle: bool,
+    ) -> tuple[list[ClaimedJob], bool]:
+        """One shard's jobs for the claim, and whether the worker keeps itself for another; as Shard.claim."""
+        asked_s = self._asked_s[number]
+        if asked_s is None:
+            asked_s = self._asked_s[number] = self._clock()
+        replies, is_kept = await self._client.shards[number].claim(
+            self._worker_id,
+            self._claim_ids[number],
+            model=queue,
+            lease_ms=self._lease_ms,
+            max_jobs=max_jobs,
+            max_tokens=max_tokens,
+            max_choices=max_choices,
+            tokens_per_choice=tokens_per_choice,
+            is_idle=is_idle,
+        )
+        claims = [claimed for reply in replies if (claimed := await self._read_claim(reply, asked_s)) is not None]
+        self._claim_ids[number], self._asked_s[number] = secrets.token_hex(8), None
+        return claims, is_kept
 
     def _shards_to_ask(self, queue: str) -> list[int]:
         """Every shard, the one whose turn it is first; without those that rest, unless all do."""
@@ -170,6 +190,22 @@ class Claimer:
         held = [(claimed.job_id, claimed.fence) for claimed in claims]
         if held:
             await self._client.release(held)
+
+    async def release_unheard(self) -> int:
+        """What claims took whose answers were lost waits again, like anything released. Tells how many jobs those are.
+
+        For whoever claims no more: the next claim would bring them.
+        """
+        unheard = [number for number, asked_s in enumerate(self._asked_s) if asked_s is not None]
+        answers = await asyncio.gather(*map(self._release_unheard, unheard), return_exceptions=True)
+        return sum(map(answer_or_raise, answers))
+
+    async def _release_unheard(self, number: int) -> int:
+        claims, _ = await self._claim_from(
+            number, self._model, max_jobs=0, max_tokens=0, max_choices=0, tokens_per_choice=0, is_idle=False
+        )
+        await self.release(claims)
+        return len(claims)
 
     async def heartbeat(self, status: job_pb2.WorkerStatus) -> None:
         """The queue's load shows this status, for a while."""

@@ -183,13 +183,13 @@ class Consumer:
         while not self._draining.is_set():
             await self._claim_now.wait()
             self._claim_now.clear()
-            while not self._draining.is_set() and (await self._claim() or await self._claim(is_scoring=True)):
+            while await self._claim() or await self._claim(is_scoring=True):
                 pass
 
     async def _claim(self, *, is_scoring: bool = False) -> bool:
         """Takes in the next jobs there is room for; False once there is nothing more to take now."""
         room = self._room_for_scoring() if is_scoring else self._room_for_chats()
-        if room is None:
+        if room is None or self._draining.is_set():
             return False
         started_s = self._clock()
         claimed_jobs = await self._queue.call(
@@ -412,12 +412,21 @@ class Consumer:
             await wait_at_most(self._job_left, left_s)
 
     async def _release_jobs(self) -> None:
-        if not self._jobs:
-            return
-        failpoints.reach("worker.releasing")
         async with asyncio.TaskGroup() as releases:
+            releases.create_task(self._release_unheard(), name="release what was claimed unheard")
+            if self._jobs:
+                failpoints.reach("worker.releasing")
             for shard, jobs in self._by_shard(self._jobs.values()).items():
                 releases.create_task(self._release(jobs), name=f"release to shard {shard}")
+
+    async def _release_unheard(self) -> None:
+        try:
+            num_jobs = await self._claimer.release_unheard()
+        except QueueUnavailableError as error:
+            logger.warning("a claim stays unanswered, leases of what it took will lapse error=%s", error)
+        else:
+            if num_jobs:
+                logger.info("jobs of an unanswered claim released jobs=%d", num_jobs)
 
     async def _release(self, jobs: Sequence[HeldJob]) -> None:
         outcome = "released"

@@ -32,6 +32,8 @@ FOREIGN = {
     "redis_memory_max_bytes",
     "redis_memory_used_bytes",
 }
+# What is refused to one tenant while others have room.
+OF_ONE_TENANT = {"TENANT_LIMIT", "TOO_MUCH_TEXT"}
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not on PATH: apt-get install prometheus")
 ALERTS = [rule.name for rule in read_rules() if rule.is_alert]
@@ -79,6 +81,15 @@ def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
     for rule in read_rules():
         if rule.is_alert:
             assert rule.annotations["runbook"] == f"docs/operations/runbooks.md#{rule.name.lower()}"
+
+
+def test_whatever_is_refused_for_want_of_room_is_told_of() -> None:
+    sources = [path.read_text() for path in (ROOT / "gateway" / "oasst_gateway").glob("*.py")]
+    reasons = {reason for source in sources for reason in re.findall(r'[rR]efused(?:Error)?\(\s*"([A-Z_]+)"', source)}
+    assert reasons > OF_ONE_TENANT
+    [rule] = [rule for rule in read_rules() if rule.name == "OasstRefusesWork"]
+    [asked] = [labels["reason"] for _, labels in names_in(rule.expr) if "reason" in labels]
+    assert set(asked.split("|")) == reasons - OF_ONE_TENANT | {"NO_WORKER"}
 
 
 def test_every_alert_has_a_case_in_which_it_fires() -> None:

@@ -39,7 +39,7 @@ def test_runbooks_lead_to_runbooks_that_exist() -> None:
 
 
 def test_reasons_and_log_lines_are_those_that_are_told() -> None:
-    for reason in quoted(r"(?:QUEUE_|NO_W)[A-Z_]+"):
+    for reason in quoted(r"(?:QUEUE_|NO_W|TOO_|DEAD)[A-Z_]+"):
         assert f'"{reason}"' in SOURCE, reason
     for line in quoted(r"failed rpc=|job failed|a step has been in progress|the queue is away"):
         assert line in SOURCE, line

@@ -1,5 +1,6 @@
 """What a runbook tells somebody to look at or to type is there."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_commands_are_those_that_there_are(capsys: pytest.CaptureFixture[str]) -
             oasst_jobs([command, "--help"])
         assert ended.value.code == 0
         assert "--redis-url" in capsys.readouterr().out
+
+
+def test_dead_letters_are_looked_for_in_all_shards() -> None:
+    [command] = re.findall(r"on gateway '(python -m oasst_jobs dead .*?)'", TEXT, re.DOTALL)
+    for environment, shards in (({}, "1"), ({"OASST_GATEWAY_QUEUE_SHARDS": "8"}, "8")):
+        url = {"OASST_GATEWAY_REDIS_URL": "redis://queue:6379/0", "PATH": os.environ["PATH"]}
+        shown = subprocess.run(["sh", "-c", f"echo {command}"], env=url | environment, capture_output=True, text=True)
+        assert shown.stdout.split()[-4:] == ["--redis-url", "redis://queue:6379/0", "--queue-shards", shards]
 
 
 def test_what_can_be_pasted_is_shell() -> None:

@@ -137,6 +137,10 @@ def _mark_control_tokens(files: dict[str, Any]) -> dict[str, int]:
 
 def _load(tokenizer_json: str) -> Tokenizer:
     try:
-        return Tokenizer.from_str(tokenizer_json)
+        encoder = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # tokenizers raises a bare Exception for every fault in the file.
         raise StartError(f"tokenizer.json is not a tokenizer: {error}") from error
+    # What a training left in the file: a prompt would silently be cut, or lengthened.
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder

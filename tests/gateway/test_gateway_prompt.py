@@ -157,6 +157,32 @@ def test_a_tokenizer_without_turns_cannot_start(checkpoint: Path) -> None:
         ModelTokenizer(json.dumps(files))
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 64},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 5,
+                "pad_type_id": 0,
+                "pad_token": "!",
+            }
+        },
+    ],
+)
+def test_what_a_training_left_in_the_tokenizer_cuts_and_lengthens_no_prompt(
+    model: ServedModel, checkpoint: Path, left: dict[str, object]
+) -> None:
+    files = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = ModelTokenizer(json.dumps(files | left))
+    text = "What is a meme? " * 3
+    assert tokenizer.encode_text(text) == model.tokenizer.encode_text(text)
+    assert tokenizer.encode_prompt(text) == model.tokenizer.encode_prompt(text)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "not json", '{"model": 1}'])
 def test_a_file_that_is_no_tokenizer_cannot_start(content: str) -> None:
     with pytest.raises(StartError, match="tokenizer"):

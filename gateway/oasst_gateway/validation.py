@@ -120,8 +120,7 @@ def check_tokenize(request: model_pb2.TokenizeRequest, *, model_name: str) -> No
     """`request` is small enough to answer."""
     _raise_if_any(
         _check_model_name(request.model, "model", model_name),
-        _check_batch("texts", len(request.texts)),
-        _check_batch_chars(request.texts),
+        _check_texts(request.texts),
     )
 
 
@@ -138,8 +137,6 @@ def check_detokenize(request: model_pb2.DetokenizeRequest, *, model_name: str, l
     """`request` is small enough to answer, and every id stands for a token."""
     _raise_if_any(
         _check_model_name(request.model, "model", model_name),
-        _check_batch("sequences", len(request.sequences)),
-        _check_batch_ids(request.sequences),
         _check_sequences(request.sequences, limits),
     )
 
@@ -327,26 +324,29 @@ def _is_within(duration: Duration, most_s: int) -> bool:
     return 0 <= duration.seconds <= most_s and 0 <= duration.nanos < 1_000_000_000
 
 
-def _check_batch(field: str, size: int) -> Iterator[Violation]:
-    if size > MAX_BATCH:
-        yield Violation(field, f"must have at most {MAX_BATCH} entries, has {size}")
-
-
-def _check_batch_chars(texts: Iterable[str]) -> Iterator[Violation]:
+def _check_texts(texts: Sequence[str]) -> Iterator[Violation]:
+    if len(texts) > MAX_BATCH:
+        yield _too_many_entries("texts", len(texts))
+        return
     num_chars = sum(map(len, texts))
     if num_chars > MAX_BATCH_CHARS:
         yield Violation("texts", f"must have at most {MAX_BATCH_CHARS} characters in all, have {num_chars}")
 
 
-def _check_batch_ids(sequences: Iterable[model_pb2.TokenSequence]) -> Iterator[Violation]:
+def _check_sequences(sequences: Sequence[model_pb2.TokenSequence], limits: ModelLimits) -> Iterator[Violation]:
+    if len(sequences) > MAX_BATCH:
+        yield _too_many_entries("sequences", len(sequences))
+        return
     num_ids = sum(len(sequence.ids) for sequence in sequences)
     if num_ids > MAX_BATCH_IDS:
         yield Violation("sequences", f"must have at most {MAX_BATCH_IDS} ids in all, have {num_ids}")
-
-
-def _check_sequences(sequences: Sequence[model_pb2.TokenSequence], limits: ModelLimits) -> Iterator[Violation]:
-    for index, sequence in enumerate(sequences[:MAX_BATCH]):
+        return
+    for index, sequence in enumerate(sequences):
         yield from _check_token_ids(f"sequences[{index}].ids", sequence.ids, limits)
+
+
+def _too_many_entries(field: str, size: int) -> Violation:
+    return Violation(field, f"must have at most {MAX_BATCH} entries, has {size}")
 
 
 def _check_score_items(items: Sequence[scoring_pb2.ScoreItem], limits: ModelLimits) -> Iterator[Violation]:

@@ -12,7 +12,7 @@ from oasst_gateway.authentication import DEFAULT_TENANT
 from oasst_gateway.errors import InvalidRequestError
 from oasst_gateway.model import ServedModel
 from oasst_gateway.preparation import PreparedJob, prepare_chat
-from oasst_gateway.validation import duration_ms
+from oasst_gateway.validation import check_detokenize, check_tokenize, duration_ms
 from oasst_jobs import QueueClient
 
 Prepare = Callable[[chat_pb2.ChatRequest], PreparedJob]
@@ -221,6 +221,21 @@ async def test_refusals_are_counted_by_reason(gateway: Gateway, worker: RuleWork
     await refusal_of(gateway.chat.Chat(sampling(top_p=1.5)))
     assert gateway.sample("invalid_requests_total", reason="INVALID_FIELD") == 1
     assert gateway.sample("requests_total", rpc="ChatService/Chat", code="INVALID_ARGUMENT") == 1
+
+
+def test_what_is_in_a_batch_of_too_many_is_not_looked_at(model: ServedModel) -> None:
+    padding = model.limits.tokenizer_size
+    texts = model_pb2.TokenizeRequest(texts=["a" * 5_000] * 257)
+    sequences = model_pb2.DetokenizeRequest(sequences=[model_pb2.TokenSequence(ids=[padding] * 5_000)] * 257)
+    with pytest.raises(InvalidRequestError) as too_many_texts:
+        check_tokenize(texts, model_name="tiny")
+    with pytest.raises(InvalidRequestError) as too_many_sequences:
+        check_detokenize(sequences, model_name="tiny", limits=model.limits)
+    told = [*too_many_texts.value.violations, *too_many_sequences.value.violations]
+    assert [(each.field, each.description) for each in told] == [
+        ("texts", "must have at most 256 entries, has 257"),
+        ("sequences", "must have at most 256 entries, has 257"),
+    ]
 
 
 async def test_other_rpcs_check_their_fields_as_well(gateway: Gateway, model: ServedModel) -> None:

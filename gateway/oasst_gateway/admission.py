@@ -126,13 +126,16 @@ class Admission:
         *,
         look_out: Callable[[], Outlook],
         worker_wait_s: float,
+        max_waiting_jobs: int,
         clock: Callable[[], float] = time.monotonic,
         draw_spread: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # Protects nothing.
     ) -> None:
-        """`worker_wait_s` is how soon a worker can be expected while there is none."""
+        """`worker_wait_s` is how soon a worker can be expected while there is none. With `max_waiting_jobs` waiting,
+        the queue is full for all requests."""
         self._submitter = submitter
         self._look_out = look_out
         self._worker_wait_s = worker_wait_s
+        self._max_waiting_jobs = max_waiting_jobs
         self._clock = clock
         self._draw_spread = draw_spread
         self._turn = asyncio.Semaphore(_SUBMISSIONS_AT_ONCE)
@@ -187,7 +190,8 @@ class Admission:
                 max_tokens_ahead=outlook.max_tokens_ahead(remaining_s, own_tokens=job_size(prepared.job)),
             )
         except QueueFullError as error:
-            self._note_full(tenant, error)
+            if error.waiting_jobs >= self._max_waiting_jobs:  # Otherwise a smaller request may have a place.
+                self._note_full(tenant, error)
             raise self._queue_full(error) from error
         except TenantFullError as error:
             message = f"this tenant's share of the queue is full: {error.waiting_jobs} of its requests wait"

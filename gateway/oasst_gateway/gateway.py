@@ -136,7 +136,12 @@ async def running_gateway(
             watches=watches,
             open_requests=open_requests,
             monitor=monitor,
-            admission=Admission(submitter, look_out=monitor.look_out, worker_wait_s=settings.worker_wait_s),
+            admission=Admission(
+                submitter,
+                look_out=monitor.look_out,
+                worker_wait_s=settings.worker_wait_s,
+                max_waiting_jobs=settings.max_waiting_jobs,
+            ),
             metrics=metrics,
             secrets=derived_secrets,
             threads=threads,
@@ -151,6 +156,7 @@ async def running_gateway(
                 # How fast workers score beside their chats is not known: nothing is refused for its deadline.
                 look_out=lambda: Outlook(has_workers=monitor.look_out().has_workers, tokens_per_s=None),
                 worker_wait_s=settings.worker_wait_s,
+                max_waiting_jobs=settings.max_waiting_jobs,
             ),
             metrics=metrics,
             secrets=derived_secrets,

@@ -157,6 +157,17 @@ async def test_too_many_waiting_tokens_are_a_full_queue(model: ServedModel, valk
         assert details_of(refused.value).reason == "QUEUE_FULL"
 
 
+async def test_a_request_too_large_for_the_queue_leaves_it_open_for_smaller_ones(
+    model: ServedModel, valkey_url: str
+) -> None:
+    async with start_gateway(model, valkey_url, max_waiting_tokens=100) as gateway:
+        await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=40))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=80))
+        assert details_of(refused.value).reason == "QUEUE_FULL"
+        await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=4))
+
+
 async def test_a_hundred_at_once_fill_the_queue_to_its_limit_and_no_further(
     model: ServedModel, valkey_url: str, queue: QueueClient
 ) -> None:

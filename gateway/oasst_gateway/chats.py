@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -93,12 +94,13 @@ class Chats:
         arrival = self._admission.arrival_of(tenant, request.request_id)
         async with self._open_requests.opened(arrival):
             await self._admission.check_open(arrival)
-            meter = ChatMeter(self._metrics, span)
+            started_s = time.perf_counter()
             prepared = await self._prepare(request, tenant, remaining_s, default_grace_s=self._default_grace_s)
             # Subscribed before it is submitted, so that no news falls between the two.
             async with self._watches.open(prepared.job.job_id) as watch:
                 submitted = await self._submit(prepared, tenant, arrival, span)
                 watch.job.begin()
+                meter = ChatMeter(self._metrics, span, is_first=submitted.is_new, started_s=started_s)
                 accepted = self._accepted(submitted.job, self._describe_queue(submitted))
                 with self._following(watch, prepared.job, tenant, accepted, meter, is_new=submitted.is_new) as chat:
                     yield chat

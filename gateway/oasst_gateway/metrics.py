@@ -129,7 +129,7 @@ class FleetMetrics:
 
 
 class ChatMeter:
-    """Measures one chat from the moment it is made."""
+    """Measures one chat from its request's arrival."""
 
     def __init__(
         self,
@@ -137,16 +137,20 @@ class ChatMeter:
         span: Span = NO_SPAN,
         *,
         is_first: bool = True,
+        started_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`is_first` is false for whoever comes later to a chat: how long its first token took says nothing."""
+        """`is_first` is false for whoever comes later to a chat: how long its first token took says nothing.
+
+        `started_s` is when the request came, by the clock; None for now.
+        """
         self._metrics = metrics
         self._span = span
         self._is_first = is_first
         # Buckets of latencies name the last trace that fell into them, where OpenMetrics is asked for.
         self._exemplar = {"trace_id": span.context.trace_id} if span.context.is_sampled else None
         self._clock = clock
-        self._started_s = clock()
+        self._started_s = clock() if started_s is None else started_s
         self._first_token_s: float | None = None
         self._last_token_s = 0.0
         self._num_tokens = 0

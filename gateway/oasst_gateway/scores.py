@@ -118,8 +118,9 @@ class Scores:
         return job
 
     def _tell_end(self, job: job_pb2.Job, num_scores: int, outcome: job_pb2.Outcome, *, elapsed_s: float) -> None:
-        self._metrics.scored_items.inc(num_scores)
-        event = "failed" if outcome.HasField("failed") else "scored"
+        if outcome.HasField("finished"):
+            self._metrics.scored_items.inc(num_scores)
+        event = "scored" if outcome.HasField("finished") else "failed"
         logger.info(
             event + " job_id=%s scores=%d elapsed_s=%.3f reason=%s",
             job.job_id,

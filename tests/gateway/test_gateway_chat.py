@@ -52,6 +52,15 @@ async def test_a_unary_chat_answers_with_the_whole_completion(gateway: Gateway, 
     assert response.seed == worker.claimed[0].job.sampling.seed
 
 
+async def test_a_request_that_comes_once_more_is_measured_once(gateway: Gateway, worker: RuleWorker) -> None:
+    for _ in range(2):
+        await gateway.chat.Chat(ask("Hello!", request_id="r-1"))
+    assert gateway.sample("queue_wait_seconds_count") == 1
+    for name in ("time_to_first_token", "time_per_output_token"):
+        labels = {"gen_ai_operation_name": "chat"}
+        assert gateway.registry.get_sample_value(f"gen_ai_server_{name}_seconds_count", labels) == 1
+
+
 async def test_an_answer_without_a_token_still_has_its_choices(gateway: Gateway, queue: QueueClient) -> None:
     call = gateway.chat.Chat(ask("Hello!", n=2, request_id="r-1"))
     claimer = Claimer(queue, worker_id="laconic", model="tiny")

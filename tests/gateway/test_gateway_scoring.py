@@ -37,6 +37,18 @@ async def test_every_item_has_its_score_in_order(gateway: Gateway, worker: RuleW
     assert gateway.sample("scored_items_total") == 3
 
 
+async def test_scores_of_a_request_that_fails_are_not_counted(gateway: Gateway, worker: RuleWorker) -> None:
+    worker.hold()
+    scoring = asyncio.ensure_future(gateway.scoring.Score(THREE))
+    await until(lambda: len(worker.claimed) == 1)
+    worker.allow(1)
+    worker.failure = chat_pb2.Failed(code=code_pb2.INTERNAL, reason="BROKEN", message="broken")
+    worker.allow(1)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await scoring
+    assert gateway.sample("scored_items_total") == 0
+
+
 async def test_items_that_were_scored_again_are_told_once() -> None:
     """The queue lost an item after it was read here; its worker scored it once more, with others in one entry."""
     subscription = Subscription("job", after=0, now_s=0.0, catch_up=lambda _: None)

@@ -49,6 +49,7 @@ def declared_metrics(component: str) -> CollectorRegistry:
         GatewayMetrics(registry)
         FleetMetrics(registry)
     else:
+        ProcessCollector(registry=registry)
         WorkerMetrics(registry)
     return registry
 

@@ -22,7 +22,7 @@ import pytest
 from oasst.jobs.v1.job_pb2 import Job
 from oasst_jobs import JobState, QueueClient, connect
 from oasst_telemetry import NO_TRACER, ProbeServer
-from oasst_worker.__main__ import serve
+from oasst_worker.__main__ import main, serve
 from oasst_worker.health import WorkerHealth
 from oasst_worker.loop import StepWatchdog
 from oasst_worker.served_model import ServedModel
@@ -31,6 +31,7 @@ from oasst_worker.worker import Worker
 from prometheus_client import CollectorRegistry
 from scripted_worker import MODEL, ScriptedExecutor, expected_text, make_engine, make_intake, make_job
 from serving_line import read_serving_line
+from valkey_server import free_port
 from waiting import until
 from watched_queue import Queue, choice_text
 
@@ -255,6 +256,36 @@ def test_a_queue_that_does_not_answer_ends_the_start_with_a_line_that_says_so(ma
     scripted = make_scripted(redis_url=f"unix://{tmp_path}/nobody.sock", redis_wait_s=0)
     assert serve(scripted.worker, scripted.server) == 1
     assert capfd.readouterr().err.splitlines()[-1].startswith("oasst_worker: Redis: ")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Handlers that a test leaves do not stay."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_worker_tells_of_its_process_while_it_loads_and_hears_no_signal_once_it_has_served(tmp_path, monkeypatch):
+    address = f"127.0.0.1:{free_port()}"
+    pages, handlers = [], []
+
+    def load(settings: WorkerSettings) -> ServedModel:
+        pages.append(get(address, "/metrics")[1])
+        return ServedModel(MODEL, make_engine(ScriptedExecutor()), make_intake(), None)
+
+    def note_handlers() -> None:
+        handlers.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+
+    monkeypatch.setattr("oasst_worker.__main__.log_to_stderr", lambda **options: None)
+    monkeypatch.setattr(type(NO_TRACER), "close", lambda tracer: note_handlers())
+    nobody = f"unix://{tmp_path}/nobody.sock"
+    options = ["--model", "x", "--redis-url", nobody, "--redis-wait-s", "0", "--metrics-listen", address]
+    assert main(options, load=load) == 1
+    assert "process_start_time_seconds" in pages[0]
+    assert handlers == [signal.SIG_IGN] * 2
 
 
 @pytest.mark.parametrize("is_stuck", [True, False])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from oasst_jobs import QueueError, failpoints
 from oasst_telemetry import ProbeServer, Tracer, TracingError, log_to_stderr, start_tracer
-from prometheus_client import CollectorRegistry, disable_created_metrics
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 
 from oasst_worker.health import WorkerHealth
 from oasst_worker.loop import EngineStalledError
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] = sys.argv[1:], *, load: ModelLoader | None = 
         # When each series began: a sixth of the page, and nobody reads it.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # Shown from the start: whoever dies while it loads is seen to begin anew.
         health = WorkerHealth(silence_limit_s=settings.step_limit_s)
         server = _start_probe_server(settings, health, registry)
         tracer = _start_tracer(settings)
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] = sys.argv[1:], *, load: ModelLoader | None = 
     except StartError as error:
         return _tell(str(error), _EXIT_BAD_OPTION)
     exit_code = serve(worker, server)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Python's own handlers are back, and it ends soon as it is.
+        signal.signal(number, signal.SIG_IGN)
     server.close()
     tracer.close()
     if not worker.join_engine(_LAST_STEP_S):

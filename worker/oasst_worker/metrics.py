@@ -3,7 +3,7 @@
 from dataclasses import asdict, fields
 
 from oasst_jobs import ClaimedJob, PushStatus, SweepReport
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from oasst_worker.generating import GeneratingJob
 from oasst_worker.held import HeldJob
@@ -21,7 +21,7 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class WorkerMetrics:
-    """The worker's metrics in `registry`, those of its process among them."""
+    """The worker's metrics in `registry`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -32,8 +32,6 @@ class WorkerMetrics:
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"oasst_worker_{name}", text, buckets=buckets, registry=registry)
-
-        ProcessCollector(registry=registry)
 
         self.step_seconds = histogram("step_seconds", "Duration of an engine step.", _STEP_SECONDS)
         self.batch_size = histogram("batch_size", "Sequences in an engine step.", _BATCH_SIZES)

@@ -73,14 +73,16 @@ class Outlook:
 class SpeedEstimate:
     """How many of the tokens asked for the workers serve in a second.
 
-    Workers tell how many they generate, which is less while little is asked of them: so the recent peak counts.
+    Workers tell how many they generate, which is less while little is asked of them: so the recent peak counts, of one
+    of them, for as many as there are now.
     Requests ask for more than they use, since most end by themselves: so what finished of late tells how much more.
     """
 
     def __init__(self, *, decay: float = 0.98, smoothing: float = 0.05) -> None:
         self._decay = decay
         self._smoothing = smoothing
-        self._generated_per_s = 0.0
+        self._generated_per_s_each = 0.0
+        self._num_workers = 0
         self._generated_token_s = 0.0
         # Moving means over requests. One of their ratios would follow whoever generates a single token.
         self._asked = _TYPICAL_TOKENS
@@ -96,21 +98,28 @@ class SpeedEstimate:
         """None while no speed is known."""
         return self._generated_per_s * self._asked_per_generated or None
 
-    def saw_speed(self, generated_per_s: float, *, num_running: int = 0, num_waiting: int = 0) -> None:
-        """The workers' speed now, with so much running and waiting. Told in even intervals.
+    def saw_speed(
+        self, generated_per_s: float, *, num_workers: int = 1, num_running: int = 0, num_waiting: int = 0
+    ) -> None:
+        """The speed of all workers now, with so much running and waiting. Told in even intervals, while there are some.
 
         A peak counts for about fifty of those in which something waits: otherwise workers may be slow for want of work.
         """
-        peak = self._generated_per_s * (self._decay if num_waiting else 1.0)
-        self._generated_per_s = max(generated_per_s, peak)
+        peak = self._generated_per_s_each * (self._decay if num_waiting else 1.0)
+        self._generated_per_s_each = max(generated_per_s / num_workers, peak)
+        self._num_workers = num_workers
         if num_running and generated_per_s:
             # Of late they ran as many or fewer: nobody can be slower than all of them at the peak.
-            self._generated_token_s = num_running / max(generated_per_s, self._generated_per_s)
+            self._generated_token_s = num_running / self._generated_per_s
 
     def saw_finished(self, *, asked: int, generated: int) -> None:
         """A request has finished that asked for so many tokens, and generated so many."""
         self._asked += self._smoothing * (asked - self._asked)
         self._generated += self._smoothing * (generated - self._generated)
+
+    @property
+    def _generated_per_s(self) -> float:
+        return self._generated_per_s_each * self._num_workers
 
     @property
     def _asked_per_generated(self) -> float:
@@ -130,8 +139,10 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
         draw_spread: Callable[[], float] = lambda: random.uniform(0.8, 1.2),  # noqa: S311  # Protects nothing.
     ) -> None:
-        """`worker_wait_s` is how soon a worker can be expected while there is none. With `max_waiting_jobs` waiting,
-        the queue is full for all requests."""
+        """`worker_wait_s` is how soon a worker can be expected while there is none.
+
+        While `max_waiting_jobs` wait, the queue is full for requests of any size.
+        """
         self._submitter = submitter
         self._look_out = look_out
         self._worker_wait_s = worker_wait_s

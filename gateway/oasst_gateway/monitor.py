@@ -88,6 +88,7 @@ class QueueMonitor:
             if self._has_workers:  # Otherwise the looks are too many for the speed, and tell nothing of it.
                 self._speed.saw_speed(
                     sum(status.tokens_per_second for status in statuses),
+                    num_workers=len(statuses),
                     num_running=sum(status.running_sequences for status in statuses),
                     num_waiting=load.waiting_jobs,
                 )

@@ -60,6 +60,15 @@ def test_workers_for_whom_nothing_waits_are_as_fast_as_before() -> None:
     assert speed.asked_per_s == 80.0
 
 
+def test_fewer_workers_are_slower_though_nothing_waits_for_them() -> None:
+    speed = SpeedEstimate()
+    speed.saw_speed(800.0, num_workers=8, num_running=64)
+    speed.saw_speed(0.0, num_workers=2)
+    assert speed.asked_per_s == 200.0
+    speed.saw_speed(0.0, num_workers=8)
+    assert speed.asked_per_s == 800.0
+
+
 def test_requests_that_use_a_quarter_of_what_they_ask_for_make_the_queue_four_times_as_fast() -> None:
     speed = SpeedEstimate()
     speed.saw_speed(100.0)

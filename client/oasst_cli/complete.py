@@ -3,8 +3,10 @@
 from typing import Annotated
 
 import typer
-from oasst_client import CompletionStream
+from oasst_client import CompletionStream, RequestCancelledError
 
+from oasst_cli.exits import Exit
+from oasst_cli.interrupts import closed_by_ctrl_c
 from oasst_cli.options import (
     Address,
     AsJson,
@@ -51,14 +53,23 @@ def complete(
     )
     question = text_or_stdin(text)
     messages, prompt = (None, question) if raw else (question, None)
-    with connected(address, profile) as client, client.stream(messages, prompt=prompt, **options) as stream:
-        if as_json:
-            print(json_line(stream.completion()))
-        else:
-            _show(stream)
+    with (
+        connected(address, profile) as client,
+        client.stream(messages, prompt=prompt, **options) as stream,
+        closed_by_ctrl_c(stream) as is_stopped,
+    ):
+        try:
+            _show(stream, as_json=as_json)
+        except RequestCancelledError as error:
+            if is_stopped.is_set():
+                raise typer.Exit(Exit.INTERRUPTED) from error
+            raise
 
 
-def _show(stream: CompletionStream) -> None:
+def _show(stream: CompletionStream, *, as_json: bool) -> None:
+    if as_json:
+        print(json_line(stream.completion()))
+        return
     for text in stream:
         print(text, end="", flush=True)
     print()

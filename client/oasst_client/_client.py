@@ -67,6 +67,9 @@ class CompletionStream:
     <FinishReason.END_OF_TEXT: 'end_of_text'>
 
     A connection that is lost is made again, to whichever address answers, and the stream goes on with the next token.
+
+    A signal handler that raises while the stream is read, as that of Ctrl-C does, may leave gRPC's locks held: to go on
+    with the client, or to close it, have the handler `close` the stream from another thread instead.
     """
 
     def __init__(

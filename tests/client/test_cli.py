@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from oasst_client import InternalError, InvalidArgumentError, OverloadedError, P
 from oasst_client.testing import FakeServer
 from terminal import Terminal
 from typer.testing import CliRunner
+from waiting import wait_until
 
 TEXT = "An idea that spreads."
 
@@ -80,6 +82,21 @@ def test_what_is_no_utf_8_is_unusable_and_told_in_a_line(command):
     assert (piped.returncode, given.returncode) == (2, 2)
     assert b"standard input is not UTF-8" in piped.stderr
     assert b"the text is not UTF-8" in given.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_ctrl_c_ends_an_answer_without_an_exception_inside_grpc(server, flags):
+    def endless(request, context):
+        yield server.accepted(request)
+        yield server.delta(0, "Well, ")
+        wait_until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGINT)
+        server.ended.wait(timeout=30)
+
+    server.script = endless
+    result = run("complete", "Tell me everything.", *flags, "--address", server.address)
+    assert (result.exit_code, result.stderr) == (130, "")
+    assert server.cancelled == [server.requests[0].request_id]
 
 
 def test_complete_tells_the_kind_of_failure_by_its_exit_code():

@@ -1,13 +1,9 @@
 """What happens to a line that is typed in a chat: a question is answered, a /command is done."""
 
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from oasst_client import ChatOptions, Client, CompletionStream, Conversation, OasstError, Role
@@ -15,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oasst_cli.chat.markdown import MarkdownStream
+from oasst_cli.interrupts import closed_by_ctrl_c
 
 __all__ = ["COMMANDS", "ChatSession", "load_conversation"]
 
@@ -142,7 +139,7 @@ class ChatSession:
 
     def _show(self, stream: CompletionStream) -> None:
         """Shows the answer as it is generated; Ctrl-C stops it and leaves the conversation as it was."""
-        with stream, _closed_by_ctrl_c(stream) as is_stopped:
+        with stream, closed_by_ctrl_c(stream) as is_stopped:
             try:
                 if self._is_plain:
                     self._show_plain(stream)
@@ -167,26 +164,6 @@ class ChatSession:
 
     def _tell_error(self, message: str) -> None:
         self._console.print(f"error: {message}", style="red", markup=False)
-
-
-@contextmanager
-def _closed_by_ctrl_c(stream: CompletionStream) -> Iterator[threading.Event]:
-    """The event is set, and the stream closed, once Ctrl-C was heard.
-
-    Nothing is raised: an exception inside gRPC may leave one of the channel's locks held, and every later call on it
-    would wait for ever.
-    """
-    is_stopped = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        is_stopped.set()
-        threading.Thread(target=stream.close, name="stop-answer", daemon=True).start()
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield is_stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class ModelRunner:
         try:
             if self._buckets:
                 self._buckets.make_all()
-        except RuntimeError as error:
+        except Exception as error:  # Triton, the compilers it starts and the driver each raise their own.
             _log.warning("steps that decode are launched kernel by kernel: %s", error)
             self._buckets = None
 

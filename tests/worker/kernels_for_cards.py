@@ -1,9 +1,11 @@
 """Compiles the kernels in Triton for real cards; needs none. `python kernels_for_cards.py CAPABILITY [DTYPE [CACHE]]`
 
+As they are launched: with tensors aligned to 16 bytes, and a bucket's block table of int64 beside a step's of int32.
 Prints a kernel and its bytes of shared memory on each line. Not in a process whose Triton interprets.
 """
 
 import sys
+from collections.abc import Mapping
 
 from oasst_worker.model.kernels import paged
 from triton import compile as compile_kernel
@@ -34,13 +36,22 @@ def main(capability: str, dtype: str = "fp16", cache_dtype: str | None = None) -
     types = {**POINTERS, **NUMBERS, **dict.fromkeys(("qkv", "queries", "attended"), f"*{dtype}")}
     types["cache"] = f"*{cache_dtype or dtype}"
     for name in paged.__all__:
-        kernel = getattr(paged, name)
-        constants = {(number,): sizes[each] for number, each in enumerate(kernel.arg_names) if each in sizes}
-        signature = {each: types.get(each, "constexpr") for each in kernel.arg_names}
-        compiled = compile_kernel(
-            ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", int(capability), 32)
-        )
-        print(name, compiled.metadata.shared)
+        print(name, shared_bytes(name, capability, types, sizes))
+    print("attend_part", shared_bytes("attend_part", capability, types | {"blocks": "*i64"}, sizes))
+
+
+def shared_bytes(name: str, capability: str, types: Mapping[str, str], sizes: Mapping[str, int]) -> int:
+    kernel = getattr(paged, name)
+    signature = {each: types.get(each, "constexpr") for each in kernel.arg_names}
+    constants = {(number,): sizes[each] for number, each in enumerate(kernel.arg_names) if each in sizes}
+    unaligned = kernel.do_not_specialize_on_alignment or ()
+    hints = {
+        (number,): [["tt.divisibility", 16]]
+        for number, (each, of_type) in enumerate(signature.items())
+        if of_type.startswith("*") and each not in unaligned
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
+    return compile_kernel(source, target=GPUTarget("cuda", int(capability), 32)).metadata.shared
 
 
 if __name__ == "__main__":

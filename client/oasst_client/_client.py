@@ -180,9 +180,11 @@ class CompletionStream:
                 raise final from cause
             with self._next_attempts:
                 self._next_attempts.wait_for(lambda: self._is_closed, delay_s)
-        if self._is_closed:
+        if not self._is_closed:
+            self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
+        if self._is_closed:  # Perhaps by another thread, which knew of the call before this one only.
+            self._call.cancel()
             raise stream_closed(self.request_id) from cause
-        self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
 
 
 class _EndingMethod:

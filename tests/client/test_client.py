@@ -408,6 +408,25 @@ def test_closing_a_client_ends_the_wait_for_the_next_attempt(server):
             answer.result(timeout=5)
 
 
+def test_closing_a_stream_while_it_begins_its_next_call_ends_that_call(server, client, monkeypatch):
+    def lost_once(request, context):
+        if len(server.requests) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+        yield from waits_for_its_caller(server)(request, context)
+
+    server.script = lost_once
+    stream = client.stream("Hi")
+    begin_call = stream._start_call
+
+    def close_and_begin_call(*arguments):
+        stream.close()  # As another thread does at this very moment.
+        return begin_call(*arguments)
+
+    monkeypatch.setattr(stream, "_start_call", close_and_begin_call)
+    with pytest.raises(RequestCancelledError, match="the stream was closed"):
+        stream.completion()
+
+
 def test_closing_a_client_ends_the_wait_of_its_streams_for_the_next_call(server):
     def lost(request, context):
         yield server.accepted(request)

@@ -409,10 +409,15 @@ def test_closing_a_client_ends_the_wait_for_the_next_attempt(server):
 
 
 def test_closing_a_stream_while_it_begins_its_next_call_ends_that_call(server, client, monkeypatch):
+    were_ended = []
+
     def lost_once(request, context):
         if len(server.requests) == 1:
             context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
-        yield from waits_for_its_caller(server)(request, context)
+        is_ended = threading.Event()
+        context.add_callback(is_ended.set)
+        yield server.accepted(request)
+        were_ended.append(is_ended.wait(timeout=20))
 
     server.script = lost_once
     stream = client.stream("Hi")
@@ -425,6 +430,7 @@ def test_closing_a_stream_while_it_begins_its_next_call_ends_that_call(server, c
     monkeypatch.setattr(stream, "_start_call", close_and_begin_call)
     with pytest.raises(RequestCancelledError, match="the stream was closed"):
         stream.completion()
+    assert False not in were_ended
 
 
 def test_closing_a_client_ends_the_wait_of_its_streams_for_the_next_call(server):

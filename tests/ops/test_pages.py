@@ -1,9 +1,13 @@
 """The pages a person reads lead to what is there, and say what is so."""
 
 import re
+import runpy
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
+from oasst_gateway.tenants import Tenant, Tenants
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +30,24 @@ def test_pages_end_with_a_newline() -> None:
 def test_every_decision_is_in_their_index_once() -> None:
     listed = re.findall(r"^- \[(\d{4})\]\((\1-[\w-]+\.md)\)", (DECISIONS / "README.md").read_text(), re.MULTILINE)
     assert sorted(name for _, name in listed) == sorted(path.name for path in DECISIONS.glob("[0-9]*.md"))
+
+
+def test_the_page_about_tenants_shows_a_file_that_gateways_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "operations" / "tenants.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "tenants.toml").write_text(example)
+    assert list(Tenants.from_file(tmp_path / "tenants.toml").by_name) == ["search", "intranet"]
+    explained = re.findall(r"^\| `(\w+)` \| .* \| .* \|$", page, re.MULTILINE)
+    assert set(explained) == {"keys"} | {field.name for field in fields(Tenant)}
+
+
+def test_the_page_about_tenants_tells_how_a_key_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "operations" / "tenants.md").read_text()
+    [module] = re.findall(r"```sh\npython -m (\S+)\n```", page)
+    runpy.run_module(module, run_name="__main__")
+    [key, entry] = re.findall(r"^    (.*)$", capsys.readouterr().out, re.MULTILINE)
+    (tmp_path / "tenants.toml").write_text(f'[[tenants]]\nname = "search"\nkeys = [\n    {entry},\n]\n')
+    assert Tenants.from_file(tmp_path / "tenants.toml").tenant_of(f"Bearer {key}").name == "search"
 
 
 def test_the_readme_names_what_the_client_needs() -> None:

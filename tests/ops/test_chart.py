@@ -283,6 +283,13 @@ def test_the_notes_name_what_a_caller_must_show(release: Release) -> None:
     assert {name.lower() for name in shown} <= {field.name for field in fields(Profile)}
 
 
+def test_the_notes_say_who_may_chat_and_whether_in_clear(release: Release) -> None:
+    [gateway] = [pod["spec"]["containers"][0] for name, pod in release.pods().items() if name.endswith("gateway")]
+    given = {each["name"] for each in gateway["env"]}
+    assert ("whoever reaches a gateway may chat" in release.notes) == ("OASST_GATEWAY_TENANTS" not in given)
+    assert ("chats reach the gateways unencrypted" in release.notes) == ("OASST_GATEWAY_TLS_CERT" not in given)
+
+
 def test_the_chart_has_a_profile_for_each_way_to_run_it() -> None:
     profiles = {path.stem for path in (CHART / "profiles").glob("*.yaml")}
     assert profiles >= {"minimal", "one-gpu", "production", "external-redis", "keda", "hpa", "tls"}

@@ -194,6 +194,19 @@ def test_a_compiler_that_fails_makes_way_for_the_next(monkeypatch, caplog):
     assert not caplog.text
 
 
+@pytest.mark.usefixtures("no_kernels_yet")
+def test_every_compilers_fault_is_told_once(tmp_path, monkeypatch, caplog):
+    for name, fault in (("cc", "No space left on device"), ("clang", "'omp.h' file not found")):
+        compiler = tmp_path / name
+        compiler.write_text(f'#!/bin/sh\necho "{fault}" >&2\nexit 1\n')
+        compiler.chmod(0o755)
+    (tmp_path / "gcc").symlink_to("cc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels.load_kernels("attention", *kernels.SIZES) is None
+    told = f"{tmp_path}/cc: No space left on device; {tmp_path}/clang: 'omp.h' file not found"
+    assert caplog.messages == [f"attention runs on the plain path: {told}"]
+
+
 def test_scores_too_large_for_fp16_are_scaled_before_they_are_rounded():
     config = make_config(128, 0)
     qkv = torch.full((20, 3 * config.hidden_size), 24.0, dtype=torch.float16)

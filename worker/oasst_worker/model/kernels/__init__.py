@@ -10,7 +10,7 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,14 +51,23 @@ def _compilers() -> ThreadPoolExecutor:
 
 
 def _compile(name: str, definitions: Sequence[str]) -> ctypes.CDLL | None:
-    reason = f"no C compiler found ({', '.join(_COMPILERS)})"
-    for compiler in filter(None, map(shutil.which, _COMPILERS)):  # One may lack OpenMP where the next has it.
+    reasons: list[str] = []
+    for compiler in _find_compilers():  # One may lack OpenMP where the next has it.
         try:
             return _compile_with(compiler, name, definitions)
         except (OSError, subprocess.SubprocessError) as error:
-            reason = f"{compiler}: {getattr(error, 'stderr', None) or error}"
-    _log.warning("%s runs on the plain path: %s", name, reason)
+            reasons.append(f"{compiler}: {getattr(error, 'stderr', None) or error}".rstrip())
+    none_found = f"no C compiler found ({', '.join(_COMPILERS)})"
+    _log.warning("%s runs on the plain path: %s", name, "; ".join(reasons) or none_found)
     return None
+
+
+def _find_compilers() -> Iterable[str]:
+    """Each compiler there is by the first of its names."""
+    found: dict[Path, str] = {}
+    for path in filter(None, map(shutil.which, _COMPILERS)):
+        found.setdefault(Path(path).resolve(), path)
+    return found.values()
 
 
 def _compile_with(compiler: str, name: str, definitions: Sequence[str]) -> ctypes.CDLL:

@@ -57,6 +57,8 @@ class AsyncCompletionStream:
                 print(text, end="")
 
     A connection that is lost is made again, to whichever address answers, and the stream goes on with the next token.
+    So it does when it is read again after a read that was cancelled, as `asyncio.timeout` does, if the server still has
+    the request.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class AsyncCompletionStream:
         self._cancel_request = cancel_request
         self._client_is_closed = client_is_closed
         self._closed = asyncio.Event()
+        # Whether the last call has ended and the next one has not begun: their reader was cancelled.
+        self._is_between_calls = False
         self._call = start_call(continuation.next_call, continuation.attempts.remaining_s)
 
     async def __aenter__(self) -> Self:
@@ -95,6 +99,8 @@ class AsyncCompletionStream:
         """
         if self._continuation.error:
             raise self._continuation.error
+        if self._is_between_calls:
+            self._take_up()
         while not self._continuation.is_over:
             try:
                 async for message in self._call:
@@ -107,6 +113,7 @@ class AsyncCompletionStream:
                 await self._recover(error, error)
             except asyncio.CancelledError:
                 if not self._is_closed or _is_our_task_cancelled():
+                    self._is_between_calls = True  # gRPC ends a call whose reader is cancelled.
                     raise
                 raise stream_closed(self.request_id) from None
 
@@ -155,9 +162,17 @@ class AsyncCompletionStream:
     def _is_closed(self) -> bool:
         return self._closed.is_set() or self._client_is_closed.is_set()
 
+    def _take_up(self) -> None:
+        """The next call has begun, after a reader was cancelled."""
+        if self._is_closed:
+            raise stream_closed(self.request_id)
+        self._continuation.take_up()
+        self._begin_next_call()
+
     async def _recover(self, error: APIError, cause: Exception) -> None:
         """The next call has begun; raises the error if there is none."""
         self._call.cancel()
+        self._is_between_calls = True
         if not self._is_closed:
             try:
                 delay_s = self._continuation.recover(error)
@@ -168,7 +183,11 @@ class AsyncCompletionStream:
             await _wait_for_any(self._closed, self._client_is_closed, timeout_s=delay_s)
         if self._is_closed:
             raise stream_closed(self.request_id) from cause
+        self._begin_next_call()
+
+    def _begin_next_call(self) -> None:
         self._call = self._start_call(self._continuation.next_call, self._continuation.attempts.remaining_s)
+        self._is_between_calls = False
 
 
 class AsyncClient:

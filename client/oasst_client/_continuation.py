@@ -99,6 +99,12 @@ class Continuation:
         )
         return delay_s
 
+    def take_up(self) -> None:
+        """`next_call` goes on where its caller stopped reading."""
+        if (accepted := self.accumulator.accepted) is not None:
+            self.accumulator.resume()
+            self.next_call = self._watch_request(accepted)
+
     def _try_again(self, error: APIError) -> float:
         """The same call again: nothing holds its request yet, or any more."""
         if not is_transient(error):

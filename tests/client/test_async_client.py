@@ -7,6 +7,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2
+from oasst.v1 import chat_pb2
 from oasst_client import (
     AsyncClient,
     AsyncCompletionStream,
@@ -256,6 +257,54 @@ async def test_a_stream_that_failed_tells_the_same_when_asked_again(server, asyn
     for _ in range(2):
         with pytest.raises(InternalError):
             await stream.completion()
+
+
+async def test_a_stream_is_read_on_after_a_read_that_was_cancelled(server, async_client):
+    def script(request, context):
+        if isinstance(request, chat_pb2.ChatRequest):
+            yield from waits_for_its_caller(server)(request, context)
+        yield server.delta(request.after, "that's that.")
+        yield server.finished(2)
+
+    server.script = script
+    async with async_client.stream("Tell me everything.") as stream:
+        task = await begin_reading(stream)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await stream.completion()).text == "Well, that's that."
+
+
+async def test_a_stream_whose_read_was_cancelled_can_still_be_closed(server, async_client):
+    server.script = waits_for_its_caller(server)
+    stream = async_client.stream("Tell me everything.", request_id="mine")
+    task = await begin_reading(stream)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await stream.close()
+    assert server.cancelled == ["mine"]
+    with pytest.raises(RequestCancelledError):
+        await stream.completion()
+
+
+async def test_a_stream_is_read_on_whose_wait_for_the_next_call_was_cancelled(server, async_client):
+    def lost_once(request, context):
+        yield server.accepted(request)
+        if isinstance(request, chat_pb2.ChatRequest):
+            retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=20))
+            server.refuse(context, code_pb2.UNAVAILABLE, "away", retry)
+        yield server.delta(0, TEXT)
+        yield server.finished(1)
+
+    server.script = lost_once
+    stream = async_client.stream("Hi")
+    answer = asyncio.create_task(stream.completion())
+    await until(lambda: stream.num_resumes == 1)
+    answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
+    assert (await stream.completion()).text == TEXT
 
 
 async def test_closing_a_client_ends_the_wait_of_its_streams_for_the_next_call(server):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -48,14 +49,15 @@ class TenantThreads:
         if not off_loop:
             return work()
         line = self._lines.setdefault(tenant.name, _Line())
-        line.num_requests += 1
-        try:
-            async with line.turn:
-                return await self._run(work)
-        finally:
-            line.num_requests -= 1
-            if not line.num_requests:
-                del self._lines[tenant.name]
+        with ExitStack() as place:
+            line.num_requests += 1
+            place.callback(self._leave, tenant, line)
+            await line.turn.acquire()
+            place.callback(line.turn.release)
+            future = self._executor.submit(work)
+            # Given up with the thread, not when its caller leaves: work cannot be stopped.
+            future.add_done_callback(_in_this_loop(place.pop_all().close))
+            return await asyncio.wrap_future(future)
 
     async def run_or_refuse(self, tenant: Tenant, work: Callable[[], T], *, off_loop: bool) -> T:
         """As `run`, for requests that nothing else counts.
@@ -76,17 +78,10 @@ class TenantThreads:
         """Nothing begins any more."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """As `work`. A caller that leaves frees its thread only when that is free: work cannot be stopped."""
-        future = self._executor.submit(work)
-        result = asyncio.wrap_future(future)
-        result.add_done_callback(_note_exception)
-        try:
-            return await asyncio.shield(result)
-        except asyncio.CancelledError:
-            if not future.cancel():
-                await asyncio.wait([result])
-            raise
+    def _leave(self, tenant: Tenant, line: "_Line") -> None:
+        line.num_requests -= 1
+        if not line.num_requests:
+            del self._lines[tenant.name]
 
 
 @dataclass(slots=True)
@@ -97,7 +92,12 @@ class _Line:
     turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_THREADS_PER_TENANT))
 
 
-def _note_exception(result: asyncio.Future[T]) -> None:
-    """Its exception counts as seen: a caller that has left does not look, and asyncio would log it."""
-    if not result.cancelled():
-        result.exception()
+def _in_this_loop(function: Callable[[], None]) -> Callable[[object], None]:
+    """Calls the function in the event loop that runs now, whichever thread it is called in."""
+    loop = asyncio.get_running_loop()
+
+    def call(_: object) -> None:
+        with suppress(RuntimeError):  # The loop is closed.
+            loop.call_soon_threadsafe(function)
+
+    return call

@@ -18,7 +18,7 @@ from oasst_client import _wire as wire
 from oasst_client._accumulate import Accumulator
 from oasst_client._channel import Tls, call_metadata, channel_credentials, channel_options, target_of, traced
 from oasst_client._continuation import Continuation, EventRequest, ends_with_its_caller
-from oasst_client._errors import APIError, client_closed, error_from_call, stream_closed
+from oasst_client._errors import APIError, RequestCancelledError, client_closed, error_from_call, stream_closed
 from oasst_client._retry import DEFAULT_RETRY, LEAVE_TIMEOUT_S, Attempts, RetryPolicy, delay_before_retry
 from oasst_client._types import (
     Accepted,
@@ -452,7 +452,7 @@ class AsyncClient:
 
     async def _cancel_quietly(self, request_id: str) -> None:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""
-        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # The second: the client was closed before.
+        with suppress(grpc.aio.AioRpcError, RequestCancelledError), self._told_if_closed(request_id):
             await self._chat.CancelChat(
                 wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=traced(self._metadata)
             )

@@ -45,6 +45,8 @@ class ScriptedServer(
     on_tokenize: Callable[[grpc.ServicerContext], object] = lambda context: None
     # What asking for the load does before it answers.
     on_load: Callable[[grpc.ServicerContext], object] = lambda context: None
+    # What cancelling does before it answers.
+    on_cancel: Callable[[grpc.ServicerContext], object] = lambda context: None
     metadata: list[dict[str, str]] = field(default_factory=list)
     # Set when a chat was asked for.
     started: threading.Event = field(default_factory=threading.Event)
@@ -157,6 +159,7 @@ class ScriptedServer(
         return chat_pb2.GetChatResponse(state=chat_pb2.CHAT_STATE_FINISHED, response=self.Chat(request, context))
 
     def CancelChat(self, request, context):
+        self.on_cancel(context)
         if request.request_id == "unknown":
             self.refuse(context, code_pb2.NOT_FOUND, "there is no such request", self.error_info("REQUEST_NOT_FOUND"))
         self.cancelled.append(request.request_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import threading
 
 import grpc
 import pytest
@@ -209,6 +210,22 @@ async def test_a_stream_may_be_closed_after_its_client(server):
     await client.close()
     await stream.close()
     assert await server_saw_the_end(server)
+
+
+async def test_closing_a_client_while_its_stream_closes_cancels_nobodys_task(server):
+    is_asked, is_left = threading.Event(), threading.Event()
+
+    def hold(context):
+        context.add_callback(is_left.set)
+        is_asked.set()
+        is_left.wait(20)
+
+    server.script, server.on_cancel = waits_for_its_caller(server), hold
+    client = AsyncClient(server.address)
+    closing = asyncio.create_task(client.stream("Hi").close())
+    assert await asyncio.to_thread(is_asked.wait, 5)
+    await client.close()
+    await closing
 
 
 @pytest.mark.parametrize(

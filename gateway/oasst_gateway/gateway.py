@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from oasst_jobs import Durability, Inbox, QueueClient, QueueLimits, Submitter, Sweeper, UnsupportedServerError, connect
+from oasst_jobs import (
+    Durability,
+    Inbox,
+    QueueClient,
+    QueueLimits,
+    QueueUnavailableError,
+    Submitter,
+    Sweeper,
+    UnsupportedServerError,
+    connect,
+)
 from oasst_telemetry import Tracer, TracingError, start_tracer
 from prometheus_client import CollectorRegistry
 
@@ -120,10 +130,7 @@ async def running_gateway(
                 event_loop=functools.partial(watch_event_loop, metrics, health),
             )
         )
-        await monitor.wait_available(settings.redis_wait_s)
-        await client.check_server()
-        if durability is Durability.REPLICATED and not await client.least_replicas():
-            logger.warning("--durability replicated refuses every request while a server of the queue has no replica")
+        await _wait_for_queue(client, monitor, durability, timeout_s=settings.redis_wait_s)
         watches = Watches(submitter, inbox)
         stack.push_async_callback(watches.aclose)
         open_requests = OpenRequests(settings.max_open_chats)
@@ -182,6 +189,38 @@ async def running_gateway(
         departure = _Departure(health, server, open_requests, watches, (chats, scores))
         stack.push_async_callback(departure.run, delay_s=settings.drain_delay_s, grace_s=settings.drain_grace_s)
         yield RunningGateway(_with_port(settings.listen, port), metrics_address, authenticator, certificate)
+
+
+async def _wait_for_queue(
+    client: QueueClient, monitor: QueueMonitor, durability: Durability, *, timeout_s: float
+) -> None:
+    """The queue answers, and keeps what it is given.
+
+    Raises:
+        StartError: if it does not answer within `timeout_s`.
+        UnsupportedServerError
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await monitor.wait_available()
+            await _check_servers(client, durability)
+    except TimeoutError as error:
+        raise StartError(f"Redis did not answer within {timeout_s:g} s, which is --redis-wait-s") from error
+
+
+async def _check_servers(client: QueueClient, durability: Durability) -> None:
+    """Those that hold the queue are fit for it, as soon as they can be asked."""
+    while True:
+        try:
+            await client.check_server()
+            if durability is Durability.REPLICATED and not await client.least_replicas():
+                logger.warning(
+                    "--durability replicated refuses every request while a server of the queue has no replica"
+                )
+            return
+        except QueueUnavailableError as error:
+            logger.warning("queue away again, waiting for it error=%s", error)
+        await asyncio.sleep(_RESTART_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from oasst.v1 import chat_pb2
 from oasst_jobs import QueueError, Submitter, UnsupportedServerError, job_size
 
 from oasst_gateway.admission import Outlook, SpeedEstimate
-from oasst_gateway.errors import StartError
 from oasst_gateway.health import Health
 from oasst_gateway.metrics import GatewayMetrics
 
@@ -55,17 +54,9 @@ class QueueMonitor:
             await self._look()
             await asyncio.sleep(self._interval_s if self._has_workers else self._search_interval_s)
 
-    async def wait_available(self, timeout_s: float) -> None:
-        """Returns once the queue has answered.
-
-        Raises:
-            StartError: if it did not within `timeout_s`.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._came.wait()
-        except TimeoutError as error:
-            raise StartError(f"Redis did not answer within {timeout_s:g} s") from error
+    async def wait_available(self) -> None:
+        """Returns once the queue has answered."""
+        await self._came.wait()
 
     def look_out(self) -> Outlook:
         """What whoever comes now can expect."""

@@ -280,7 +280,7 @@ async def test_a_worker_that_comes_is_known_long_before_the_next_look_is_due(que
         interval_s=3600,
     )
     looking = asyncio.create_task(monitor.run())
-    await monitor.wait_available(10)
+    await asyncio.wait_for(monitor.wait_available(), 20)
     assert not monitor.look_out().has_workers
     worker = Claimer(queue, worker_id="w", model="tiny")
     await worker.heartbeat(job_pb2.WorkerStatus(worker_id="w", model="tiny", tokens_per_second=10.0))

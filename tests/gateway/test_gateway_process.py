@@ -153,7 +153,7 @@ def test_redis_that_is_not_there_stops_the_start_with_one_sentence(
     )
     exit_code, _, stderr = gateway.end()
     assert exit_code == 1
-    assert stderr.splitlines()[-1] == "oasst_gateway: Redis did not answer within 0.1 s"
+    assert stderr.splitlines()[-1] == "oasst_gateway: Redis did not answer within 0.1 s, which is --redis-wait-s"
     assert "Traceback" not in stderr
 
 

@@ -21,7 +21,7 @@ from oasst_gateway.errors import StartError
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
 from oasst_gateway.services import SERVICES
-from oasst_jobs import QueueClient, UnsupportedServerError
+from oasst_jobs import QueueClient, QueueUnavailableError, UnavailableReason, UnsupportedServerError
 from valkey_server import ValkeyServer
 from waiting import until
 
@@ -214,8 +214,26 @@ async def test_metrics_can_be_scraped(gateway: Gateway, worker: RuleWorker) -> N
     assert "oasst_gateway_event_loop_lag_seconds_bucket" in text
 
 
+async def test_a_queue_that_goes_away_again_while_a_gateway_starts_is_waited_for(
+    model: ServedModel, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, num_checks = QueueClient.check_server, 0
+
+    async def check_second_time(client: QueueClient) -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 1:
+            raise QueueUnavailableError(UnavailableReason.UNREACHABLE, "gone")
+        await check(client)
+
+    monkeypatch.setattr(QueueClient, "check_server", check_second_time)
+    async with start_gateway(model, valkey_url) as gateway:
+        assert await health_of(gateway) == SERVING
+    assert num_checks == 2
+
+
 async def test_a_start_without_redis_fails_in_time(model: ServedModel) -> None:
-    with pytest.raises(StartError, match=r"did not answer within 0\.1 s"):
+    with pytest.raises(StartError, match=r"did not answer within 0\.1 s, which is --redis-wait-s"):
         async with start_gateway(model, "unix:///nowhere.sock", redis_wait_s=0.1):
             pass
 

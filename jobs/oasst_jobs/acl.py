@@ -11,7 +11,12 @@ from oasst_jobs.library import LIBRARY
 
 __all__ = ["Role", "acl_file", "acl_rules"]
 
-_IN_FUNCTIONS = sorted({name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", LIBRARY.source)})
+# The last release's functions run beside ours while a fleet is being replaced. Ours do without these.
+_IN_OLDER_FUNCTIONS = {"hgetall"}
+
+_IN_FUNCTIONS = _IN_OLDER_FUNCTIONS | {
+    name.lower() for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", LIBRARY.source)
+}
 
 # To get a connection, and to find one's way in a cluster.
 _CONNECTING = ("ping", "select", "client|setinfo", "client|setname", "command", "cluster|slots", "cluster|shards")

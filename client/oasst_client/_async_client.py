@@ -452,7 +452,8 @@ class AsyncClient:
 
     async def _cancel_quietly(self, request_id: str) -> None:
         """The request is cancelled, if the server can be told at once; else it ends after its grace."""
-        with suppress(grpc.aio.AioRpcError, RequestCancelledError), self._told_if_closed(request_id):
+        closed = (grpc.aio.UsageError, RequestCancelledError)
+        with suppress(grpc.aio.AioRpcError, *closed), self._told_if_closed(request_id):
             await self._chat.CancelChat(
                 wire.cancel_request(request_id, ""), timeout=LEAVE_TIMEOUT_S, metadata=traced(self._metadata)
             )

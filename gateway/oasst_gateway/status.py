@@ -128,6 +128,7 @@ _WHY_UNAVAILABLE = {
     UnavailableReason.MEMORY_FULL: "the queue takes nothing now: its memory is full",
     UnavailableReason.CLUSTER_DOWN: "a part of the queue is down",
     UnavailableReason.NOT_REPLICATED: "the queue has it, but no replica of the queue confirmed that in time",
+    UnavailableReason.SPREAD_OTHERWISE: "the queue was spread over another number of shards than this gateway's",
 }
 
 

@@ -10,6 +10,7 @@ from oasst_jobs.client import QueueClient
 from oasst_jobs.connection import ServerAddress, connect
 from oasst_jobs.errors import (
     JobNotAcceptedError,
+    OtherShardsError,
     PoisonedPromptError,
     QueueError,
     QueueFullError,
@@ -59,6 +60,7 @@ __all__ = [
     "JobSnapshot",
     "JobState",
     "LogSnapshot",
+    "OtherShardsError",
     "PoisonedPromptError",
     "PushItem",
     "PushStatus",

@@ -1,6 +1,5 @@
 """The worker's side of the queue: jobs come out, tokens go back."""
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +8,7 @@ from google.protobuf.message import DecodeError
 from oasst.jobs.v1 import job_pb2
 
 from oasst_jobs.client import QueueClient
-from oasst_jobs.connection import answer_or_raise
+from oasst_jobs.connection import of_all
 from oasst_jobs.errors import QueueUnavailableError
 from oasst_jobs.functions import ClaimReply, Shard, scoring_queue
 from oasst_jobs.outcomes import malformed
@@ -197,8 +196,7 @@ class Claimer:
         For whoever claims no more: the next claim would bring them.
         """
         unheard = [number for number, asked_s in enumerate(self._asked_s) if asked_s is not None]
-        answers = await asyncio.gather(*map(self._release_unheard, unheard), return_exceptions=True)
-        return sum(map(answer_or_raise, answers))
+        return sum(await of_all(map(self._release_unheard, unheard)))
 
     async def _release_unheard(self, number: int) -> int:
         claims, _ = await self._claim_from(

@@ -1,6 +1,7 @@
 """The whole queue: one shard or several, each call to the shard that its job is in."""
 
 import asyncio
+import functools
 import zlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -8,8 +9,8 @@ from dataclasses import replace
 from itertools import chain, compress
 from typing import TypeVar
 
-from oasst_jobs.connection import RedisClient, answer_or_raise, check_server, least_replicas, of_those_that_answer
-from oasst_jobs.errors import QueueFullError, TenantFullError, TooMuchAheadError
+from oasst_jobs.connection import RedisClient, check_server, least_replicas, of_all, of_those_that_answer
+from oasst_jobs.errors import OtherShardsError, QueueFullError, TenantFullError, TooMuchAheadError
 from oasst_jobs.functions import PUSH_ITEMS_PER_CALL, WATCHED_PER_CALL, Shard
 from oasst_jobs.library import LIBRARY, FunctionLibrary
 from oasst_jobs.records import (
@@ -42,7 +43,9 @@ class QueueClient:
         if num_shards < 1:
             raise ValueError(f"a queue has at least one shard, not {num_shards}")
         self.redis = redis
-        self.shards = tuple(Shard(redis, number, library=library) for number in range(num_shards))
+        self._num_shards = num_shards
+        self._library = library
+        self.shards = self._make_shards(num_shards)
 
     def shard_of(self, job_id: str) -> Shard:
         return self.shards[self.shard_number(job_id)]
@@ -51,6 +54,19 @@ class QueueClient:
         return zlib.crc32(job_id.encode()) % len(self.shards)
 
     async def check_server(self) -> None:
+        """The queue can be used: `load_functions` is done, and jobs are spread over as many shards as this client has.
+
+        An empty queue takes this client's number.
+
+        Raises:
+            UnsupportedServerError, OtherShardsError: with a sentence that says what to change.
+            QueueUnavailableError: if no shard answers, or one that may hold jobs spread over another number does not.
+        """
+        await self.load_functions()
+        if others := await self._other_numbers_of_shards():
+            await self._spread_anew(others)
+
+    async def load_functions(self) -> None:
         """The servers are new enough, keep what they are given, and have the functions, as far as they answer.
 
         Raises:
@@ -60,6 +76,16 @@ class QueueClient:
         await check_server(self.redis)
         # Loads the functions where they are missing.
         await of_those_that_answer(shard.load("") for shard in self.shards)
+
+    async def check_shards(self) -> None:
+        """Jobs are spread over as many shards as this client has, as far as they answer. For whoever only looks.
+
+        Raises:
+            OtherShardsError: with a sentence that says what to change.
+            QueueUnavailableError: if no shard answers.
+        """
+        if others := await self._other_numbers_of_shards():
+            raise OtherShardsError(num_shards=max(others), wanted=self._num_shards)
 
     async def least_replicas(self) -> int:
         """How many replicas that server has which has the fewest, of those that are not away."""
@@ -196,8 +222,30 @@ class QueueClient:
 
     async def on_each_shard(self, call: Callable[[Shard], Awaitable[R]]) -> list[R]:
         """The answers of all shards, in their order. All are asked at once; then the first error is raised."""
-        answers = await asyncio.gather(*map(call, self.shards), return_exceptions=True)
-        return [answer_or_raise(answer) for answer in answers]
+        return await of_all(map(call, self.shards))
+
+    async def _other_numbers_of_shards(self) -> set[int]:
+        """Numbers of shards that jobs are spread over, and that are not this client's; of the shards that answer."""
+        told = await of_those_that_answer(shard.spreading() for shard in self.shards)
+        return {num_shards for num_shards, _ in told if num_shards not in (None, self._num_shards)}
+
+    async def _spread_anew(self, others: set[int]) -> None:
+        """Jobs are spread over as many shards as this client has; they were over these numbers before.
+
+        Two steps, so that the number changes nowhere if there are jobs anywhere. One that came in between keeps its
+        shard's number; and by another number no shard takes a job.
+        """
+        shards = self._make_shards(max(self._num_shards, *others))
+        for num_shards, has_jobs in await of_all(shard.spreading() for shard in shards):
+            if has_jobs and num_shards != self._num_shards:
+                raise OtherShardsError(num_shards=num_shards or max(others), wanted=self._num_shards)
+        for num_shards in await of_all(shard.spread() for shard in shards):
+            if num_shards != self._num_shards:
+                raise OtherShardsError(num_shards=num_shards, wanted=self._num_shards)
+
+    def _make_shards(self, number: int) -> tuple[Shard, ...]:
+        make = functools.partial(Shard, self.redis, num_shards=self._num_shards, library=self._library)
+        return tuple(map(make, range(number)))
 
     def _part(self, limit: int | None) -> int | None:
         """One shard's part of a limit for all."""

@@ -36,11 +36,11 @@ __all__ = [
     "Primary",
     "RedisClient",
     "ServerAddress",
-    "answer_or_raise",
     "ask",
     "check_server",
     "connect",
     "least_replicas",
+    "of_all",
     "of_those_that_answer",
     "on_all_primaries",
     "on_each_primary",
@@ -377,11 +377,15 @@ async def of_those_that_answer(calls: Iterable[Awaitable[T]]) -> list[T]:
     """What the calls give to servers that are not away; if all are, the first call's error is raised."""
     answers = await asyncio.gather(*calls, return_exceptions=True)
     present = [answer for answer in answers if not isinstance(answer, QueueUnavailableError)]
-    return [answer_or_raise(answer) for answer in present or answers]
+    return [_answer_or_raise(answer) for answer in present or answers]
 
 
-def answer_or_raise(answer: T | BaseException) -> T:
-    """What a call gave that was gathered with its error."""
+async def of_all(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """What all calls give. All of them end before the first one's error is raised."""
+    return [_answer_or_raise(answer) for answer in await asyncio.gather(*calls, return_exceptions=True)]
+
+
+def _answer_or_raise(answer: T | BaseException) -> T:
     if isinstance(answer, BaseException):
         raise answer
     return answer

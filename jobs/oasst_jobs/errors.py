@@ -7,6 +7,7 @@ import redis.exceptions
 __all__ = [
     "JobNotAcceptedError",
     "LibraryMissingError",
+    "OtherShardsError",
     "PoisonedPromptError",
     "QueueError",
     "QueueFullError",
@@ -34,6 +35,7 @@ class UnavailableReason(StrEnum):
     MEMORY_FULL = "QUEUE_MEMORY_FULL"
     CLUSTER_DOWN = "QUEUE_CLUSTER_DOWN"
     NOT_REPLICATED = "QUEUE_NOT_REPLICATED"
+    SPREAD_OTHERWISE = "QUEUE_SPREAD_OTHERWISE"
 
 
 class QueueError(Exception):
@@ -50,6 +52,16 @@ class QueueUnavailableError(QueueError):
 
 class UnsupportedServerError(QueueError):
     """The server is too old, or set up so that it may drop jobs."""
+
+
+class OtherShardsError(QueueError):
+    """The queue has jobs that are spread over another number of shards."""
+
+    def __init__(self, *, num_shards: int, wanted: int) -> None:
+        super().__init__(
+            f"the queue's jobs are spread over {num_shards} shards, not {wanted}: name {num_shards} of them"
+            " (--queue-shards), or keep callers away until none of its jobs waits or runs"
+        )
 
 
 class LibraryMissingError(QueueError):

@@ -361,6 +361,43 @@ local function entries_after(shard, id, after)
 end
 
 ------------------------------------------------------------------------------------------------------------------------
+-- Shards
+--
+-- A job's shard follows from its id and the number of shards: by another number it is looked for where it is not. So
+-- each shard knows by which one its jobs came, and takes no job by another. The number changes while there are none.
+
+-- The number of shards that this one's jobs are spread over: the one given, if there was none before.
+local function spread_over(shard, num_shards)
+  local counters = key_of(shard, 'counters')
+  local known = redis.call('HGET', counters, 'num_shards')
+  if not known then
+    redis.call('HSET', counters, 'num_shards', num_shards)
+  end
+  return known or num_shards
+end
+
+local function has_jobs(shard)
+  return redis.call('EXISTS', key_of(shard, 'waiting_tokens'), key_of(shard, 'leases')) > 0
+end
+
+-- ARGV  1 number of shards that jobs are to be spread over from now on
+-- Returns the number that they are spread over: another one as long as jobs that came by it wait or run.
+local function spread(keys, args)
+  local shard = open_shard(keys)
+  if not has_jobs(shard) then
+    redis.call('HSET', key_of(shard, 'counters'), 'num_shards', args[1])
+  end
+  return tonumber(spread_over(shard, args[1]))
+end
+
+-- Returns {the number of shards that jobs are spread over, 0 if nobody has said, 1 if some wait or run, else 0}.
+local function spreading(keys)
+  local shard = open_shard(keys)
+  local num_shards = redis.call('HGET', key_of(shard, 'counters'), 'num_shards')
+  return { tonumber(num_shards or 0), has_jobs(shard) and 1 or 0 }
+end
+
+------------------------------------------------------------------------------------------------------------------------
 -- The gateway's side
 
 -- Whether one more of this size is too much. Whatever its size, one alone never is.
@@ -418,10 +455,12 @@ end
 --       of what may wait of the tenant:   16 jobs   17 tokens,   18 of tokens that may wait ahead of this job.
 --       19 choices   20 digest of tenant, model and prompt
 --       21 grace_ms: how long it runs on when nobody watches it any more
+--       22 number of shards that jobs are spread over
 --       11, 14 to 18 and 21 are empty for none, and so is 13 if nobody watches.
 -- Returns {'accepted', 1, 'waiting', jobs ahead, tokens ahead} for a new job,
 -- {'accepted', 0, state, jobs ahead, tokens ahead, Job bytes} for one that was there before, {'conflict'},
--- {'poisoned'}, {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens} or {'too_much_ahead', jobs, tokens}.
+-- {'poisoned'}, {'queue_full', jobs, tokens}, {'tenant_full', jobs, tokens}, {'too_much_ahead', jobs, tokens}, or
+-- {'spread_otherwise', number of shards} if that is another.
 local function enqueue(keys, args)
   local shard = open_shard(keys)
   local job = {
@@ -450,6 +489,10 @@ local function enqueue(keys, args)
     return { 'accepted', 0, known.state, jobs_ahead, tokens_ahead, known.job }
   end
 
+  local num_shards = spread_over(shard, args[22])
+  if num_shards ~= args[22] then
+    return { 'spread_otherwise', tonumber(num_shards) }
+  end
   if redis.call('EXISTS', job.poison_key) == 1 then
     return { 'poisoned' }
   end
@@ -1182,6 +1225,8 @@ local function register(name, callback, flags)
   redis.register_function{ function_name = 'oasst_' .. name .. '_' .. VERSION, callback = callback, flags = flags }
 end
 
+register('spreading', spreading, { 'no-writes' })
+register('spread', spread, { 'allow-oom' })
 register('enqueue', enqueue, {})
 register('attach', attach, { 'allow-oom' })
 register('status', status, { 'no-writes' })

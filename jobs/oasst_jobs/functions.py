@@ -141,11 +141,26 @@ class Shard:
     unknown, and it may be made again with the same arguments.
     """
 
-    def __init__(self, redis: RedisClient, number: int = 0, *, library: FunctionLibrary = LIBRARY) -> None:
+    def __init__(
+        self, redis: RedisClient, number: int = 0, *, num_shards: int = 1, library: FunctionLibrary = LIBRARY
+    ) -> None:
         self.keys = ShardKeys(number)
+        self._num_shards = num_shards
         self._redis = redis
         self._library = library
         self._calls: set[asyncio.Task[Any]] = set()
+
+    async def spreading(self) -> tuple[int | None, bool]:
+        """The number of shards that jobs are spread over, if anybody has said, and whether any wait or run here."""
+        num_shards, has_jobs = await self._call("spreading")
+        return num_shards or None, bool(has_jobs)
+
+    async def spread(self) -> int:
+        """Jobs are spread over as many shards as this client has from now on, if none waits or runs here.
+
+        Tells the number that holds now.
+        """
+        return int(await self._call("spread", self._num_shards))
 
     async def enqueue(self, submission: Submission) -> Submitted:
         """Puts a job into the queue, or adds the gateway to the watchers of the one that is there.
@@ -178,9 +193,13 @@ class Shard:
             max(job.n, 1),
             _prompt_digest(job),
             _or_empty(submission.grace_ms),
+            self._num_shards,
             durability=submission.durability,
         )
         match verdict:
+            case b"spread_otherwise":
+                message = f"the queue's jobs are spread over {about[0]} shards, not {self._num_shards}"
+                raise QueueUnavailableError(UnavailableReason.SPREAD_OTHERWISE, message)
             case b"conflict":
                 raise RequestConflictError(job.job_id)
             case b"poisoned":

@@ -51,7 +51,8 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  by whoever loads another version. Goes after an hour without sweep.
 `oasst:{0}:counters`             hash. `swept_ms` and `swept_run`: when and in which run of the server the last sweep
                                  was (sweep); `walked_ms` and cursors of the walk, and `must_recount` when an index had
-                                 an id without a job (claim, reconcile). Never goes.
+                                 an id without a job (claim, reconcile); `num_shards`: how many shards the queue's jobs
+                                 are spread over (enqueue, spread). Never goes.
 
 Fields of a job hash. All times are milliseconds of Redis's own clock.
 

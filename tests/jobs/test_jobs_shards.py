@@ -12,6 +12,8 @@ from oasst_jobs import (
     Claimer,
     Inbox,
     JobNotAcceptedError,
+    JobState,
+    OtherShardsError,
     PushItem,
     PushStatus,
     QueueClient,
@@ -221,6 +223,71 @@ async def test_repairs_are_counted_while_a_shard_is_away(
     reconciler = Reconciler(lame_client, interval_s=0.0)
     assert await reconciler.walk() == 1
     assert reconciler.num_repairs == 1
+
+
+async def test_jobs_are_found_by_the_number_of_shards_that_they_came_by_and_no_other(
+    redis_client: redis.asyncio.Redis, client: QueueClient, submitter: Submitter, claimer: Claimer
+) -> None:
+    jobs = await submit(submitter, 30)
+    claims = [claimed for _ in range(NUM_SHARDS) for claimed in await claimer.claim(max_jobs=30, max_tokens=10_000)]
+    # Only the last shard holds a job still, and it runs.
+    last = next(claim for claim in claims if client.shard_number(claim.job_id) == NUM_SHARDS - 1)
+    for job in jobs:
+        if job.job_id != last.job_id:
+            await submitter.cancel(job.job_id)
+
+    for num_shards in (1, 8):
+        other = QueueClient(redis_client, num_shards=num_shards)
+        with pytest.raises(OtherShardsError, match=f"3 shards, not {num_shards}: name 3 of them"):
+            await other.check_server()
+        with pytest.raises(OtherShardsError):
+            await other.check_shards()
+        new = next(job for job in map(make_job, "abcdefghijkl") if other.shard_number(job.job_id) == 0)
+        with pytest.raises(QueueUnavailableError) as refused:
+            await Submitter(other, gateway_id="other", limits=UNLIMITED).submit(new, digest=b"", timeout_ms=None)
+        assert refused.value.reason is UnavailableReason.SPREAD_OTHERWISE
+    await client.check_server()
+    assert await submitter.cancel(last.job_id) is JobState.CANCELLED
+
+
+@pytest.mark.parametrize("num_shards", [1, 8])
+async def test_an_empty_queue_takes_another_number_of_shards_and_jobs_by_no_other(
+    redis_client: redis.asyncio.Redis, client: QueueClient, submitter: Submitter, claimer: Claimer, num_shards: int
+) -> None:
+    for job in await submit(submitter, 30):
+        await submitter.cancel(job.job_id)
+    other = QueueClient(redis_client, num_shards=num_shards)
+    with pytest.raises(OtherShardsError):
+        await other.check_shards()  # Whoever only looks changes nothing.
+    await asyncio.gather(*(other.check_server() for _ in range(5)))
+    await other.check_shards()
+    for number in range(10):
+        with pytest.raises(QueueUnavailableError):
+            await submitter.submit(make_job(f"by another {number}"), digest=b"", timeout_ms=None)
+    for number in range(10):
+        job, gateway = make_job(f"by this one {number}"), Submitter(other, gateway_id="gateway", limits=UNLIMITED)
+        await gateway.submit(job, digest=b"", timeout_ms=None)
+    assert len(await claim_all(Claimer(other, worker_id="worker", model=MODEL))) == 10
+
+
+async def test_a_shard_that_is_away_keeps_the_queue_from_another_number(
+    lame: PartlyAway, lame_client: QueueClient, submitter: Submitter
+) -> None:
+    await submit(submitter, 30)
+    lame.away = "oasst:{2}"
+    with pytest.raises(QueueUnavailableError):
+        await QueueClient(lame, num_shards=2).check_server()
+    await lame_client.check_server()
+
+
+async def test_jobs_of_an_older_release_are_taken_to_be_spread_as_whoever_starts_first_has_it(
+    redis_client: redis.asyncio.Redis, client: QueueClient, submitter: Submitter, claimer: Claimer
+) -> None:
+    jobs = await submit(submitter, 30)
+    for shard in client.shards:
+        await redis_client.hdel(f"{shard.keys.root}:counters", "num_shards")
+    await client.check_server()
+    assert len(await claim_all(claimer)) == len(jobs)
 
 
 async def test_whoever_starts_while_a_shard_is_away_goes_on_with_the_others(

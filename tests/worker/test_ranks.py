@@ -20,6 +20,7 @@ from oasst_worker.model.kernels import load_kernels
 from oasst_worker.model.ranks import ConnectedRanks, ExchangeError, Share
 from oasst_worker.model.weights import load_weights
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build_executor
+from oasst_worker.runtime import ranks as ranks_module
 from oasst_worker.runtime.memory import machine_bytes
 from oasst_worker.runtime.placement import weight_bytes
 from oasst_worker.runtime.ranks import Command, LostRankError, RankProcesses, SplitModel, pack_rows, unpack_rows
@@ -321,6 +322,29 @@ def test_a_rank_that_does_not_listen_ends_with_the_worker_that_tells_it(folder):
     assert not ending.is_alive()
     assert len(failures) == 1
     assert not ranks.lost.done()
+
+
+def test_ranks_that_do_not_end_are_waited_for_together_and_then_killed(monkeypatch):
+    """As if each were inside an exchange with one that is gone."""
+    ranks = RankProcesses(4, {})
+    processes = [*ranks._processes.values()]
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    now_s, waited_s, wait = 0.0, [], subprocess.Popen.wait
+
+    def wait_in_vain(process, timeout=None):
+        nonlocal now_s
+        if timeout is None:
+            return wait(process)
+        now_s += timeout
+        waited_s.append(timeout)
+        raise subprocess.TimeoutExpired("", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_in_vain)
+    monkeypatch.setattr(ranks_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    ranks.close()
+    assert sum(waited_s) == ranks_module._ENDING_S
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 3
 
 
 @pytest.fixture(scope="module", params=[{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bf16", "int8"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
@@ -126,12 +127,13 @@ class RankProcesses:
         for process in self._processes.values():
             with suppress(OSError):  # What was written last found nobody.
                 _pipe(process.stdin).close()
+        deadline_s = time.monotonic() + _ENDING_S
         for process in self._processes.values():
-            try:
-                process.wait(_ENDING_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with suppress(subprocess.TimeoutExpired):  # It may be waiting for a rank that is gone.
+                process.wait(max(0.0, deadline_s - time.monotonic()))
+        self.kill()
+        for process in self._processes.values():
+            process.wait()
             _pipe(process.stdout).close()
         self._meeting_folder.cleanup()
 

@@ -82,13 +82,13 @@ def test_a_worker_without_gpus_asks_for_none(render: Render) -> None:
     assert environment_of(worker)["OASST_WORKER_DEVICE"] == "cpu"
 
 
-@pytest.mark.parametrize("limits", [None, {"memory": None}], ids=str)
+@pytest.mark.parametrize("resources", [None, {"limits": None}, {"limits": {"memory": None}}], ids=str)
 @pytest.mark.parametrize("gpus", [0, 4])
-def test_a_worker_need_not_have_a_limit_of_memory(render: Render, gpus: int, limits: dict[str, None] | None) -> None:
-    values = {"gpus": gpus, "resources": {"limits": limits}}
+def test_a_worker_need_not_have_a_limit_of_memory(render: Render, gpus: int, resources: dict[str, Any] | None) -> None:
+    values = {"gpus": gpus, "resources": resources}
     [worker] = pod_of(render(worker=values), "StatefulSet", "worker")["containers"]
-    assert worker["resources"]["requests"] == {"cpu": "2", "memory": "8Gi"}
-    assert (worker["resources"].get("limits") or {}) == ({"nvidia.com/gpu": 4} if gpus else {})
+    assert worker["resources"].get("requests") == (resources and {"cpu": "2", "memory": "8Gi"})
+    assert worker["resources"].get("limits", {}) == ({"nvidia.com/gpu": 4} if gpus else {})
 
 
 def test_a_worker_that_has_loaded_its_model_waits_for_the_queue_as_long_as_its_start_may_take(render: Render) -> None:

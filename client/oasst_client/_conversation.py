@@ -10,7 +10,7 @@ from oasst_client._client import Client, CompletionStream
 from oasst_client._files import write_atomically
 from oasst_client._transcript import parse_transcript, render_transcript
 from oasst_client._types import ChatOptions, Completion, Message, MessageLike, Role
-from oasst_client._wire import message_from
+from oasst_client._wire import message_from, submit_request
 
 __all__ = ["AsyncConversation", "Conversation"]
 
@@ -364,10 +364,19 @@ def _parse_saved(saved: str) -> tuple[list[MessageLike], ChatOptions]:
             raise ValueError(f"its format is {content['format']!r}")
         if content["version"] != _VERSION:
             raise ValueError(f"it has version {content['version']!r} of the format; this client knows {_VERSION}")
-        options: ChatOptions = content["options"]
-        if "logit_bias" in options:
-            # The keys of a JSON object are strings.
-            options["logit_bias"] = {int(token_id): bias for token_id, bias in options["logit_bias"].items()}
-        return [message_from(each) for each in content["messages"]], options
+        options = _parse_options(content["options"])
+        messages: list[MessageLike] = [message_from(each) for each in content["messages"]]
+        submit_request(messages, None, None, options)  # Raises for what no request can carry.
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"this is no saved conversation: {error}") from error
+    return messages, options
+
+
+def _parse_options(saved: Any) -> ChatOptions:
+    if not isinstance(saved, dict):
+        raise ValueError("its options are no object")
+    options: Any = saved.copy()
+    if isinstance(bias := saved.get("logit_bias"), dict):
+        # The keys of a JSON object are strings.
+        options["logit_bias"] = {int(token_id): value for token_id, value in bias.items()}
+    return options  # type: ignore[no-any-return]  # Checked by whoever makes a request of them.

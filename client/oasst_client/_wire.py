@@ -201,6 +201,8 @@ def _fill(target: ProtoMessage, given: Mapping[str, object], names: Sequence[str
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} seconds are no duration")
     duration = duration_pb2.Duration()
     duration.FromMicroseconds(round(seconds * 1e6))
     return duration

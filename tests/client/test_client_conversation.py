@@ -1,5 +1,7 @@
 """Conversations keep their turns, whole exchanges only."""
 
+import json
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -142,6 +144,26 @@ def test_a_conversation_that_cannot_be_saved_leaves_the_file_as_it_was(echo, tmp
     Conversation(echo, messages=[("user", "Who?")]).save(link)
     assert "Who?" in file.read_text()
     assert (link.is_symlink(), file.stat().st_mode & 0o777) == (True, 0o600)
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ({"options": []}, "its options are no object"),
+        ({"options": {"messages": []}}, "unknown options: messages"),
+        ({"options": {"foo": 1}}, "unknown options: foo"),
+        ({"options": {"logit_bias": [1]}}, "logit_bias"),
+        ({"options": {"logit_bias": {"a": 1}}}, "invalid literal"),
+        ({"options": {"temperature": "hot"}}, "temperature: must be real number"),
+        ({"options": {"timeout_s": "long"}}, "must be real number"),
+        ({"options": {"detach_grace_s": math.inf}}, "inf seconds are no duration"),
+        ({"messages": [{"role": "user", "content": 5}]}, "bad argument type"),
+    ],
+)
+def test_a_saved_conversation_that_no_request_can_carry_is_refused(echo, part, complaint):
+    saved = {"format": "oasst-conversation", "version": 1, "options": {}, "messages": [], **part}
+    with pytest.raises(ValueError, match=f"this is no saved conversation: .*{complaint}"):
+        Conversation.from_json(echo, json.dumps(saved))
 
 
 @pytest.mark.parametrize(

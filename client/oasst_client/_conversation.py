@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 from oasst_client._async_client import AsyncClient, AsyncCompletionStream
 from oasst_client._client import Client, CompletionStream
@@ -364,19 +364,14 @@ def _parse_saved(saved: str) -> tuple[list[MessageLike], ChatOptions]:
             raise ValueError(f"its format is {content['format']!r}")
         if content["version"] != _VERSION:
             raise ValueError(f"it has version {content['version']!r} of the format; this client knows {_VERSION}")
-        options = _parse_options(content["options"])
+        if not isinstance(content["options"], dict):
+            raise ValueError("its options are no object")
+        options = cast(ChatOptions, content["options"])
+        if "logit_bias" in options:
+            # The keys of a JSON object are strings.
+            options["logit_bias"] = {int(token_id): bias for token_id, bias in dict(options["logit_bias"]).items()}
         messages: list[MessageLike] = [message_from(each) for each in content["messages"]]
         submit_request(messages, None, None, options)  # Raises for what no request can carry.
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"this is no saved conversation: {error}") from error
     return messages, options
-
-
-def _parse_options(saved: Any) -> ChatOptions:
-    if not isinstance(saved, dict):
-        raise ValueError("its options are no object")
-    options: Any = saved.copy()
-    if isinstance(bias := saved.get("logit_bias"), dict):
-        # The keys of a JSON object are strings.
-        options["logit_bias"] = {int(token_id): value for token_id, value in bias.items()}
-    return options  # type: ignore[no-any-return]  # Checked by whoever makes a request of them.

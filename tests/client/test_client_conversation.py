@@ -152,7 +152,7 @@ def test_a_conversation_that_cannot_be_saved_leaves_the_file_as_it_was(echo, tmp
         ({"options": []}, "its options are no object"),
         ({"options": {"messages": []}}, "unknown options: messages"),
         ({"options": {"foo": 1}}, "unknown options: foo"),
-        ({"options": {"logit_bias": [1]}}, "logit_bias"),
+        ({"options": {"logit_bias": [1]}}, "cannot convert"),
         ({"options": {"logit_bias": {"a": 1}}}, "invalid literal"),
         ({"options": {"temperature": "hot"}}, "temperature: must be real number"),
         ({"options": {"timeout_s": "long"}}, "must be real number"),

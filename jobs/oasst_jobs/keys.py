@@ -13,7 +13,8 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
                                  waits in a queue of its own: wherever a model is named here, that is
                                  `<model>:scoring`.
 `oasst:{0}:waiting_tokens`       hash. Model -> tokens its waiting jobs ask for. Written with `waiting`, read by
-                                 enqueue, attach, status and load. A field goes with the model's last waiting job.
+                                 enqueue, attach, status, load, reconcile and spread. A field goes with the model's last
+                                 waiting job.
 `oasst:{0}:tenants:<model>`      hash. Tenant -> its jobs that wait for the model. As `tenant_jobs`.
 `oasst:{0}:tenant_jobs`          hash. Tenant -> its waiting jobs. Written with `waiting`, read by enqueue. A field
                                  goes with the tenant's last waiting job.
@@ -24,13 +25,14 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:flows:<model>`        sorted set. Virtual time: `now`, and where each tenant's last job of a lane ends, as
                                  `<lane><tenant>`. Written by enqueue, claim and whatever ends a job. A tenant that is
                                  past goes with the next claim, the key after an hour without enqueue and claim.
-`oasst:{0}:leases`               sorted set. Running jobs by end of their lease (ms). Written by claim and push, read by
-                                 sweep. Gone when empty.
-`oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue, read
-                                 by sweep. Gone when empty.
+`oasst:{0}:leases`               sorted set. Running jobs by end of their lease (ms). Written by claim, push, sweep (an
+                                 amnesty, or leases that are too long), reconcile and whatever takes a job from its
+                                 worker, read by sweep and spread. Gone when empty.
+`oasst:{0}:deadlines`            sorted set. Jobs that have not ended by their deadline (ms). Written by enqueue,
+                                 reconcile and whatever ends a job, read by sweep. Gone when empty.
 `oasst:{0}:watched`              sorted set. Jobs that end when nobody watches them any more, by when that is (ms) if
-                                 nobody says otherwise. Written by enqueue, attach, keep_watching, unwatch and
-                                 reconcile, read by sweep. Gone when empty.
+                                 nobody says otherwise. Written by enqueue, attach, keep_watching, unwatch, sweep (an
+                                 amnesty), reconcile and whatever ends a job, read by sweep. Gone when empty.
 `oasst:{0}:claim:<worker>`       string. The worker's last claim: its id, then the job ids. Written and read by claim.
                                  Goes after one lease.
 `oasst:{0}:wake:<model>`         list. At most one token: there is work. Written by enqueue, release, sweep and claim,
@@ -42,7 +44,8 @@ made again from the hashes. `functions.lua` makes the same names from the shard'
 `oasst:{0}:heartbeats`           sorted set. Workers by their last heartbeat (ms). As `workers`.
 `oasst:{0}:suspects:<worker>`    set. Jobs the worker claimed and has no token of: they may be what kills it. Written by
                                  claim, push and whatever takes a job from its worker, read by sweep. Gone when empty,
-                                 else two minutes after the worker's last claim or renewal.
+                                 else two minutes after the worker's last claim or renewal, or one lease after the first
+                                 of its leases that lapsed.
 `oasst:{0}:dead`                 sorted set. Jobs that killed their workers, by time of death (ms). Written by sweep and
                                  revive, read by dead and load. An entry goes with its job, after a day.
 `oasst:{0}:poison:<digest>`      string. A dead job's id, by digest of its tenant, model and prompt. Written by sweep,

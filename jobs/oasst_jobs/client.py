@@ -4,7 +4,7 @@ import asyncio
 import functools
 import zlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, compress
 from typing import TypeVar
@@ -131,14 +131,11 @@ class QueueClient:
         Tells which of those that may still run do not name it as a watcher, of the shards that answer. Raises
         QueueUnavailableError only when none does.
         """
-        by_shard: dict[Shard, list[str]] = defaultdict(list)
-        for job_id in job_ids:
-            by_shard[self.shard_of(job_id)].append(job_id)
+        by_shard = self._by_shard(job_ids, lambda job_id: job_id)
 
         async def keep_watching(shard: Shard) -> list[str]:
             unwatched: list[str] = []
-            for start in range(0, len(by_shard[shard]), WATCHED_PER_CALL):
-                part = by_shard[shard][start : start + WATCHED_PER_CALL]
+            for part in _parts(by_shard[shard], WATCHED_PER_CALL):
                 unwatched += compress(part, await shard.keep_watching(gateway_id, part))
             return unwatched
 
@@ -176,21 +173,28 @@ class QueueClient:
         )
 
     async def push(self, worker_id: str, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:
-        """Applies any number of items."""
+        """Applies any number of items, and tells their statuses in the same order."""
+        statuses: dict[int, PushStatus] = {}
+        by_shard = self._by_shard(range(len(items)), lambda index: items[index].job_id)
 
-        async def push(shard: Shard, part: Sequence[PushItem]) -> list[PushStatus]:
-            return await shard.push(worker_id, part, lease_ms=lease_ms)
+        async def push(shard: Shard) -> None:
+            for part in _parts(by_shard[shard], PUSH_ITEMS_PER_CALL):
+                answers = await shard.push(worker_id, [items[index] for index in part], lease_ms=lease_ms)
+                statuses.update(zip(part, answers, strict=True))
 
-        return await self._by_shard(items, lambda item: item.job_id, push, per_call=PUSH_ITEMS_PER_CALL)
+        await of_all(map(push, by_shard))
+        return [statuses[index] for index in range(len(items))]
 
     async def release(self, claims: Sequence[tuple[str, str]]) -> None:
         """Gives back jobs by id and fence."""
 
-        async def release(shard: Shard, part: Sequence[tuple[str, str]]) -> list[None]:
-            await shard.release(part)
-            return [None] * len(part)
+        by_shard = self._by_shard(claims, lambda claim: claim[0])
 
-        await self._by_shard(claims, lambda claim: claim[0], release, per_call=PUSH_ITEMS_PER_CALL)
+        async def release(shard: Shard) -> None:
+            for part in _parts(by_shard[shard], PUSH_ITEMS_PER_CALL):
+                await shard.release(part)
+
+        await of_all(map(release, by_shard))
 
     async def wait_for_wake(self, model: str, timeout_s: float) -> None:
         """Returns when a job of the model was queued, and at the latest after the timeout or MAX_BLOCK_S.
@@ -261,26 +265,13 @@ class QueueClient:
             tokens_ahead=placed.tokens_ahead * len(self.shards),
         )
 
-    async def _by_shard(
-        self,
-        items: Sequence[T],
-        job_id_of: Callable[[T], str],
-        call: Callable[[Shard, Sequence[T]], Awaitable[list[R]]],
-        *,
-        per_call: int,
-    ) -> list[R]:
-        """The answers to all items, each asked of its job's shard; in the order of the items."""
-        indices: dict[int, list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            indices[self.shard_number(job_id_of(item))].append(index)
+    def _by_shard(self, things: Iterable[T], job_id_of: Callable[[T], str]) -> dict[Shard, list[T]]:
+        by_shard: dict[Shard, list[T]] = defaultdict(list)
+        for thing in things:
+            by_shard[self.shard_of(job_id_of(thing))].append(thing)
+        return by_shard
 
-        async def ask(number: int) -> list[tuple[int, R]]:
-            answers: list[tuple[int, R]] = []
-            for start in range(0, len(indices[number]), per_call):
-                part = indices[number][start : start + per_call]
-                answered = await call(self.shards[number], [items[index] for index in part])
-                answers += zip(part, answered, strict=True)
-            return answers
 
-        answers = dict(chain.from_iterable(await asyncio.gather(*map(ask, indices))))
-        return [answers[index] for index in range(len(items))]
+def _parts(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(things), size):
+        yield things[start : start + size]

@@ -60,16 +60,17 @@ class HeldJob(ABC):
         """Somebody waits for its first news, or for its end."""
         return self.has_ended or (self.has_news and not self._has_logged)
 
-    @abstractmethod
     def kv_tokens_expected(self, lookahead_tokens: int, *, block_size: int) -> int:
         """Positions of KV cache that it keeps from others once each choice has generated `lookahead_tokens` more.
 
-        They are whole blocks, and the engine keeps one free for each choice beside those it has.
+        They are whole blocks, and the engine keeps one free for each choice beside those it has. What scores keeps
+        none: it makes room for whatever generates.
         """
+        return 0
 
-    @abstractmethod
     def take(self, output: Any, *, now_s: float) -> None:  # Any: an output of its own kind of parts.
         """The output is part of the next item. Outputs of parts that have ended change nothing."""
+        raise NotImplementedError("it has no parts")
 
     def end_spans(self, outcome: str) -> None:
         """The job has left this worker: by its own outcome, released, abandoned to its lease, or lost by a status."""
@@ -98,12 +99,12 @@ class HeldJob(ABC):
             renews=renews,
         )
 
-    @abstractmethod
     def _next_entry(self) -> LogEntry | None:
         """What no item has carried yet, of the positions that follow; None if there is nothing."""
+        return None
 
-    @abstractmethod
-    def _finished(self) -> Finished: ...
+    def _finished(self) -> Finished:
+        raise NotImplementedError("it can only fail")
 
     @abstractmethod
     def _usage(self) -> Usage: ...

@@ -86,9 +86,6 @@ class ScoringJob(HeldJob):
     def has_news(self) -> bool:
         return self._end_position in self._scores or self.has_ended
 
-    def kv_tokens_expected(self, lookahead_tokens: int, *, block_size: int) -> int:
-        return 0  # It makes room for whatever generates.
-
     def take(self, output: ScoredRunOutput, *, now_s: float) -> None:
         if self.failed is not None:
             return

@@ -1,10 +1,12 @@
 """A checkpoint comes into memory once, tells how far it is, and is converted once where that was asked for."""
 
+import gc
 import json
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,11 @@ import pytest
 import torch
 from oasst_worker import loading
 from oasst_worker.loading import load_model
+from oasst_worker.model import weights as weights_module
 from oasst_worker.model.config import CheckpointError, load_config
 from oasst_worker.model.conversion import convert_bin
 from oasst_worker.model.ranks import Share
+from oasst_worker.model.shards import StoredTensors
 from oasst_worker.model.weights import load_weights, open_weights
 from oasst_worker.progress import LoadingProgress
 from oasst_worker.runtime import RuntimeOptions, UnsupportedOptionError, build, build_executor
@@ -112,6 +116,21 @@ def test_a_layer_is_read_when_it_is_its_turn(make_checkpoint):
     next(layers)
     assert of_first > 0
     assert read[-1] == before + 2 * of_first
+
+
+def test_a_model_in_memory_lets_go_of_the_checkpoints_files(make_checkpoint, monkeypatch):
+    readers: list[weakref.ref[StoredTensors]] = []
+
+    def open_watched(folder):
+        stored = StoredTensors(folder)
+        readers.append(weakref.ref(stored))
+        return stored
+
+    monkeypatch.setattr(weights_module, "StoredTensors", open_watched)
+    runner = build_executor(make_checkpoint(), RuntimeOptions(device="cpu", threads=1, kv_tokens=64))
+    gc.collect()
+    assert [reader() for reader in readers] == [None]
+    assert runner.model.is_on_one_device
 
 
 @pytest.mark.parametrize("share", [Share(), Share(1, 4)])

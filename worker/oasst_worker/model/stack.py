@@ -40,9 +40,9 @@ class LayerStack:
         self._device = torch.empty(0, device=run.place.device).device  # With its number, if it has one.
         share_config = replace(ranks.share.of_config(config), num_layers=run.place.num_layers)
         self._attention = make_attention(share_config, dtype=dtype, device=self._device)
-        self._weights = run.weights
         self._make_layers = partial(_Layers, config, make_linear, self._attention, ranks)
         self._kept = self._make_layers(run.weights) if run.place.is_kept else None
+        self._unkept = () if run.place.is_kept else run.weights  # They hold the checkpoint's files open.
 
     @property
     def compiled(self) -> CompiledLayers | None:
@@ -71,7 +71,7 @@ class LayerStack:
 
     def first_layer(self) -> LayerParts:
         """What the first layer is made of."""
-        layers = self._kept or self._make_layers(islice(self._weights, 1))
+        layers = self._kept or self._make_layers(islice(self._unkept, 1))
         return layers.layers[0].parts
 
     def make_cache(self, num_blocks: int) -> Tensor:
@@ -83,7 +83,7 @@ class LayerStack:
         hidden, inputs = hidden.to(self._device), inputs.to(self._device)
         if self._kept:
             return self._kept(hidden, inputs, cache)
-        for weights, layer_cache in zip(self._weights, torch.split(cache, 1), strict=True):
+        for weights, layer_cache in zip(self._unkept, torch.split(cache, 1), strict=True):
             hidden = self._make_layers([weights])(hidden, inputs, layer_cache)
         return hidden
 

@@ -22,6 +22,7 @@ __all__ = [
     "Temperature",
     "TopK",
     "TopP",
+    "check_writable",
     "chosen_profile",
     "connected",
     "given_options",
@@ -93,6 +94,19 @@ def text_or_stdin(text: str | None) -> str:
     except UnicodeError as error:
         raise typer.BadParameter(f"{'standard input' if text is None else 'the text'} is not UTF-8") from error
     return text
+
+
+def check_writable(out: Path) -> None:
+    """The file can be written: asked before the work that it is to hold.
+
+    Raises:
+        BadParameter: it cannot.
+    """
+    try:
+        with out.open("a"):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"{out} cannot be written: {error.strerror}", param_hint="--out") from error
 
 
 def given_options(

@@ -163,6 +163,15 @@ def test_a_benchmark_sends_its_load_and_measures_all_of_it(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
 
 
+@pytest.mark.parametrize(("option", "place"), [("--out", "."), ("--out", "missing/file"), ("--plots", "file/inside")])
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, option, place):
+    (tmp_path / "file").touch()
+    with FakeServer() as server:
+        result = run(option, tmp_path / place, "--address", server.address)
+    assert (result.exit_code, server.requests) == (2, [])
+    assert option in result.stderr
+
+
 def test_refusals_are_measured_and_told_by_the_exit_code():
     full = OverloadedError("full", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after_s=30)
     with FakeServer("a b", full) as server:

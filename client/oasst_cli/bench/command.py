@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ from oasst_cli.options import (
     Preset,
     ProfileName,
     Temperature,
+    check_writable,
     chosen_profile,
     given_options,
     json_line,
@@ -116,8 +118,10 @@ def bench(
         raise typer.BadParameter("--shared-prefix is for random prompts; leave out --prompts")
     if any(each <= 0 for each in rate or ()):
         raise typer.BadParameter("must be above 0", param_hint="--rate")
-    if out and not out.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
+    if out:
+        check_writable(out)
+    if plots:
+        _make_folder(plots)
     # Each load once: a load is known by its name.
     loads: list[Load] = [OpenLoad(each, burstiness) for each in dict.fromkeys(rate or ())]
     loads += [ClosedLoad(each) for each in dict.fromkeys(concurrency or ())]
@@ -137,19 +141,34 @@ def bench(
             served = client.model("" if overhead else model or "")
         workload = file or RandomPrompts(served, prompt_lengths, output_lengths, shared_prefix, seed)
         summaries, records = _measure(reached, plan, workload)
+    # Told first: files may fail, for example on a full disk.
+    console = Console(highlight=False)
+    if as_json:
+        print(json_line([summary.to_json() for summary in summaries]), flush=True)
+    else:
+        print_summaries(console, summaries, limits_s=plan.limits_s)
     if out:
         out.write_text(json_line(_document(served, summaries, records)), encoding="utf-8")
     title = "the load generator itself" if overhead else f"{served.name} at {reached.address}"
-    drawn = draw_plots(plots, title, summaries, records) if plots else []
-    if as_json:
-        print(json_line([summary.to_json() for summary in summaries]))
-    else:
-        console = Console(highlight=False)
-        print_summaries(console, summaries, limits_s=plan.limits_s)
-        for path in drawn:
+    for path in draw_plots(plots, title, summaries, records) if plots else ():
+        if not as_json:
             console.print(f"drawn: {path}", soft_wrap=True)
     if any(summary.errors for summary in summaries):
         raise typer.Exit(Exit.FAILED)
+
+
+def _make_folder(plots: Path) -> None:
+    """The folder is there, and files can be made in it: asked before the work whose pictures it is to hold.
+
+    Raises:
+        BadParameter: it cannot be made, or they cannot.
+    """
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=plots):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"{plots} cannot be written: {error.strerror}", param_hint="--plots") from error
 
 
 def _limits(given: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from oasst_cli.eval.run import HarnessError, check_harness, run_tasks
 from oasst_cli.eval.screen import mean, print_suite
 from oasst_cli.eval.suite import SUITES, Suite, SuiteScore
 from oasst_cli.exits import Exit
-from oasst_cli.options import Address, AsJson, ModelName, ProfileName, json_line
+from oasst_cli.options import Address, AsJson, ModelName, ProfileName, check_writable, json_line
 
 __all__ = ["evaluate"]
 
@@ -54,7 +54,7 @@ def evaluate(
     except HarnessError as error:
         raise typer.BadParameter(str(error)) from error
     if out:
-        _check_writable(out)
+        check_writable(out)
     from oasst_cli.eval.model import OasstLM  # The harness is heavy, and not in the extra `cli`.
 
     served = OasstLM(address, profile, model or "", num_concurrent=concurrency)
@@ -69,19 +69,6 @@ def evaluate(
         print_suite(Console(highlight=False), chosen, scores, model=served.model_name, limit=limit)
     if out:
         out.write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _check_writable(out: Path) -> None:
-    """The file can be written: asked before the hours of work that it is to hold.
-
-    Raises:
-        BadParameter: it cannot.
-    """
-    try:
-        with out.open("a"):
-            pass
-    except OSError as error:
-        raise typer.BadParameter(f"{out} cannot be written: {error.strerror}", param_hint="--out") from error
 
 
 def _chosen(name: str, only: list[str] | None) -> Suite:

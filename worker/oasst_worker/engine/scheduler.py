@@ -51,8 +51,8 @@ class Scheduler:
       stays free. What the blocks of others know of its beginning it does not compute again; what others are about to
       compute it waits for.
     - When a running sequence needs a block and none is free, a younger one gives all its blocks back and is computed
-      again later: the one that has the least to compute again. It keeps its place by arrival. None is preempted for a
-      younger one, so the oldest always ends, and then the next.
+      again later: the one that has the least to compute again. It keeps its place by arrival. None that generates is
+      preempted for a younger one, so the oldest always ends, and then the next.
     - When the device had no memory for a batch, the younger half waits in the same way, and steps are smaller for a
       while.
     - What is to be scored comes behind all that: it takes no slot, waits for nobody's block but its own kind's, and is

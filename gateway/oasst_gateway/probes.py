@@ -24,6 +24,6 @@ def serving_probes(listen: str, condition: Condition, registry: CollectorRegistr
     try:
         server = ProbeServer(listen, condition, registry)
     except OSError as error:
-        raise StartError(f"cannot listen on {listen} for metrics: {error.strerror}") from error
+        raise StartError(f"cannot listen on {listen} for metrics: {error.strerror or error}") from error
     with closing(server):
         yield server.address

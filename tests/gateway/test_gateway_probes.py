@@ -8,11 +8,15 @@ import urllib.request
 from http import HTTPStatus
 from pathlib import Path
 
+import pytest
 from certificates import Authority
 from gateway_harness import Gateway, start_gateway
+from oasst_gateway.errors import StartError
 from oasst_gateway.health import Health
 from oasst_gateway.model import ServedModel
+from oasst_gateway.probes import serving_probes
 from oasst_telemetry import Check
+from prometheus_client import CollectorRegistry
 from valkey_server import ValkeyServer
 from waiting import until
 
@@ -30,6 +34,14 @@ async def wait_until(gateway: Gateway, path: str, status: HTTPStatus) -> None:
         return await asyncio.to_thread(ask, gateway, path) == status
 
     await until(is_answered, f"{path} to answer {status}")
+
+
+def test_a_socket_path_that_is_too_long_is_told_as_such() -> None:
+    with (
+        pytest.raises(StartError, match=r"cannot listen on unix:/tmp/x+ for metrics: .*too long"),
+        serving_probes(f"unix:/tmp/{'x' * 120}", Health(), CollectorRegistry()),
+    ):
+        pass
 
 
 async def test_without_its_queue_a_gateway_is_alive_but_not_ready(gateway: Gateway, valkey: ValkeyServer) -> None:

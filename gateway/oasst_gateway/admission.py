@@ -28,6 +28,7 @@ __all__ = ["Admission", "Outlook", "SpeedEstimate"]
 _MIN_RETRY_AFTER_S = 0.2
 _MAX_RETRY_AFTER_S = 30.0
 _RETRY_AFTER_WITHOUT_SPEED_S = 1.0
+_RETRY_AFTER_WITHOUT_WORKER_S = 1.0
 # In a flood, more calls at once would only wait for each other's connections, and then fail for having waited.
 _SUBMISSIONS_AT_ONCE = 32
 _LONGEST_TOLD_WAIT_S = 86_400.0
@@ -189,7 +190,7 @@ class Admission:
         remaining_s = None if prepared.timeout_ms is None else prepared.timeout_ms / 1000
         is_too_soon = not outlook.has_workers and remaining_s is not None and remaining_s < self._worker_wait_s
         if is_too_soon and not await arrival.has_place():
-            raise NoWorkerError(retry_after_s=outlook.retry_after_s(0, spread=self._draw_spread()))
+            raise NoWorkerError(retry_after_s=_RETRY_AFTER_WITHOUT_WORKER_S * self._draw_spread())
         try:
             return await self._submitter.submit(
                 prepared.job,

@@ -7,12 +7,16 @@ import grpc
 import pytest
 from gateway_harness import Gateway, RuleWorker, ask, details_of, read_text, start_gateway
 from google.protobuf.duration_pb2 import Duration
+from job_samples import make_job
 from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, model_pb2
-from oasst_gateway.admission import Outlook, SpeedEstimate
+from oasst_gateway.admission import Admission, Outlook, SpeedEstimate
+from oasst_gateway.authentication import DEFAULT_TENANT
+from oasst_gateway.errors import NoWorkerError
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
+from oasst_gateway.preparation import PreparedJob
 from oasst_jobs import Claimer, QueueClient, QueueLimits, Submitter
 from prometheus_client import CollectorRegistry
 from waiting import until
@@ -127,6 +131,22 @@ async def test_a_deadline_that_passes_before_a_worker_comes_is_refused(model: Se
         # Whoever has time is let in.
         accepted = await gateway.chat.SubmitChat(ask("Hello!"))
         assert accepted.accepted.queue.position == 0
+
+
+async def test_when_to_look_for_a_worker_again_does_not_follow_from_how_fast_the_last_one_was(
+    queue: QueueClient,
+) -> None:
+    admission = Admission(
+        Submitter(queue, gateway_id="g", limits=QueueLimits()),
+        look_out=lambda: Outlook(has_workers=False, tokens_per_s=50.0),
+        worker_wait_s=30,
+        max_waiting_jobs=10,
+        draw_spread=lambda: 1.0,
+    )
+    prepared = PreparedJob(make_job("r-1"), digest=b"", timeout_ms=5_000, grace_ms=None)
+    with pytest.raises(NoWorkerError) as refused:
+        await admission.submit(prepared, DEFAULT_TENANT, admission.arrival_of(DEFAULT_TENANT, ""))
+    assert refused.value.retry_after_s == 1.0
 
 
 async def test_a_deadline_that_what_is_ahead_outlasts_is_refused(gateway: Gateway, queue: QueueClient) -> None:

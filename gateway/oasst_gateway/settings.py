@@ -10,7 +10,13 @@ from typing import Annotated, Literal, Self
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat, parse_address, variables
+from oasst_telemetry import (
+    LogFormat,
+    MistypedVariableError,
+    parse_address,
+    refuse_mistyped_variables,
+    unknown_variables,
+)
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -180,26 +186,21 @@ def read_settings(arguments: Sequence[str]) -> GatewaySettings:
     """
     try:
         settings = GatewaySettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
+        refuse_mistyped_variables(os.environ, prefix=_PREFIX, options=GatewaySettings.model_fields)
     except SettingsError as error:
         raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
+    except MistypedVariableError as error:
+        raise StartError(str(error)) from error
     except ValidationError as error:
         raise StartError(
             "; ".join(_explain(*e["loc"], message=e["msg"], kind=e["type"]) for e in error.errors())
         ) from error
-    unread_variables()
     return settings
 
 
 def unread_variables() -> list[str]:
-    """Environment variables named as options are that are none.
-
-    Raises:
-        StartError: if one of them was meant to be.
-    """
-    try:
-        return variables.unread_variables(os.environ, prefix=_PREFIX, options=GatewaySettings.model_fields)
-    except variables.MistypedVariableError as error:
-        raise StartError(str(error)) from error
+    """Environment variables named as options are that are none."""
+    return list(unknown_variables(os.environ, prefix=_PREFIX, options=GatewaySettings.model_fields))
 
 
 def _explain(*location: int | str, message: str, kind: str) -> str:

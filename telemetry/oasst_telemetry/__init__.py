@@ -8,7 +8,7 @@ from oasst_telemetry.context import NO_TRACE, TraceContext
 from oasst_telemetry.logs import LogFormat, log_to_stderr
 from oasst_telemetry.probes import Check, Condition, ProbeServer, parse_address
 from oasst_telemetry.tracing import NO_SPAN, NO_TRACER, Attributes, Span, SpanKind, Tracer, TracingError, start_tracer
-from oasst_telemetry.variables import unknown_variables
+from oasst_telemetry.variables import MistypedVariableError, refuse_mistyped_variables, unknown_variables
 
 __all__ = [
     "NO_SPAN",
@@ -18,6 +18,7 @@ __all__ = [
     "Check",
     "Condition",
     "LogFormat",
+    "MistypedVariableError",
     "ProbeServer",
     "Span",
     "SpanKind",
@@ -26,6 +27,7 @@ __all__ = [
     "TracingError",
     "log_to_stderr",
     "parse_address",
+    "refuse_mistyped_variables",
     "start_tracer",
     "unknown_variables",
 ]

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable
 
-__all__ = ["MistypedVariableError", "unknown_variables", "unread_variables"]
+__all__ = ["MistypedVariableError", "refuse_mistyped_variables", "unknown_variables"]
 
 # How alike a mistyped name is at least.
 _LIKENESS = 0.8
@@ -16,17 +16,15 @@ class MistypedVariableError(ValueError):
     """A variable names no option and was probably meant to; the sentence names both."""
 
 
-def unread_variables(names: Iterable[str], *, prefix: str, options: Collection[str]) -> list[str]:
-    """Those of `names` that begin with the prefix and name no option, nor were meant to.
+def refuse_mistyped_variables(names: Iterable[str], *, prefix: str, options: Collection[str]) -> None:
+    """None of `names` was meant to be an option and is none.
 
     Raises:
         MistypedVariableError: if one was.
     """
-    unknown = unknown_variables(names, prefix=prefix, options=options)
-    for name, meant in unknown.items():
+    for name, meant in unknown_variables(names, prefix=prefix, options=options).items():
         if meant is not None:
             raise MistypedVariableError(f"{name} is no option; did you mean {meant}?")
-    return list(unknown)
 
 
 def unknown_variables(names: Iterable[str], *, prefix: str, options: Collection[str]) -> dict[str, str | None]:

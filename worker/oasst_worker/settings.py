@@ -10,7 +10,13 @@ from typing import Annotated, Literal
 
 from oasst_jobs import ServerAddress
 from oasst_jobs.failpoints import parse_failpoints
-from oasst_telemetry import LogFormat, parse_address, variables
+from oasst_telemetry import (
+    LogFormat,
+    MistypedVariableError,
+    parse_address,
+    refuse_mistyped_variables,
+    unknown_variables,
+)
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -183,25 +189,20 @@ def read_settings(arguments: Sequence[str]) -> WorkerSettings:
     """
     try:
         settings = WorkerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]  # The rest is in them.
+        refuse_mistyped_variables(os.environ, prefix=_PREFIX, options=WorkerSettings.model_fields)
     except SettingsError as error:
         raise StartError(str(error).removeprefix("error parsing CLI: ")) from error
+    except MistypedVariableError as error:
+        raise StartError(str(error)) from error
     except ValidationError as error:
         explained = [_explain(str(fault["loc"][0]), fault["msg"], fault["type"]) for fault in error.errors()]
         raise StartError("; ".join(explained)) from error
-    unread_variables()
     return settings
 
 
 def unread_variables() -> list[str]:
-    """Environment variables named as options are that are none.
-
-    Raises:
-        StartError: if one of them was meant to be.
-    """
-    try:
-        return variables.unread_variables(os.environ, prefix=_PREFIX, options=WorkerSettings.model_fields)
-    except variables.MistypedVariableError as error:
-        raise StartError(str(error)) from error
+    """Environment variables named as options are that are none."""
+    return list(unknown_variables(os.environ, prefix=_PREFIX, options=WorkerSettings.model_fields))
 
 
 def _explain(field: str, message: str, kind: str) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,28 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server, kind):
         terminal.read_until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(timeout=10) == 0
+
+
+def test_on_a_terminal_ctrl_c_stops_a_command_and_the_conversation_goes_on(server):
+    is_asked = threading.Event()
+
+    def hold(context):
+        is_left = threading.Event()
+        context.add_callback(is_left.set)
+        is_asked.set()
+        is_left.wait(timeout=30)
+
+    server.on_tokenize = hold
+    with contextlib.closing(Terminal("chat", "--address", server.address)) as terminal:
+        terminal.read_until("> ")
+        terminal.type("What is a meme?\n")
+        terminal.read_until("> ")
+        terminal.type("/tokens\n")
+        assert is_asked.wait(timeout=30)
+        terminal.type("\x03")
+        terminal.read_until("> ")
+        terminal.type("And who coined the word?\n")
+        terminal.read_until("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=10) == 0
+    assert len(server.requests[1].conversation.messages) == 3

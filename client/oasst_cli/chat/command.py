@@ -125,15 +125,13 @@ def _converse(session: ChatSession, *, keeps_history: bool) -> None:
     with line_editing(list(COMMANDS), history=history_path() if keeps_history else None):
         while True:
             try:
-                line = input(_PROMPT).strip()
+                if line := input(_PROMPT).strip():
+                    session.handle(line)
             except KeyboardInterrupt:
                 print()
-                continue
             except EOFError:
                 print()
                 return
-            if line:
-                session.handle(line)
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -87,7 +87,7 @@ class GatewayMetrics:
         self.dead_jobs = gauge(
             "queue_dead_jobs", "Requests set aside because workers died with them, over all gateways."
         )
-        self.workers = gauge("workers", "Workers that told of themselves lately.")
+        self.workers = gauge("workers", "Workers of the model that told of themselves lately.")
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _LAG_SECONDS
         )

@@ -168,8 +168,11 @@ def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> N
 
 @pytest.mark.usefixtures("renderer")  # Skips where there is no Helm.
 @pytest.mark.parametrize(("kind", "component"), [("Deployment", "gateway"), ("StatefulSet", "worker")])
-def test_an_upgrade_that_begins_to_scale_leaves_as_many_pods_as_there_are(kind: str, component: str) -> None:
-    """A number that is there and then is not becomes the API's default, which is one."""
+@pytest.mark.parametrize(("before", "after"), [(6, 6), (0, 1)])
+def test_an_upgrade_that_begins_to_scale_leaves_as_many_pods_as_there_are(
+    kind: str, component: str, before: int, after: int
+) -> None:
+    """A number that is there and then is not becomes the API's default, which is one. Of none no autoscaler makes more."""
     running = {
         "apiVersion": "apps/v1",
         "kind": kind,
@@ -179,11 +182,11 @@ def test_an_upgrade_that_begins_to_scale_leaves_as_many_pods_as_there_are(kind: 
             "labels": {"app.kubernetes.io/managed-by": "Helm"},
             "annotations": {"meta.helm.sh/release-name": "chat", "meta.helm.sh/release-namespace": "oasst"},
         },
-        "spec": {"replicas": 6},
+        "spec": {"replicas": before},
     }
     with running_api_server(running) as url:
         release = Renderer(url).render({**read_profile("keda"), "gateway": {"autoscaling": {"enabled": True}}})
-    assert release.one(kind, component)["spec"]["replicas"] == 6
+    assert release.one(kind, component)["spec"]["replicas"] == after
 
 
 def test_keda_scales_workers_by_waiting_and_running_tokens(render: Render) -> None:

@@ -58,11 +58,11 @@ topologySpreadConstraints:
 {{- end }}
 
 {{/* How many pods. Of what an autoscaler owns as many as there are: without a number, an upgrade that begins to scale a
-release, and so takes its number away, leaves one pod of it. */}}
+release, and so takes its number away, leaves one pod of it. At least one: an autoscaler leaves none as they are. */}}
 {{- define "oasst.replicas" -}}
 {{- if .isScaled -}}
 {{- with lookup "apps/v1" .kind .root.Release.Namespace (include "oasst.name" .) -}}
-replicas: {{ .spec.replicas }}
+replicas: {{ max 1 .spec.replicas }}
 {{- end -}}
 {{- else -}}
 replicas: {{ (index .root.Values .component).replicas }}

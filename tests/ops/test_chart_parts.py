@@ -172,7 +172,7 @@ def test_gateways_scale_by_processor_time_and_open_requests(render: Render) -> N
 def test_an_upgrade_that_begins_to_scale_leaves_as_many_pods_as_there_are(
     kind: str, component: str, before: int, after: int
 ) -> None:
-    """A number that is there and then is not becomes the API's default, which is one. Of none no autoscaler makes more."""
+    """A number that is there and then is not becomes the API's default, which is one; and none stays none."""
     running = {
         "apiVersion": "apps/v1",
         "kind": kind,

@@ -196,8 +196,10 @@ def _fill(target: ProtoMessage, given: Mapping[str, object], names: Sequence[str
         try:
             # MergeFrom of a fresh message takes scalars, lists and maps alike.
             target.MergeFrom(type(target)(**{name: given[name]}))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from error
+        except ValueError as error:  # Not of its own type: a UnicodeEncodeError cannot be made of a text.
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

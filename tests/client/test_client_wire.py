@@ -116,6 +116,7 @@ def test_one_stop_text_is_not_a_list_of_letters():
         ({"temprature": 1.0}, "unknown options: temprature"),
         ({"top_k": "many"}, "top_k"),
         ({"seed": -1}, "seed"),
+        ({"model": "\ud800"}, "model: .*surrogates"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids"),
         ({"priority": "urgent"}, "urgent"),
         ({"truncation": "middle"}, "middle"),

@@ -4,15 +4,20 @@ from typing import Annotated
 
 import typer
 
-from oasst_cli.options import Address, AsJson, ProfileName, connected, json_line
+from oasst_cli.options import Address, AsJson, ProfileName, connected, json_line, utf8
 
 __all__ = ["cancel"]
 
 
 def cancel(
-    request_id: Annotated[str, typer.Argument(help="The request's id, from its sender or the gateway's log.")],
+    request_id: Annotated[
+        str, typer.Argument(callback=utf8, help="The request's id, from its sender or the gateway's log.")
+    ],
     resume_token: Annotated[
-        str, typer.Option(metavar="TOKEN", envvar="OASST_RESUME_TOKEN", help="Proves that the request is yours.")
+        str,
+        typer.Option(
+            metavar="TOKEN", envvar="OASST_RESUME_TOKEN", callback=utf8, help="Proves that the request is yours."
+        ),
     ] = "",
     address: Address = None,
     profile: ProfileName = None,

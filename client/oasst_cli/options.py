@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,12 +26,39 @@ __all__ = [
     "check_writable",
     "chosen_profile",
     "connected",
+    "finite",
     "given_options",
     "json_line",
     "text_or_stdin",
+    "utf8",
 ]
 
 DEFAULT_ADDRESS = Profile().address
+
+
+def utf8(value: str | None) -> str | None:
+    """The option's value.
+
+    Raises:
+        BadParameter: it is no UTF-8, which Python keeps as lone surrogates.
+    """
+    try:
+        (value or "").encode()
+    except UnicodeError as error:
+        raise typer.BadParameter(f"{value!r} is not UTF-8") from error
+    return value
+
+
+def finite(value: float) -> float:
+    """The option's value.
+
+    Raises:
+        BadParameter: it is infinite, or no number.
+    """
+    if not math.isfinite(value):
+        raise typer.BadParameter("must be finite")
+    return value
+
 
 Address = Annotated[
     str | None,
@@ -46,10 +74,12 @@ ProfileName = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
 ModelName = Annotated[
-    str | None, typer.Option("--model", help="A served model's name; needed only if there are several.")
+    str | None,
+    typer.Option("--model", callback=utf8, help="A served model's name; needed only if there are several."),
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="A named sampling preset, for example k50; `oasst models` lists them.")
+    str | None,
+    typer.Option(callback=utf8, help="A named sampling preset, for example k50; `oasst models` lists them."),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the most likely token.")]
 TopK = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Draws from the k most likely tokens.")]

@@ -100,6 +100,23 @@ def test_ctrl_c_ends_an_answer_without_an_exception_inside_grpc(server, flags):
     assert server.cancelled == [server.requests[0].request_id]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["complete", "Hi", "--model"],
+        ["complete", "Hi", "--preset"],
+        ["tokenize", "Hi", "--model"],
+        ["chat", "--system"],
+        ["cancel"],
+        ["cancel", "some-id", "--resume-token"],
+    ],
+)
+def test_an_option_that_is_no_utf_8_is_unusable_and_told_in_a_line(arguments):
+    result = run(*arguments, "\udcff", "--address", "127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "is not UTF-8" in result.stderr.splitlines()[-1]
+
+
 def test_complete_tells_the_kind_of_failure_by_its_exit_code():
     kinds = {
         2: InvalidArgumentError("no", code="INVALID_ARGUMENT", reason="INVALID_FIELD"),
@@ -171,6 +188,10 @@ def test_a_service_that_is_not_there_is_one_line_on_stderr():
         (["up", "--json", "--chat"], "--chat"),
         (["chat", "--temperature", "warm"], "--temperature"),
         (["chat", "--seed", "-1"], "--seed"),
+        (["top", "--interval", "inf"], "--interval"),
+        (["bench", "--rate", "inf"], "--rate"),
+        (["bench", "--rate", "nan"], "--rate"),
+        (["bench", "--burstiness", "inf"], "--burstiness"),
     ],
 )
 def test_a_bad_option_is_exit_code_2_and_named(arguments, option):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from oasst_cli.options import (
     Temperature,
     check_writable,
     chosen_profile,
+    finite,
     given_options,
     json_line,
 )
@@ -63,7 +65,12 @@ def bench(
         typer.Option(metavar="PER_S", help="Requests per second that come by themselves. Repeat it to compare rates."),
     ] = None,
     burstiness: Annotated[
-        float, typer.Option(min=0, help="Of the arrivals: 1 is Poisson, more comes in bursts (gamma), 0 at even gaps.")
+        float,
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="Of the arrivals: 1 is Poisson, more comes in bursts (gamma), 0 at even gaps.",
+        ),
     ] = 1.0,
     concurrency: Annotated[
         list[int] | None,
@@ -116,8 +123,8 @@ def bench(
         raise typer.BadParameter("give --rate or --concurrency, not both")
     if prompts and shared_prefix:
         raise typer.BadParameter("--shared-prefix is for random prompts; leave out --prompts")
-    if any(each <= 0 for each in rate or ()):
-        raise typer.BadParameter("must be above 0", param_hint="--rate")
+    if not all(0 < each < math.inf for each in rate or ()):
+        raise typer.BadParameter("must be above 0 and finite", param_hint="--rate")
     if out:
         check_writable(out)
     if plots:

@@ -26,6 +26,7 @@ from oasst_cli.options import (
     connected,
     given_options,
     json_line,
+    utf8,
 )
 
 __all__ = ["answer_lines", "chat"]
@@ -34,7 +35,7 @@ _PROMPT = "> "
 
 
 def chat(
-    system: Annotated[str, typer.Option(help="Instructions before the first question.")] = "",
+    system: Annotated[str, typer.Option(callback=utf8, help="Instructions before the first question.")] = "",
     load: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Continues a conversation that /save wrote.")
     ] = None,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from oasst_cli.options import Address, AsJson, ModelName, ProfileName, chosen_profile, json_line
+from oasst_cli.options import Address, AsJson, ModelName, ProfileName, chosen_profile, finite, json_line
 from oasst_cli.top.scrape import Samples, added_up, gained, quantile_of, scrape
 from oasst_cli.top.screen import Look, draw
 
@@ -50,7 +50,9 @@ def top(
             help="A gateway's or worker's metrics address, for latencies, prefix hits and tenants. Repeatable.",
         ),
     ] = None,
-    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two refreshes.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option(min=0.1, callback=finite, metavar="SECONDS", help="Between two refreshes.")
+    ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Prints one screen and exits.")] = False,
     model: ModelName = None,
     address: Address = None,

@@ -49,6 +49,8 @@ def test_a_key_left_out_has_the_value_of_the_originals_defaults(recipes_path):
         (["base", "large"], [], r"datasets.0: unknown data set 'webgpt'; known are 'oasst_export', 'alpaca'"),
         (["tiny"], ["datasets=[alpaca: {top_k: 1}]"], r"datasets.0.alpaca.top_k: unknown key"),
         (["tiny"], ["datasets=alpaca"], "datasets: "),
+        (["tiny"], ["datasets=[alpaca: 5]"], "datasets: .*the options of alpaca must be keys with values"),
+        (["base", "large", "more_data"], ["datasets="], "datasets: .*, not None"),
         (["tiny"], ["learning_rate=fast"], "learning_rate: .* not 'fast'"),
         (["tiny"], ["num_train_epochs=0"], "num_train_epochs: .* greater than 0, not 0"),
         (["tiny"], ["dtype=int8"], "dtype: .*'fp16', 'bf16' or 'fp32', not 'int8'"),

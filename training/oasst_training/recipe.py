@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from oasst_training.errors import RecipeError
 
@@ -145,7 +145,9 @@ class Recipe(_Strict):
         extra = keys.get("datasets_extra")
         if not extra or not isinstance(extra, list):
             return keys
-        return {**keys, "datasets": [*keys.get("datasets", ()), *extra], "datasets_extra": ()}
+        own = keys.get("datasets", [])
+        joined = [*own, *extra] if isinstance(own, list) else own  # Which is then refused.
+        return {**keys, "datasets": joined, "datasets_extra": ()}
 
     @field_validator("datasets", mode="before")
     @classmethod
@@ -220,6 +222,8 @@ def _named(entry: Any) -> Any:
             return {"name": entry}
         case dict() if len(entry) == 1:
             [(name, options)] = entry.items()
+            if not isinstance(options, dict | None):
+                raise PydanticCustomError("options", "the options of {name} must be keys with values", {"name": name})
             return {**(options or {}), "name": name}
         case _:
             return entry

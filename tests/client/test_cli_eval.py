@@ -41,6 +41,16 @@ def test_what_cannot_be_had_is_told_before_anything_is_asked(wanted, complaint):
     assert server.requests == []
 
 
+def test_a_task_that_the_service_does_not_allow_is_told_in_one_line(monkeypatch):
+    def run_tasks(tasks, model, **_):
+        model.generate_until(generations({"max_gen_toks": 5000}))
+
+    monkeypatch.setattr("oasst_cli.eval.command.run_tasks", run_tasks)
+    with FakeServer() as server:
+        result = CliRunner().invoke(app, ["eval", "--address", server.address])
+    assert (result.exit_code, result.stderr) == (2, "error: max_gen_toks must be from 1 to 2047, is 5000\n")
+
+
 def test_a_generation_that_fails_ends_the_others():
     failed = InternalError("broken", code="INTERNAL", reason="NUMERIC")
     with FakeServer(failed) as server, pytest.raises(InternalError):

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from oasst_cli.eval.run import HarnessError, check_harness, run_tasks
+from oasst_cli.eval.errors import HarnessError, TaskError
+from oasst_cli.eval.run import check_harness, run_tasks
 from oasst_cli.eval.screen import mean, print_suite
 from oasst_cli.eval.suite import SUITES, Suite, SuiteScore
 from oasst_cli.exits import Exit
@@ -60,9 +61,9 @@ def evaluate(
     served = OasstLM(address, profile, model or "", num_concurrent=concurrency)
     try:
         scores, told = run_tasks(chosen.tasks, served, limit=limit, cache=cache)
-    except HarnessError as error:
+    except (HarnessError, TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(Exit.FAILED) from error
+        raise typer.Exit(Exit.UNUSABLE if isinstance(error, TaskError) else Exit.FAILED) from error
     if as_json:
         print(json_line(_summary(chosen, scores, served.model_name, limit, told)))
     else:

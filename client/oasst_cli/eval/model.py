@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from oasst_client import ChatOptions, Client, CompletionStream, Priority, ScoreItem, render_transcript
 from tqdm import tqdm
 
+from oasst_cli.eval.errors import TaskError
 from oasst_cli.options import connected
 
 __all__ = ["OasstLM"]
@@ -166,9 +167,9 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
     def _item(self, texts: tuple[str, str] | None, context: Sequence[int], continuation: Sequence[int]) -> ScoreItem:
         """The last tokens that fit: one more than are fed, for the last one is only predicted."""
         if not continuation:
-            raise ValueError(f"a continuation has no token of its own: {texts!r:.200}")
+            raise TaskError(f"a continuation has no token of its own: {texts!r:.200}")
         if len(continuation) > self.max_length:
-            raise ValueError(f"a continuation has {len(continuation)} tokens, more than max_length={self.max_length}")
+            raise TaskError(f"a continuation has {len(continuation)} tokens, more than max_length={self.max_length}")
         num_kept = min(len(context), self.max_length + 1 - len(continuation))
         kept = context[len(context) - num_kept :]
         return ScoreItem((*kept, *continuation), num_kept)
@@ -201,7 +202,7 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
 
         Raises:
             APIError: a request was refused or failed; the others are cancelled then.
-            ValueError: a task asks for what the service does not have, or is not allowed to do.
+            TaskError: a task asks for what the service does not have, or does not allow.
         """
         contexts = [request.args[0] for request in requests]
         options = [self._chat_options(request.args[1]) for request in requests]
@@ -241,10 +242,10 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         wanted = normalize_gen_kwargs(dict(wanted), self.max_gen_toks)
         unknown = wanted.keys() - {*_SAMPLING, "until", "max_gen_toks", "do_sample"}
         if unknown:
-            raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} cannot be had from the service")
+            raise TaskError(f"generation_kwargs: {', '.join(sorted(unknown))} cannot be had from the service")
         limit = min(self._model.max_new_tokens, self.max_length - 1)
         if not 1 <= wanted["max_gen_toks"] <= limit:
-            raise ValueError(f"max_gen_toks must be from 1 to {limit}, is {wanted['max_gen_toks']}")
+            raise TaskError(f"max_gen_toks must be from 1 to {limit}, is {wanted['max_gen_toks']}")
         options: ChatOptions = {
             "model": self._model.name,
             "temperature": 0.0,
@@ -261,7 +262,7 @@ class OasstLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         """The last tokens that leave room for the answer."""
         kept = token_ids[-(self.max_length - options["max_new_tokens"]) :]
         if len(kept) > self._model.max_prompt_tokens:
-            raise ValueError(
+            raise TaskError(
                 f"a prompt has {len(kept)} tokens, and the service takes {self._model.max_prompt_tokens}:"
                 " raise --max-prompt-tokens of its gateway"
             )

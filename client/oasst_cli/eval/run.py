@@ -5,13 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from oasst_cli.eval.errors import HarnessError
 from oasst_cli.eval.suite import SuiteScore, SuiteTask, score_task
 
-__all__ = ["HarnessError", "check_harness", "run_tasks"]
-
-
-class HarnessError(Exception):
-    """The harness cannot do its work; says what to do."""
+__all__ = ["check_harness", "run_tasks"]
 
 
 def check_harness() -> None:
@@ -36,6 +33,7 @@ def run_tasks(
 
     Raises:
         HarnessError: a data set cannot be loaded.
+        TaskError: a task asks for what the model cannot do.
     """
     # Heavy, and not in the extra `cli`.
     import lm_eval.tasks

@@ -4,6 +4,7 @@ import io
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -97,6 +98,14 @@ def test_what_tells_no_metrics_is_left_out(server):
         # Nobody, a gRPC port, a page, and an address that is none.
         assert scrape(["127.0.0.1:1", server.address, f"127.0.0.1:{page.server_port}", "here:now"]) == {}
         page.shutdown()
+
+
+def test_metrics_are_read_past_a_proxy(processes, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    urllib.request.install_opener(None)  # One that was used before has looked at the environment already.
+    assert scrape([processes[0].address])
 
 
 def shown(look: Look) -> str:

@@ -17,6 +17,8 @@ __all__ = ["Samples", "added_up", "gained", "quantile_of", "scrape"]
 Key = TypeVar("Key")
 
 _TIMEOUT_S = 2.0
+# A process of one's own is not behind the web proxy, not even where `http_proxy` is set.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def _read(address: str) -> Samples | None:
     """The process's metrics; None if it does not answer, or with something else."""
     try:
         # Always http: the scheme is not the caller's to choose.
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as response:
+        with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT_S) as response:
             body: bytes = response.read()
         return _parse(body.decode())
     except (OSError, http.client.HTTPException, ValueError):

@@ -369,7 +369,7 @@ class _FakeChatServicer(chat_pb2_grpc.ChatServiceServicer):
         return response
 
     async def CancelChat(self, request: chat_pb2.CancelChatRequest, context: _Context) -> chat_pb2.CancelChatResponse:
-        chat = await self._find(request.request_id, context)
+        chat = await self._find(request.request_id, context, resume_token=request.resume_token or None)
         if chat.state() == chat_pb2.CHAT_STATE_RUNNING:
             chat.cancelled.set()
         return chat_pb2.CancelChatResponse(state=chat.state())

@@ -79,6 +79,15 @@ def test_a_chat_can_be_cancelled_from_elsewhere_and_its_reader_is_told():
             client.cancel("unknown")
 
 
+def test_a_chat_is_not_cancelled_by_who_has_a_token_of_another():
+    with FakeServer("one two", token_interval_s=30) as server, Client(server.address) as client:
+        accepted = client.submit("Hi")
+        with pytest.raises(NotFoundError):
+            client.cancel(accepted.request_id, resume_token="stolen")
+        assert client.get(accepted.request_id, accepted.resume_token).state is ChatState.RUNNING
+        assert client.cancel(accepted.request_id, resume_token=accepted.resume_token) is ChatState.CANCELLED
+
+
 def test_a_chat_that_was_submitted_can_be_watched_and_read_by_who_has_its_token():
     with FakeServer("one two three") as server, Client(server.address) as client:
         accepted = client.submit("Hi")

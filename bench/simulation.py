@@ -1,7 +1,7 @@
 """A discrete-event simulation of workers behind the queue: the real engine and scheduler, a clock instead of a model.
 
 Steps last as long as a law says: the roofline of a card, or what was measured. The queue's policy is the one tenant's:
-first come, first served. A worker claims what it has room for, in blocks of KV cache, as `oasst_worker.consumer` does.
+first come, first served. A worker claims what it has room for, in blocks of KV cache, as `oasst_worker.room` says.
 """
 
 import heapq
@@ -32,7 +32,7 @@ __all__ = [
 StepLaw = Callable[[StepWork], float]
 
 _BLOCK_SIZE = EmptyExecutor.block_size
-# As oasst_worker.consumer has it.
+# As oasst_worker.room has it.
 _LOOKAHEAD_TOKENS = 64
 _NEVER = -1
 

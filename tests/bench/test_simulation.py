@@ -8,8 +8,8 @@ from oasst.jobs.v1.job_pb2 import Job
 from oasst.v1.generation_pb2 import GenerationLimits
 from oasst_cli.plan.capacity import Load, make_plan
 from oasst_cli.plan.roofline import CARDS, Machine, StepWork
-from oasst_worker.consumer import _LOOKAHEAD_TOKENS
 from oasst_worker.generating import GeneratingJob
+from oasst_worker.room import LOOKAHEAD_TOKENS
 
 from bench.executors import EmptyExecutor
 from bench.simulation import Arrival, WorkerShape, kv_tokens_expected, poisson_arrivals, simulate
@@ -46,7 +46,7 @@ def test_a_simulated_worker_keeps_as_much_cache_as_a_real_one(prompt_tokens: int
     job = Job(prompt_token_ids=range(prompt_tokens), limits=GenerationLimits(max_new_tokens=100))
     real = SimpleNamespace(claimed=SimpleNamespace(job=job), _num_tokens={"choice": output_tokens})
     block_size = EmptyExecutor.block_size
-    expected = GeneratingJob.kv_tokens_expected(real, _LOOKAHEAD_TOKENS, block_size=block_size)
+    expected = GeneratingJob.kv_tokens_expected(real, LOOKAHEAD_TOKENS, block_size=block_size)
     assert kv_tokens_expected(prompt_tokens, output_tokens, max_new_tokens=100) == expected
 
 

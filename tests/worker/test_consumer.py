@@ -111,7 +111,7 @@ async def test_another_worker_goes_on_where_a_dead_one_stopped(queue, start_work
     first = start_worker("first")
     first.executor.allow(5)
     job_id = await queue.submit(make_job("resumed", n=2, stop=["zzz"], max_new_tokens=40))
-    await until(lambda: first.executor.num_steps == 5)
+    await until(lambda: first.executor.num_steps == 5 and first.num_pushes > 0)
     await first.die()
     logged = (await queue.log(job_id)).end_position
     await queue.lose_lease(job_id)

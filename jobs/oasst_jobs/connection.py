@@ -124,13 +124,14 @@ class _Cluster(RedisCluster):
     """Knows which node holds what as soon as any of them tells.
 
     The base class asks the first primary for a table of all commands as well, and fails when just that one is away.
-    Only its own way to find a command's node needs the table.
+    Here only whoever needs the table asks for it: the client's own `execute_command`.
     """
 
     async def initialize(self, *arguments: Any, **options: Any) -> "_Cluster":
         # Any: as the base class has it, and nobody gives it any.
         if self._initialize:
             await self.nodes_manager.initialize(*arguments, **options)
+            self.commands_parser.node = self.nodes_manager.default_node
             self._initialize = False
         return self
 

@@ -421,6 +421,8 @@ async def test_a_cluster_holds_the_shards_of_the_queue(cluster_url: str) -> None
     jobs = [make_job(str(number)) for number in range(40)]
     for job in jobs:
         await submitter.submit(job, digest=b"digest", timeout_ms=60_000)
+    key = f"{client.shard_of(jobs[0].job_id).keys.root}:job:{jobs[0].job_id}"
+    assert await redis_client.hget(key, "state") == b"waiting"  # The client's own commands work as well.
     nodes = {redis_client.get_node_from_key(client.shard_of(job.job_id).keys.root).name for job in jobs}
     assert len(nodes) == 3
     assert (await submitter.load(MODEL)).waiting_jobs == 40

@@ -48,7 +48,7 @@ MUTATIONS = (
         "for shard, of_shard in jobs.items() if shard not in self._pushing}",
         "for shard, of_shard in jobs.items() if not self._pushing}",
         package=oasst_worker,
-        file="consumer.py",
+        file="pushing.py",
     ),
 )
 

@@ -228,7 +228,6 @@ class Claimer:
                 end_position=reply.end_position,
                 attempt=reply.attempt,
                 waited_ms=reply.waited_ms,
-                remaining_ms=reply.remaining_ms,
                 is_solo=bool(reply.is_solo),
                 is_first_claim=bool(reply.is_first_claim),
                 asked_s=asked_s,

@@ -638,11 +638,10 @@ end
 -- What a worker needs to run a job it has just claimed.
 local function describe_claim(shard, id)
   local job = get_job(shard, id,
-    { 'fence', 'fences', 'job', 'end_position', 'lost_leases', 'enqueued_ms', 'claimed_ms', 'deadline_ms', 'charge' })
+    { 'fence', 'fences', 'job', 'end_position', 'lost_leases', 'enqueued_ms', 'claimed_ms', 'charge' })
   return {
     id, job.fence, job.job, entries_after(shard, id, 0), tonumber(job.end_position),
-    1 + (tonumber(job.lost_leases) or 0), job.claimed_ms - job.enqueued_ms,
-    job.deadline_ms and math.max(0, job.deadline_ms - shard.now_ms), is_solo(job) and 1 or 0,
+    1 + (tonumber(job.lost_leases) or 0), job.claimed_ms - job.enqueued_ms, is_solo(job) and 1 or 0,
     job.fences == '1' and 1 or 0,
   }
 end
@@ -748,8 +747,8 @@ end
 --       3 model   4 lease_ms   5 most jobs   6 most tokens   7 most choices   8 newest job version the worker knows
 --       9 tokens that each choice takes beside those of its job's size   10 1 if the worker has no job, else 0
 -- Returns 1 if the worker keeps itself for a job that it has no room for, else 0; and a list of
--- {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms, remaining_ms or nil,
--- 1 if the job is to run alone, else 0, 1 if it was never claimed before, else 0}.
+-- {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms, 1 if the job is to run
+-- alone, else 0, 1 if it was never claimed before, else 0}.
 local function claim(keys, args)
   local shard = open_shard(keys)
   local claim = {

@@ -99,7 +99,6 @@ class ClaimReply(NamedTuple):
     end_position: int
     attempt: int
     waited_ms: int
-    remaining_ms: int | None
     is_solo: int
     is_first_claim: int
 

@@ -185,8 +185,6 @@ class ClaimedJob:
     attempt: int
     # From arrival to the first claim of all.
     waited_ms: int
-    # Until the deadline, as of the claim.
-    remaining_ms: int | None
     # Whether it lost workers in a way that makes it run alone: its worker claims nothing beside it.
     is_solo: bool = False
     # Whether nobody has held it before, not even to give it back.

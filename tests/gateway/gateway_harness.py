@@ -39,6 +39,7 @@ __all__ = [
     "rule_text",
     "start_gateway",
     "state_of",
+    "timeout_ms_of",
 ]
 
 SECRET = "a secret that all gateways share"
@@ -104,6 +105,14 @@ async def state_of(queue: QueueClient, request_id: str) -> JobState | None:
     submitter = Submitter(queue, gateway_id="test", limits=QueueLimits())
     snapshot = await submitter.status(job_id_for("default", request_id))
     return snapshot.state if snapshot is not None else None
+
+
+async def timeout_ms_of(queue: QueueClient, request_id: str) -> int | None:
+    """How long a request's job may take in all; None for as long as it takes."""
+    job_id = job_id_for("default", request_id)
+    key = f"{queue.shard_of(job_id).keys.root}:job:{job_id}"
+    enqueued_ms, deadline_ms = await queue.redis.hmget(key, "enqueued_ms", "deadline_ms")
+    return None if deadline_ms is None else int(deadline_ms) - int(enqueued_ms)
 
 
 class RuleWorker:

@@ -44,14 +44,6 @@ async def test_a_claim_brings_all_that_is_needed_to_run_the_job(submitter: Submi
     assert (claimed.job_id, claimed.end_position, claimed.attempt) == (job.job_id, 0, 1)
     assert claimed.log == []
     assert 0 <= claimed.waited_ms < 10_000
-    assert claimed.remaining_ms is not None
-    assert 50_000 < claimed.remaining_ms <= 60_000
-
-
-async def test_a_job_without_deadline_has_no_remaining_time(submitter: Submitter, claimer: Claimer) -> None:
-    await submit(submitter, make_job("patient"))
-    [claimed] = await claimer.claim(max_jobs=1, max_tokens=1000)
-    assert claimed.remaining_ms is None
 
 
 async def test_the_more_urgent_go_first_and_equals_by_arrival(submitter: Submitter, claimer: Claimer) -> None:

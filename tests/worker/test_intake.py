@@ -18,7 +18,7 @@ from waiting import wait_until
 
 def claim(job: Job, *log: LogEntry) -> ClaimedJob:
     end_position = log[-1].end_position if log else 0
-    return ClaimedJob(job.job_id, "1-fence", job, log, end_position, 1, 0, None)
+    return ClaimedJob(job.job_id, "1-fence", job, log, end_position, 1, 0)
 
 
 def entry(end_position: int, *deltas: Delta) -> LogEntry:

@@ -16,7 +16,7 @@ A, B, C = 1, 2, 3  # Token ids of letters.
 
 def choices_of(request_id: str, **job) -> list[Choice]:
     made = make_job(request_id, **job)
-    claimed = ClaimedJob(made.job_id, "1-fence", made, [], 0, 1, 0, None)
+    claimed = ClaimedJob(made.job_id, "1-fence", made, [], 0, 1, 0)
     return [resumed.choice for resumed in make_intake().accept(claimed)]
 
 

@@ -24,7 +24,6 @@ def claim(*, is_solo: bool) -> ClaimedJob:
         end_position=0,
         attempt=1,
         waited_ms=0,
-        remaining_ms=None,
         is_solo=is_solo,
     )
 

@@ -73,10 +73,13 @@ def test_a_gateway_of_several_processes_has_one_address_and_one_page_and_leaves_
 def test_what_has_no_flag_is_set_by_its_variable(start_up, short_folder, monkeypatch):
     monkeypatch.setenv("OASST_GATEWAY_METRICS_LISTEN", f"unix:{short_folder}/metrics")
     monkeypatch.setenv("OASST_WORKER_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3")  # There are none such here.
     up = start_up("--workers", "2")
     up.wait_until_serving()
     assert f"unix:{short_folder}/metrics" in up.summary["metrics"]
-    assert "--threads" not in up.process_of("worker").cmdline()
+    workers = [psutil.Process(each["pid"]) for each in up.summary["processes"] if each["role"] == "worker"]
+    assert not any("--threads" in worker.cmdline() for worker in workers)
+    assert [worker.environ()["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["7", "3"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

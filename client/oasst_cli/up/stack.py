@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oasst_cli.up.child import Announcement
+from oasst_cli.up.machine import num_cores, share_of, visible_gpus
 from oasst_cli.up.state import StateDirectory, state_directory
 from oasst_cli.up.supervisor import Command, Keeper, Observer, RestartPolicy, Service, keep_running
 from oasst_cli.up.valkey import find_server, socket_path, socket_url, valkey_service
@@ -99,22 +100,29 @@ class Stack:
 
 
 def _worker_services(options: StackOptions, redis_url: str) -> list[Service]:
-    """The workers, sharing the machine's cores evenly."""
+    """The workers, sharing the machine's cores and GPUs evenly."""
     flags = ["--model", options.model]
     for name in ("dtype", "quantize", "device", "split", "num_ranks"):
         value = getattr(options, name)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
     if options.workers > 1 and "OASST_WORKER_THREADS" not in os.environ:
-        flags += ["--threads", str(max(1, _num_cores() // options.workers))]
+        flags += ["--threads", str(max(1, num_cores() // options.workers))]
 
     def command(before: Announcement | None) -> list[str]:
         return [sys.executable, "-m", "oasst_worker", *flags, *_metrics_flags("worker", before)]
 
-    # In the environment, not on the command line: a URL may hold a password, and command lines are public.
-    environment = {"OASST_WORKER_REDIS_URL": redis_url}
+    gpus = visible_gpus()
+
+    def environment(index: int) -> dict[str, str]:
+        # In the environment, not on the command line: a URL may hold a password, and command lines are public.
+        variables = {"OASST_WORKER_REDIS_URL": redis_url}
+        if gpus and options.workers > 1:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(share_of(gpus, index, options.workers))
+        return variables
+
     return [
-        Service(name=f"worker-{index}", role="worker", command=command, environment=environment)
+        Service(name=f"worker-{index}", role="worker", command=command, environment=environment(index))
         for index in range(options.workers)
     ]
 
@@ -163,7 +171,3 @@ def metrics_variable(role: str) -> str:
 
 def _listen_address(options: StackOptions, index: int) -> str:
     return f"{options.host}:{options.port + index if options.port else 0}"
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,13 +19,10 @@ def test_each_worker_has_gpus_of_its_own_where_there_are_enough(gpus, shares):
     assert [share_of(gpus, worker, len(shares)) for worker in range(len(shares))] == shares
 
 
-def test_gpus_are_those_of_the_variable_else_those_of_the_driver(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert visible_gpus(tmp_path / "no driver") == []
+def test_gpus_are_those_that_are_named_else_those_of_the_driver(tmp_path):
+    assert visible_gpus(None, tmp_path / "no driver") == []
     for address in ("0000:19:00.0", "0000:3b:00.0"):
         (tmp_path / address).mkdir()
-    assert visible_gpus(tmp_path) == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f, 3")
-    assert visible_gpus(tmp_path) == ["GPU-8f", "3"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible_gpus(tmp_path) == []
+    assert visible_gpus(None, tmp_path) == ["0", "1"]
+    assert visible_gpus("GPU-8f, 3", tmp_path) == ["GPU-8f", "3"]
+    assert visible_gpus("", tmp_path) == []

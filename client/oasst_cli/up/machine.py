@@ -15,9 +15,8 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def visible_gpus(folder: Path = _DRIVERS_GPUS) -> list[str]:
-    """NVIDIA's GPUs that this process may use, in the words of `CUDA_VISIBLE_DEVICES`."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+def visible_gpus(named: str | None, folder: Path = _DRIVERS_GPUS) -> list[str]:
+    """NVIDIA's GPUs that processes may use, `named` as in `CUDA_VISIBLE_DEVICES`; None for all that the driver knows."""
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
     return [str(index) for index, _ in enumerate(folder.glob("*"))]

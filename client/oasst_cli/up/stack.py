@@ -112,7 +112,7 @@ def _worker_services(options: StackOptions, redis_url: str) -> list[Service]:
     def command(before: Announcement | None) -> list[str]:
         return [sys.executable, "-m", "oasst_worker", *flags, *_metrics_flags("worker", before)]
 
-    gpus = visible_gpus()
+    gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def environment(index: int) -> dict[str, str]:
         # In the environment, not on the command line: a URL may hold a password, and command lines are public.

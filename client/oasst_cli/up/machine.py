@@ -16,7 +16,7 @@ def num_cores() -> int:
 
 
 def visible_gpus(named: str | None, folder: Path = _DRIVERS_GPUS) -> list[str]:
-    """NVIDIA's GPUs that processes may use, `named` as in `CUDA_VISIBLE_DEVICES`; None for all that the driver knows."""
+    """NVIDIA's GPUs, `named` as `CUDA_VISIBLE_DEVICES` names those that may be used; None for all of the driver's."""
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
     return [str(index) for index, _ in enumerate(folder.glob("*"))]

@@ -118,7 +118,9 @@ class WorkerSettings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU."
+        "auto",
+        description="Of weights and KV cache. auto: float32 on a CPU, the checkpoint's own on a GPU, but with --offload"
+        " bfloat16 for float16.",
     )
     kv_dtype: Literal["auto", "fp8", "int8"] = Field(
         "auto",
@@ -137,7 +139,7 @@ class WorkerSettings(BaseSettings):
     split: Literal["auto", "none", "tensor", "layers"] = Field(
         "auto",
         description="tensor: every matrix over several processes, a GPU each. layers: whole layers over unequal"
-        " devices, in one process. auto: what fits the GPUs, if there are several.",
+        " devices, in one process. auto: one device if that holds the model, else what fits the GPUs.",
     )
     num_ranks: int | None = Field(
         None, ge=1, le=64, description="Processes of a split model. Unset: one for each GPU; needed on a CPU."

@@ -212,7 +212,7 @@ async def _check_servers(client: QueueClient, durability: Durability) -> None:
     """Those that hold the queue are fit for it, as soon as they can be asked."""
     while True:
         try:
-            await client.check_server()
+            await client.check_server(may_spread_anew=True)
             if durability is Durability.REPLICATED and not await client.least_replicas():
                 logger.warning(
                     "--durability replicated refuses every request while a server of the queue has no replica"

@@ -53,11 +53,11 @@ async def _act(options: argparse.Namespace) -> int:
     num_shards = getattr(options, "queue_shards", 1)
     async with aclosing(connect(options.redis_url, num_shards=num_shards)) as redis:
         client = QueueClient(redis, num_shards=num_shards)
-        await client.load_functions()
         if options.command == "load":
+            await client.load_functions()
             sys.stdout.write(f"{LIBRARY.name} is loaded\n")
             return 0
-        await client.check_shards()
+        await client.check_server()
         if options.command == "dead":
             for letter in await client.dead(_MAX_LISTED):
                 tokens = f"prompt_tokens={len(letter.job.prompt_token_ids)} tokens={letter.end_position}"

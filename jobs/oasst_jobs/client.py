@@ -53,18 +53,20 @@ class QueueClient:
     def shard_number(self, job_id: str) -> int:
         return zlib.crc32(job_id.encode()) % len(self.shards)
 
-    async def check_server(self) -> None:
+    async def check_server(self, *, may_spread_anew: bool = False) -> None:
         """The queue can be used: `load_functions` is done, and jobs are spread over as many shards as this client has.
 
-        An empty queue takes this client's number.
+        With `may_spread_anew` an empty queue takes this client's number: for whoever brings jobs.
 
         Raises:
             UnsupportedServerError, OtherShardsError: with a sentence that says what to change.
             QueueUnavailableError: if no shard answers, or one that may hold jobs spread over another number does not.
         """
         await self.load_functions()
+        if may_spread_anew:
+            await self._spread()
         if others := await self._other_numbers_of_shards():
-            await self._spread_anew(others)
+            raise OtherShardsError(num_shards=max(others), wanted=self._num_shards)
 
     async def load_functions(self) -> None:
         """The servers are new enough, keep what they are given, and have the functions, as far as they answer.
@@ -76,16 +78,6 @@ class QueueClient:
         await check_server(self.redis)
         # Loads the functions where they are missing.
         await of_those_that_answer(shard.load("") for shard in self.shards)
-
-    async def check_shards(self) -> None:
-        """Jobs are spread over as many shards as this client has, as far as they answer. For whoever only looks.
-
-        Raises:
-            OtherShardsError: with a sentence that says what to change.
-            QueueUnavailableError: if no shard answers.
-        """
-        if others := await self._other_numbers_of_shards():
-            raise OtherShardsError(num_shards=max(others), wanted=self._num_shards)
 
     async def least_replicas(self) -> int:
         """How many replicas that server has which has the fewest, of those that are not away."""
@@ -233,17 +225,19 @@ class QueueClient:
         told = await of_those_that_answer(shard.spreading() for shard in self.shards)
         return {num_shards for num_shards, _ in told if num_shards not in (None, self._num_shards)}
 
-    async def _spread_anew(self, others: set[int]) -> None:
-        """Jobs are spread over as many shards as this client has; they were over these numbers before.
-
-        Two steps, so that the number changes nowhere if there are jobs anywhere. One that came in between keeps its
-        shard's number; and by another number no shard takes a job.
-        """
+    async def _spread(self) -> None:
+        """Shards without a number have this client's, and so have all if there are no jobs by another."""
+        if not (others := await self._other_numbers_of_shards()):
+            await of_those_that_answer(shard.spread() for shard in self.shards)
+            return
+        # Two steps, so that the number changes nowhere if there are jobs anywhere. Where one came in between, its shard
+        # keeps the other number; and the first shard, which every start asks, is the last to change.
         shards = self._make_shards(max(self._num_shards, *others))
         for num_shards, has_jobs in await of_all(shard.spreading() for shard in shards):
             if has_jobs and num_shards != self._num_shards:
                 raise OtherShardsError(num_shards=num_shards or max(others), wanted=self._num_shards)
-        for num_shards in await of_all(shard.spread() for shard in shards):
+        for shard in reversed(shards):
+            num_shards = await shard.spread()
             if num_shards != self._num_shards:
                 raise OtherShardsError(num_shards=num_shards, wanted=self._num_shards)
 

@@ -366,12 +366,16 @@ end
 -- A job's shard follows from its id and the number of shards: by another number it is looked for where it is not. So
 -- each shard knows by which one its jobs came, and takes no job by another. The number changes while there are none.
 
--- The number of shards that this one's jobs are spread over: the one given, if there was none before.
+-- The number of shards that this one's jobs are spread over; false if nobody has said.
+local function known_spread(shard)
+  return redis.call('HGET', key_of(shard, 'counters'), 'num_shards')
+end
+
+-- The same; the number given, if nobody has said before.
 local function spread_over(shard, num_shards)
-  local counters = key_of(shard, 'counters')
-  local known = redis.call('HGET', counters, 'num_shards')
+  local known = known_spread(shard)
   if not known then
-    redis.call('HSET', counters, 'num_shards', num_shards)
+    redis.call('HSET', key_of(shard, 'counters'), 'num_shards', num_shards)
   end
   return known or num_shards
 end
@@ -393,8 +397,7 @@ end
 -- Returns {the number of shards that jobs are spread over, 0 if nobody has said, 1 if some wait or run, else 0}.
 local function spreading(keys)
   local shard = open_shard(keys)
-  local num_shards = redis.call('HGET', key_of(shard, 'counters'), 'num_shards')
-  return { tonumber(num_shards or 0), has_jobs(shard) and 1 or 0 }
+  return { tonumber(known_spread(shard) or 0), has_jobs(shard) and 1 or 0 }
 end
 
 ------------------------------------------------------------------------------------------------------------------------
@@ -746,9 +749,11 @@ end
 -- ARGV  1 worker   2 claim id, new for each claim, the same when a claim is repeated because its answer was lost
 --       3 model   4 lease_ms   5 most jobs   6 most tokens   7 most choices   8 newest job version the worker knows
 --       9 tokens that each choice takes beside those of its job's size   10 1 if the worker has no job, else 0
--- Returns 1 if the worker keeps itself for a job that it has no room for, else 0; and a list of
+--       11 number of shards that jobs are spread over
+-- Returns 1 if the worker keeps itself for a job that it has no room for, else 0; a list of
 -- {job id, fence, Job bytes, {LogEntry bytes ...}, end position, attempt from 1, waited_ms, 1 if the job is to run
--- alone, else 0, 1 if it was never claimed before, else 0}.
+-- alone, else 0, 1 if it was never claimed before, else 0}; and the number of shards that jobs are spread over: whoever
+-- has another gets none.
 local function claim(keys, args)
   local shard = open_shard(keys)
   local claim = {
@@ -757,6 +762,10 @@ local function claim(keys, args)
     choice_tokens = tonumber(args[9]), is_idle = args[10] == '1',
   }
   local ids, is_kept = ids_of_repeated_claim(shard, claim.worker, claim.id), false
+  local num_shards = not ids and known_spread(shard) or args[11]
+  if num_shards ~= args[11] then
+    return { 0, {}, tonumber(num_shards) }
+  end
   if not ids then
     ids, is_kept = take_jobs(shard, claim)
     if #ids > 0 then
@@ -774,7 +783,7 @@ local function claim(keys, args)
   for index, id in ipairs(ids) do
     claims[index] = describe_claim(shard, id)
   end
-  return { is_kept and 1 or 0, claims }
+  return { is_kept and 1 or 0, claims, tonumber(num_shards) }
 end
 
 -- Why an item of a push is refused; 'ok' if it was applied before, nil if it is to be applied now. Three guards stand

@@ -197,8 +197,7 @@ class Shard:
         )
         match verdict:
             case b"spread_otherwise":
-                message = f"the queue's jobs are spread over {about[0]} shards, not {self._num_shards}"
-                raise QueueUnavailableError(UnavailableReason.SPREAD_OTHERWISE, message)
+                raise self._spread_otherwise(about[0])
             case b"conflict":
                 raise RequestConflictError(job.job_id)
             case b"poisoned":
@@ -289,7 +288,7 @@ class Shard:
 
         Also tells whether the worker now keeps itself for a job that it has no room for.
         """
-        is_kept, claims = await self._call(
+        is_kept, claims, num_shards = await self._call(
             "claim",
             worker_id,
             claim_id,
@@ -301,7 +300,10 @@ class Shard:
             JOB_VERSION,
             tokens_per_choice,
             int(is_idle),
+            self._num_shards,
         )
+        if num_shards != self._num_shards:
+            raise self._spread_otherwise(num_shards)
         return [ClaimReply(job_id.decode(), fence.decode(), *rest) for job_id, fence, *rest in claims], bool(is_kept)
 
     async def push(self, worker_id: str, items: Sequence[PushItem], *, lease_ms: int) -> list[PushStatus]:
@@ -365,6 +367,10 @@ class Shard:
         """Drops batches before an id, which their gateway has read."""
         key = self.keys.updates(gateway_id)
         await self._carry_out(self._send("XTRIM", key, "MINID", "~", read_id))
+
+    def _spread_otherwise(self, num_shards: int) -> QueueUnavailableError:
+        message = f"the queue's jobs are spread over {num_shards} shards, not {self._num_shards}"
+        return QueueUnavailableError(UnavailableReason.SPREAD_OTHERWISE, message)
 
     async def _call(self, name: str, *arguments: Argument, durability: Durability = Durability.LOCAL) -> Any:
         # Any: each function answers in its own shape, which the method that calls it takes apart.

@@ -219,12 +219,12 @@ async def test_a_queue_that_goes_away_again_while_a_gateway_starts_is_waited_for
 ) -> None:
     check, num_checks = QueueClient.check_server, 0
 
-    async def check_second_time(client: QueueClient) -> None:
+    async def check_second_time(client: QueueClient, **settings: bool) -> None:
         nonlocal num_checks
         num_checks += 1
         if num_checks == 1:
             raise QueueUnavailableError(UnavailableReason.UNREACHABLE, "gone")
-        await check(client)
+        await check(client, **settings)
 
     monkeypatch.setattr(QueueClient, "check_server", check_second_time)
     async with start_gateway(model, valkey_url) as gateway:

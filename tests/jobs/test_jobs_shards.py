@@ -1,6 +1,7 @@
 """A queue of several shards is one queue to both sides, also while one of its shards is away."""
 
 import asyncio
+from contextlib import suppress
 from itertools import chain
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from oasst_jobs import (
     TooMuchAheadError,
     UnavailableReason,
 )
+from oasst_jobs.functions import Shard
 from sick_shards import FIRST_SHARD, PartlyAway
 
 T = TypeVar("T", bound=JobNotAcceptedError)
@@ -239,9 +241,7 @@ async def test_jobs_are_found_by_the_number_of_shards_that_they_came_by_and_no_o
     for num_shards in (1, 8):
         other = QueueClient(redis_client, num_shards=num_shards)
         with pytest.raises(OtherShardsError, match=f"3 shards, not {num_shards}: name 3 of them"):
-            await other.check_server()
-        with pytest.raises(OtherShardsError):
-            await other.check_shards()
+            await other.check_server(may_spread_anew=True)
         new = next(job for job in map(make_job, "abcdefghijkl") if other.shard_number(job.job_id) == 0)
         with pytest.raises(QueueUnavailableError) as refused:
             await Submitter(other, gateway_id="other", limits=UNLIMITED).submit(new, digest=b"", timeout_ms=None)
@@ -258,9 +258,9 @@ async def test_an_empty_queue_takes_another_number_of_shards_and_jobs_by_no_othe
         await submitter.cancel(job.job_id)
     other = QueueClient(redis_client, num_shards=num_shards)
     with pytest.raises(OtherShardsError):
-        await other.check_shards()  # Whoever only looks changes nothing.
-    await asyncio.gather(*(other.check_server() for _ in range(5)))
-    await other.check_shards()
+        await other.check_server()  # Whoever brings no jobs changes nothing.
+    await asyncio.gather(*(other.check_server(may_spread_anew=True) for _ in range(5)))
+    await other.check_server()
     for number in range(10):
         with pytest.raises(QueueUnavailableError):
             await submitter.submit(make_job(f"by another {number}"), digest=b"", timeout_ms=None)
@@ -270,13 +270,44 @@ async def test_an_empty_queue_takes_another_number_of_shards_and_jobs_by_no_othe
     assert len(await claim_all(Claimer(other, worker_id="worker", model=MODEL))) == 10
 
 
+@pytest.mark.parametrize("num_shards", [1, 2, 8])
+async def test_a_worker_by_another_number_takes_no_job(
+    redis_client: redis.asyncio.Redis, submitter: Submitter, claimer: Claimer, num_shards: int
+) -> None:
+    jobs = await submit(submitter, 30)
+    other = Claimer(QueueClient(redis_client, num_shards=num_shards), worker_id="other", model=MODEL)
+    for is_idle in (False, True):
+        with suppress(QueueUnavailableError):  # Shards beyond the queue's answer, and have nothing.
+            assert await other.claim(max_jobs=30, max_tokens=10_000, is_idle=is_idle) == []
+    assert len(await claim_all(claimer)) == len(jobs)
+
+
+async def test_a_job_that_comes_in_while_the_number_changes_keeps_the_old_one_for_all_who_start(
+    redis_client: redis.asyncio.Redis, client: QueueClient, submitter: Submitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in await submit(submitter, 30):
+        await submitter.cancel(job.job_id)
+    late = next(job for job in map(make_job, "abcdefghij") if client.shard_number(job.job_id) == 1)
+    spread = Shard.spread
+
+    async def spread_late(shard: Shard) -> int:
+        await submitter.submit(late, digest=b"", timeout_ms=None)
+        return await spread(shard)
+
+    monkeypatch.setattr(Shard, "spread", spread_late)
+    for _ in range(2):
+        with pytest.raises(OtherShardsError):
+            await QueueClient(redis_client).check_server(may_spread_anew=True)
+    assert await submitter.cancel(late.job_id) is JobState.CANCELLED
+
+
 async def test_a_shard_that_is_away_keeps_the_queue_from_another_number(
     lame: PartlyAway, lame_client: QueueClient, submitter: Submitter
 ) -> None:
     await submit(submitter, 30)
     lame.away = "oasst:{2}"
     with pytest.raises(QueueUnavailableError):
-        await QueueClient(lame, num_shards=2).check_server()
+        await QueueClient(lame, num_shards=2).check_server(may_spread_anew=True)
     await lame_client.check_server()
 
 

@@ -9,7 +9,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from oasst_jobs import Claimer, QueueClient, QueueUnavailableError, Reconciler, Sweeper, connect
+from oasst_jobs import Claimer, OtherShardsError, QueueClient, QueueUnavailableError, Reconciler, Sweeper, connect
 from oasst_telemetry import Tracer
 from prometheus_client import CollectorRegistry
 
@@ -125,7 +125,7 @@ class Worker:
         while not consumer.is_draining:
             try:
                 await client.check_server()
-            except QueueUnavailableError as error:
+            except (QueueUnavailableError, OtherShardsError) as error:  # A gateway that starts may change the number.
                 if time.monotonic() > give_up_s:
                     raise
                 if is_first_try:

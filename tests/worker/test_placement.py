@@ -179,12 +179,20 @@ def test_a_gpus_cache_is_counted_in_its_own_bytes(kv_dtype, positions):
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "max_sequences", "positions"), [(torch.float16, 32, 8), (FP8, 32, 4), (FP8, 2, 1)]
+    ("kv_dtype", "max_sequences", "kv_tokens", "positions"),
+    [
+        (torch.float16, 32, None, 8),
+        (FP8, 32, None, 4),
+        (FP8, 2, None, 1),
+        (torch.float16, 32, 32 * 2048, 32),  # As asked.
+        (torch.float16, 32, 2048, 1),
+    ],
 )
-def test_a_cache_is_of_use_from_a_few_sequences_on(kv_dtype, max_sequences, positions):
-    """Counted in positions of fp16: as much is given of what the weights leave."""
-    useful = build._useful_cache_bytes(PYTHIA_12B, kv_dtype, max_sequences)
-    assert useful * 0.85 == pytest.approx(positions * 2048 * 2 * 36 * 5120 * 2, abs=1)
+def test_a_cache_is_of_use_from_a_few_sequences_on(kv_dtype, max_sequences, kv_tokens, positions):
+    """Counted in whole contexts of fp16: as much is given of what the weights leave."""
+    options = replace(OPTIONS, max_sequences=max_sequences, kv_tokens=kv_tokens)
+    wanted = build._wanted_cache_bytes(PYTHIA_12B, kv_dtype, options)
+    assert wanted * 0.85 == pytest.approx(positions * 2048 * 2 * 36 * 5120 * 2, abs=1)
 
 
 @pytest.mark.parametrize("tied", [False, True])

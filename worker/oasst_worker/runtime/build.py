@@ -129,7 +129,7 @@ def _build_executor(
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(num_gpus)]
     has_placement = bool(options.device_memory) or options.offload != "none"
-    cache_bytes = _useful_cache_bytes(config, _choose_kv_dtype(options.kv_dtype, dtype, device), options.max_sequences)
+    cache_bytes = _wanted_cache_bytes(config, _choose_kv_dtype(options.kv_dtype, dtype, device), options)
     machine = Machine(gpus, weight_bytes(config, dtype), cache_bytes, has_placement)
     try:
         split = choose_split(config, options.split, options.num_ranks, machine)
@@ -356,9 +356,9 @@ def _choose_linear(options: RuntimeOptions, device: torch.device) -> Callable[..
     return build_quantized_linear
 
 
-def _useful_cache_bytes(config: NeoXConfig, kv_dtype: torch.dtype, max_sequences: int) -> int:
-    """What the weights must leave on a GPU for a KV cache of use."""
-    positions = min(max_sequences, _USEFUL_SEQUENCES) * config.max_positions
+def _wanted_cache_bytes(config: NeoXConfig, kv_dtype: torch.dtype, options: RuntimeOptions) -> int:
+    """What the weights must leave on a GPU for the KV cache that is asked for, else for one of use."""
+    positions = options.kv_tokens or min(options.max_sequences, _USEFUL_SEQUENCES) * config.max_positions
     return int(positions * config.num_layers * kv_bytes(config, kv_dtype) / _GPU_CACHE_SHARE)
 
 

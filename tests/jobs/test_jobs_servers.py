@@ -454,6 +454,14 @@ async def test_the_nodes_that_answer_get_the_functions_and_serve(
     redis_client = connect(cluster_url)
     client = QueueClient(redis_client, num_shards=8)
     await client.check_server()
+    submitter, submitted = Submitter(client, gateway_id="gateway", limits=QueueLimits()), []
+    for job in map(make_job, "abcdef"):
+        with contextlib.suppress(QueueUnavailableError):
+            await submitter.submit(job, digest=b"", timeout_ms=None)
+            submitted.append(job.job_id)
+    claimer = Claimer(client, worker_id="worker", model=MODEL)
+    claimed = [job.job_id for _ in range(8) for job in await claimer.claim(max_jobs=6, max_tokens=10_000)]
+    assert sorted(claimed) == sorted(submitted) != []
     await asyncio.to_thread(cluster_nodes[1].kill)
     await asyncio.to_thread(cluster_nodes[2].kill)
     with pytest.raises(QueueUnavailableError):

@@ -25,6 +25,7 @@ from oasst_gateway.departures import Departures
 from oasst_gateway.model import ServedModel
 from oasst_gateway.watches import Watches
 from oasst_jobs import Inbox, JobState, QueueClient, QueueLimits, Submitter
+from sick_shards import FIRST_SHARD, PartlyAway
 from valkey_server import ValkeyServer
 from waiting import until
 
@@ -289,19 +290,60 @@ async def test_a_job_that_was_left_and_come_back_to_while_the_queue_is_away_is_l
     await until(lambda: _is_cancelled(submitter, job.job_id))
 
 
-async def test_what_the_queue_has_not_heard_in_a_minute_it_is_not_told_any_more(
-    valkey: ValkeyServer, queue: QueueClient
-) -> None:
+async def test_what_the_queue_has_not_heard_in_a_minute_it_is_not_told_any_more(queue: QueueClient) -> None:
     now_s = 0.0
-    departures = Departures(Submitter(queue, gateway_id="g", limits=QueueLimits()), retry_s=0, clock=lambda: now_s)
-    valkey.kill()
-    departures.begin("j-1")
+    submitter = Submitter(queue, gateway_id="g", limits=QueueLimits())
+    job = make_job("r-1")
+    await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
+    departures = Departures(submitter, clock=lambda: now_s)
+    departures.begin(job.job_id)
     now_s = 59.0
-    assert await departures.take_back("j-1")
-    departures.begin("j-1")
+    assert await departures.take_back(job.job_id)
+    departures.begin(job.job_id)
     now_s += 60.0
     await departures.aclose(grace_s=20)
-    assert not await departures.take_back("j-1")
+    assert not await departures.take_back(job.job_id)
+    assert not await _is_cancelled(submitter, job.job_id)
+
+
+async def test_jobs_of_a_shard_that_hangs_keep_no_others_from_being_left(queue: QueueClient) -> None:
+    redis = PartlyAway(connection_pool=queue.redis.connection_pool)
+    submitter = Submitter(QueueClient(redis, num_shards=2), gateway_id="g", limits=QueueLimits())
+    jobs = [make_job(f"r-{index}") for index in range(200)]
+    of_first, of_second = ([job for job in jobs if submitter.shard_number(job.job_id) == shard] for shard in (0, 1))
+    departures = Departures(submitter)
+    for job in of_second:
+        await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
+    redis.away, redis.hangs = FIRST_SHARD, True
+    for job in (*of_first, *of_second):
+        departures.begin(job.job_id)
+    for job in of_second:
+        await until(lambda job=job: _is_cancelled(submitter, job.job_id))
+    redis.released.set()
+    await departures.aclose(grace_s=0)
+
+
+async def test_a_departure_that_fails_unforeseen_keeps_no_others_from_being_told(
+    queue: QueueClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    submitter = Submitter(queue, gateway_id="g", limits=QueueLimits())
+    broken, job = make_job("r-1"), make_job("r-2")
+    await submitter.submit(job, digest=b"", timeout_ms=None, grace_ms=0)
+    unwatch = submitter.unwatch
+
+    async def unwatch_or_break(job_id: str) -> JobState | None:
+        if job_id == broken.job_id:
+            raise ValueError("a defect")
+        return await unwatch(job_id)
+
+    monkeypatch.setattr(submitter, "unwatch", unwatch_or_break)
+    departures = Departures(submitter)
+    for each in (broken, job):
+        departures.begin(each.job_id)
+    await departures.aclose(grace_s=20)
+    assert await _is_cancelled(submitter, job.job_id)
+    assert not await departures.take_back(broken.job_id)
+    assert f"nobody watches job_id={broken.job_id}" in caplog.text
 
 
 async def _is_cancelled(submitter: Submitter, job_id: str) -> bool:

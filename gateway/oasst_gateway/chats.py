@@ -58,9 +58,11 @@ class Chats:
         metrics: GatewayMetrics,
         secrets: DerivedSecrets,
         threads: TenantThreads,
+        log_threads: TenantThreads,
         default_grace_s: float,
         remind_interval_s: float = 5.0,
     ) -> None:
+        """Requests are prepared in `threads`, and logs put together in `log_threads`: no answer waits for a prompt."""
         self._model = model
         self._submitter = submitter
         self._watches = watches
@@ -70,6 +72,7 @@ class Chats:
         self._metrics = metrics
         self._secrets = secrets
         self._threads = threads
+        self._log_threads = log_threads
         self._default_grace_s = default_grace_s
         self._remind_interval_s = remind_interval_s
         self._chats: set[Chat] = set()
@@ -154,7 +157,7 @@ class Chats:
             if snapshot is None or log is None:
                 raise UnknownChatError
             describe = functools.partial(self._describe, snapshot, log)
-            return await self._threads.run(tenant, describe, off_loop=is_long(log.entries))
+            return await self._log_threads.run(tenant, describe, off_loop=is_long(log.entries))
 
     async def cancel(self, request: chat_pb2.CancelChatRequest, *, tenant: Tenant) -> JobState:
         """The request has ended; its state is returned.
@@ -214,7 +217,7 @@ class Chats:
             accepted,
             source=watch.subscription,
             meter=meter,
-            threads=self._threads,
+            threads=self._log_threads,
             tenant=tenant,
             ask_queue=functools.partial(self._ask_queue, job.job_id),
             after=after,

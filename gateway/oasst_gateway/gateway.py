@@ -136,6 +136,8 @@ async def running_gateway(
         open_requests = OpenRequests(settings.max_open_chats)
         threads = TenantThreads(most_per_tenant=max(1, settings.max_open_chats // _CHATS_PER_TENANTS_TEXT))
         stack.callback(threads.close)
+        log_threads = TenantThreads()
+        stack.callback(log_threads.close)
         derived_secrets = DerivedSecrets(_secret(settings))
         chats = Chats(
             model=model,
@@ -152,6 +154,7 @@ async def running_gateway(
             metrics=metrics,
             secrets=derived_secrets,
             threads=threads,
+            log_threads=log_threads,
             default_grace_s=settings.detach_grace_s,
         )
         scores = Scores(

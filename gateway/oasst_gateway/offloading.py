@@ -1,6 +1,7 @@
 """What keeps one request's work from holding up all streams, and one tenant's from holding up all others'."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -38,11 +39,12 @@ def is_long(entries: Sequence[job_pb2.LogEntry]) -> bool:
 class TenantThreads:
     """Threads for what would hold up the event loop. However much a tenant asks for, others have some of them."""
 
-    def __init__(self, *, most_per_tenant: int) -> None:
-        """With `most_per_tenant` requests at work or waiting, a tenant may be refused more."""
+    def __init__(self, *, most_per_tenant: int = 0) -> None:
+        """`most_per_tenant` is how many requests `run_or_refuse` takes of a tenant at once."""
         self._most_per_tenant = most_per_tenant
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tenants")
         self._lines: dict[str, _Line] = {}  # By tenant; of those with requests here.
+        self._num_refusable: Counter[str] = Counter()  # By tenant: those in `run_or_refuse`.
 
     async def run(self, tenant: Tenant, work: Callable[[], T], *, off_loop: bool) -> T:
         """What `work` returns or raises; at once, or `off_loop` in a thread, when it is the tenant's turn."""
@@ -63,16 +65,22 @@ class TenantThreads:
         """As `run`, for requests that nothing else counts.
 
         Raises:
-            RefusedError: if too many of the tenant's requests are here.
+            RefusedError: if too many such requests of the tenant are here.
         """
-        line = self._lines.get(tenant.name)
-        if off_loop and line is not None and line.num_requests >= self._most_per_tenant:
+        num_here = self._num_refusable[tenant.name]
+        if off_loop and num_here >= self._most_per_tenant:
             message = (
-                f"this gateway already has {line.num_requests} requests of this tenant with much text;"
+                f"this gateway already has {num_here} requests of this tenant with much text;"
                 " its --max-open-chats says how many it takes"
             )
             raise RefusedError("TOO_MUCH_TEXT", message, retry_after_s=TOO_MANY_RETRY_S)
-        return await self.run(tenant, work, off_loop=off_loop)
+        self._num_refusable[tenant.name] += 1
+        try:
+            return await self.run(tenant, work, off_loop=off_loop)
+        finally:
+            self._num_refusable[tenant.name] -= 1
+            if not self._num_refusable[tenant.name]:
+                del self._num_refusable[tenant.name]
 
     def close(self) -> None:
         """Nothing begins any more."""

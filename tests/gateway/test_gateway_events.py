@@ -146,7 +146,7 @@ def make_chat(source: Source, *places: chat_pb2.QueueStatus | None, after: int =
         chat_pb2.Accepted(request_id="r-1"),
         source=source,
         meter=ChatMeter(GatewayMetrics(CollectorRegistry())),
-        threads=TenantThreads(most_per_tenant=1),
+        threads=TenantThreads(),
         tenant=Tenant(name="tenant"),
         ask_queue=ask_queue,
         after=after,

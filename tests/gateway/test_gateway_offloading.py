@@ -3,14 +3,14 @@
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from gateway_harness import details_of, start_gateway
-from oasst.v1 import model_pb2
-from oasst_gateway import service
+from gateway_harness import RuleWorker, ask, details_of, read_text, rule_text, start_gateway
+from oasst.v1 import chat_pb2, model_pb2
+from oasst_gateway import chats, service
 from oasst_gateway.errors import InvalidRequestError, RefusedError
 from oasst_gateway.model import ServedModel
 from oasst_gateway.offloading import TenantThreads
@@ -30,10 +30,9 @@ class Flood:
         self.num_at_work = 0
         self.requests: list[asyncio.Task[None]] = []
 
-    def add(self, number: int) -> None:
-        self.requests += [
-            asyncio.create_task(self._threads.run(FLOOD, self._work, off_loop=True)) for _ in range(number)
-        ]
+    def add(self, number: int, *, run: Callable[..., Coroutine[None, None, None]] | None = None) -> None:
+        run = run or self._threads.run
+        self.requests += [asyncio.create_task(run(FLOOD, self._work, off_loop=True)) for _ in range(number)]
 
     def release(self) -> None:
         self._released.set()
@@ -66,11 +65,47 @@ async def test_a_tenants_flood_of_texts_leaves_threads_for_others() -> None:
 
 
 async def test_what_a_tenant_asks_for_beyond_its_line_is_refused_and_others_are_not() -> None:
-    async with flooded(8) as (threads, _):
+    async with flooded(2) as (threads, flood):
+        flood.add(8, run=threads.run_or_refuse)
+        await asyncio.sleep(0)
         with pytest.raises(RefusedError, match="already has 8 requests of this tenant with much text"):
             await threads.run_or_refuse(FLOOD, str, off_loop=True)
         assert await threads.run_or_refuse(GUEST, str, off_loop=True) == ""
         assert await threads.run_or_refuse(FLOOD, str, off_loop=False) == ""
+
+
+async def test_what_is_counted_elsewhere_is_no_cause_to_refuse_a_tenant() -> None:
+    async with flooded(8) as (threads, flood):
+        counted_here = asyncio.create_task(threads.run_or_refuse(FLOOD, str, off_loop=True))
+        await asyncio.sleep(0)
+        flood.release()
+        assert await counted_here == ""
+
+
+async def test_no_answer_stands_in_line_behind_prompts(
+    model: ServedModel, valkey_url: str, worker: RuleWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_preparing, released = 0, threading.Event()
+
+    def prepare_slowly(*_: object, **__: object) -> None:
+        nonlocal num_preparing
+        num_preparing += 1
+        released.wait(60)
+        raise InvalidRequestError([])
+
+    async with start_gateway(model, valkey_url) as gateway:
+        accepted = (await gateway.chat.SubmitChat(ask("Hello!", max_new_tokens=100))).accepted
+        named = {"request_id": accepted.request_id, "resume_token": accepted.resume_token}
+        watched = chat_pb2.WatchChatRequest(**named)
+        await read_text(gateway.chat.WatchChat(watched))
+        monkeypatch.setattr(chats, "prepare_chat", prepare_slowly)
+        prompts = [asyncio.ensure_future(gateway.chat.SubmitChat(ask("long " * 2_000))) for _ in range(3)]
+        await until(lambda: num_preparing == 2)
+        assert await read_text(gateway.chat.WatchChat(watched, timeout=20)) == rule_text(100)
+        told = await gateway.chat.GetChat(chat_pb2.GetChatRequest(**named), timeout=20)
+        assert told.response.choices[0].text == rule_text(100)
+        released.set()
+        await asyncio.wait(prompts)
 
 
 async def test_whoever_asks_and_leaves_again_and_again_has_no_more_threads_than_others() -> None:

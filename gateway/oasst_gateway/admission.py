@@ -34,7 +34,7 @@ _SUBMISSIONS_AT_ONCE = 32
 _LONGEST_TOLD_WAIT_S = 86_400.0
 # What runs already is not counted as ahead: it is taken for requests like this one, half done.
 _HALF_DONE = 0.5
-# For so long a queue that was full is taken to be so still, without asking.
+# For so long a shard that was full is taken to be so still, without asking.
 _STAYS_FULL_S = 0.1
 # What one request is taken to have asked for, and to have used, before any has finished.
 _TYPICAL_TOKENS = 256.0
@@ -142,7 +142,8 @@ class Admission:
     ) -> None:
         """`worker_wait_s` is how soon a worker can be expected while there is none.
 
-        While `max_waiting_jobs` wait, the queue is full for requests of any size.
+        While `max_waiting_jobs` wait, of several shards in each its part of them, a queue is full for requests of any
+        size.
         """
         self._submitter = submitter
         self._look_out = look_out
@@ -151,8 +152,9 @@ class Admission:
         self._clock = clock
         self._draw_spread = draw_spread
         self._turn = asyncio.Semaphore(_SUBMISSIONS_AT_ONCE)
-        # By tenant, for others may have a place: what the queue said when it was full last, and until when that counts.
-        self._full: dict[str, tuple[QueueFullError, float]] = {}
+        # By tenant and shard, for others may have a place: what the queue said when it was full last, and until when
+        # that counts.
+        self._full: dict[tuple[str, int | None], tuple[QueueFullError, float]] = {}
 
     def arrival_of(self, tenant: Tenant, request_id: str) -> Arrival:
         """A request of the tenant has come, with the id it brought, if any."""
@@ -165,7 +167,7 @@ class Admission:
             RefusedError: it had none just now.
             QueueUnavailableError
         """
-        full, until_s = self._full.get(arrival.tenant.name, (None, 0.0))
+        full, until_s = self._full.get((arrival.tenant.name, arrival.shard_number), (None, 0.0))
         if full is not None and self._clock() < until_s and not await arrival.has_place():
             raise self._queue_full(full)
 
@@ -203,7 +205,7 @@ class Admission:
             )
         except QueueFullError as error:
             if error.waiting_jobs >= self._max_waiting_jobs:  # Otherwise a smaller request may have a place.
-                self._note_full(tenant, error)
+                self._note_full(tenant, self._submitter.shard_number(prepared.job.job_id), error)
             raise self._queue_full(error) from error
         except TenantFullError as error:
             message = f"this tenant's share of the queue is full: {error.waiting_jobs} of its requests wait"
@@ -212,10 +214,10 @@ class Admission:
             message = f"{error.jobs_ahead} requests are ahead, which takes longer than this one's deadline allows"
             raise self._refused("DEADLINE_UNREACHABLE", message, error.tokens_ahead) from error
 
-    def _note_full(self, tenant: Tenant, error: QueueFullError) -> None:
+    def _note_full(self, tenant: Tenant, shard_number: int, error: QueueFullError) -> None:
         now_s = self._clock()
-        self._full = {name: full for name, full in self._full.items() if now_s < full[1]}
-        self._full[tenant.name] = error, now_s + _STAYS_FULL_S
+        self._full = {place: full for place, full in self._full.items() if now_s < full[1]}
+        self._full[tenant.name, shard_number] = error, now_s + _STAYS_FULL_S
 
     def _queue_full(self, error: QueueFullError) -> RefusedError:
         message = f"the queue is full: {error.waiting_jobs} requests with {error.waiting_tokens} tokens wait"

@@ -55,6 +55,10 @@ class Submitter:
         self._limits = limits
         self._durability = durability
 
+    @property
+    def num_shards(self) -> int:
+        return len(self._client.shards)
+
     def shard_number(self, job_id: str) -> int:
         """Which shard holds the job, or would. One may answer while another does not."""
         return self._client.shard_number(job_id)

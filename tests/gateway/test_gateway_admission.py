@@ -12,7 +12,7 @@ from oasst.jobs.v1 import job_pb2
 from oasst.v1 import chat_pb2, model_pb2
 from oasst_gateway.admission import Admission, Outlook, SpeedEstimate
 from oasst_gateway.authentication import DEFAULT_TENANT
-from oasst_gateway.errors import NoWorkerError
+from oasst_gateway.errors import NoWorkerError, RefusedError
 from oasst_gateway.metrics import GatewayMetrics
 from oasst_gateway.model import ServedModel
 from oasst_gateway.monitor import QueueMonitor
@@ -228,6 +228,33 @@ async def test_whoever_comes_just_after_the_queue_was_full_is_not_even_read(
             return False
 
         await until(is_let_in)
+
+
+async def test_a_full_shard_is_not_taken_for_a_full_queue(queue: QueueClient) -> None:
+    shards = QueueClient(queue.redis, num_shards=2)
+    admission = Admission(
+        Submitter(shards, gateway_id="g", limits=QueueLimits(max_waiting_jobs=2)),
+        look_out=lambda: Outlook(has_workers=True, tokens_per_s=None),
+        worker_wait_s=30,
+        max_waiting_jobs=2,
+        clock=lambda: 0.0,
+    )
+    arrivals = {name: admission.arrival_of(DEFAULT_TENANT, name) for name in map(str, range(20))}
+
+    async def submit(name: str) -> None:
+        job = make_job(name, tenant=DEFAULT_TENANT.name)
+        prepared = PreparedJob(job, digest=b"", timeout_ms=None, grace_ms=None)
+        await admission.submit(prepared, DEFAULT_TENANT, arrivals[name])
+
+    first, second, third, *_ = (name for name, arrival in arrivals.items() if arrival.shard_number == 0)
+    elsewhere = next(name for name, arrival in arrivals.items() if arrival.shard_number == 1)
+    await submit(first)
+    with pytest.raises(RefusedError):
+        await submit(second)
+    with pytest.raises(RefusedError):
+        await admission.check_open(arrivals[third])
+    await admission.check_open(admission.arrival_of(DEFAULT_TENANT, ""))
+    await submit(elsewhere)
 
 
 async def test_a_request_that_has_its_place_is_not_refused_for_a_full_queue(

@@ -121,20 +121,23 @@ async def test_work_that_fails_once_its_caller_has_left_is_nobodys_error() -> No
     unseen: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
     threads = TenantThreads(most_per_tenant=8)
-    has_begun, released = threading.Event(), threading.Event()
+    at_work: list[threading.Thread] = []
+    released = threading.Event()
 
     def fail() -> None:
-        has_begun.set()
+        at_work.append(threading.current_thread())
         released.wait()
         raise InvalidRequestError([])
 
     request = asyncio.create_task(threads.run(GUEST, fail, off_loop=True))
-    await until(has_begun.is_set)
+    await until(lambda: at_work)
     request.cancel()
     released.set()
     await asyncio.wait([request])
     assert request.cancelled()
     threads.close()
+    await until(lambda: not at_work[0].is_alive())
+    await asyncio.sleep(0)  # What the thread left to the event loop is done.
     del request
     gc.collect()
     assert not unseen

@@ -330,14 +330,9 @@ class _FakeChatServicer(chat_pb2_grpc.ChatServiceServicer):
     async def ChatStream(self, request: chat_pb2.ChatRequest, context: _Context) -> AsyncIterator[chat_pb2.ChatEvent]:
         chat = await self._accept(request, context)
         yield chat_pb2.ChatEvent(accepted=chat.accepted())
-        try:
-            async for event in chat.events(0):
-                yield event
-        except asyncio.CancelledError:
-            # Its caller has left. With a grace the chat goes on for whoever comes back.
-            if not request.HasField("detach_grace"):
-                chat.cancelled.set()
-            raise
+        # A caller who leaves may come back: the chat goes on. One who will not has the client cancel it.
+        async for event in chat.events(0):
+            yield event
         await _fail_if(chat.error(), context)
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: _Context) -> chat_pb2.ChatResponse:

@@ -1,9 +1,12 @@
 """The fake service behaves towards a client as the real one does."""
 
+import asyncio
+
 import grpc
 import pytest
 from oasst.v1 import chat_pb2, chat_pb2_grpc
 from oasst_client import (
+    AsyncClient,
     ChatState,
     Client,
     FieldViolation,
@@ -77,6 +80,24 @@ def test_a_chat_can_be_cancelled_from_elsewhere_and_its_reader_is_told():
                 list(stream.events())
         with pytest.raises(NotFoundError):
             client.cancel("unknown")
+
+
+async def test_a_chat_is_read_on_after_a_read_that_timed_out():
+    with FakeServer("one two", token_interval_s=0.1) as server:
+        async with AsyncClient(server.address) as client, client.stream("Hi") as stream:
+            events = stream.events()
+            await anext(events)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await anext(events)
+            assert [text async for text in stream] == ["one", " two"]
+
+
+def test_a_chat_whose_stream_is_closed_is_cancelled():
+    with FakeServer("one two", token_interval_s=30) as server, Client(server.address) as client:
+        with client.stream("Hi") as stream:
+            accepted = next(stream.events())
+        assert client.get(accepted.request_id, accepted.resume_token).state is ChatState.CANCELLED
 
 
 def test_a_chat_is_not_cancelled_by_who_has_a_token_of_another():

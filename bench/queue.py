@@ -316,7 +316,7 @@ async def _polls(workers: int) -> PollRow:
         sweeper, reconciler = Sweeper(queue.client), Reconciler(queue.client)
 
         async def gateway(number: int) -> None:
-            await queue.submitter.load()
+            await queue.submitter.load(_MODEL)
             await sweeper.sweep()
             await shard.read_updates(f"gateway-{number}", "0")
 

@@ -62,11 +62,12 @@ class QueueClient:
             UnsupportedServerError, OtherShardsError: with a sentence that says what to change.
             QueueUnavailableError: if no shard answers, or one that may hold jobs spread over another number does not.
         """
-        await self.load_functions()
+        await check_server(self.redis)
+        others = await self._other_numbers_of_shards()
         if may_spread_anew:
-            await self._spread()
-        if others := await self._other_numbers_of_shards():
-            raise OtherShardsError(num_shards=max(others), wanted=self._num_shards)
+            await self._spread(others)
+        else:
+            self._refuse_others(others)
 
     async def load_functions(self) -> None:
         """The servers are new enough, keep what they are given, and have the functions, as far as they answer.
@@ -76,8 +77,7 @@ class QueueClient:
             QueueUnavailableError: if no shard answers.
         """
         await check_server(self.redis)
-        # Loads the functions where they are missing.
-        await of_those_that_answer(shard.load("") for shard in self.shards)
+        await self._other_numbers_of_shards()  # Any call loads the functions where they are missing.
 
     async def least_replicas(self) -> int:
         """How many replicas that server has which has the fewest, of those that are not away."""
@@ -225,10 +225,10 @@ class QueueClient:
         told = await of_those_that_answer(shard.spreading() for shard in self.shards)
         return {num_shards for num_shards, _ in told if num_shards not in (None, self._num_shards)}
 
-    async def _spread(self) -> None:
-        """Shards without a number have this client's, and so have all if there are no jobs by another."""
-        if not (others := await self._other_numbers_of_shards()):
-            await of_those_that_answer(shard.spread() for shard in self.shards)
+    async def _spread(self, others: set[int]) -> None:
+        """Shards without a number have this client's, and so have all if there are no jobs by these others."""
+        if not others:
+            self._refuse_others(await of_those_that_answer(shard.spread() for shard in self.shards))
             return
         # Two steps, so that the number changes nowhere if there are jobs anywhere. Where one came in between, its shard
         # keeps the other number; and the first shard, which every start asks, is the last to change.
@@ -237,9 +237,12 @@ class QueueClient:
             if has_jobs and num_shards != self._num_shards:
                 raise OtherShardsError(num_shards=num_shards or max(others), wanted=self._num_shards)
         for shard in reversed(shards):
-            num_shards = await shard.spread()
-            if num_shards != self._num_shards:
-                raise OtherShardsError(num_shards=num_shards, wanted=self._num_shards)
+            self._refuse_others([await shard.spread()])
+
+    def _refuse_others(self, told: Iterable[int]) -> None:
+        """Raises OtherShardsError if jobs are spread over another number of shards than this client's."""
+        if others := set(told) - {self._num_shards}:
+            raise OtherShardsError(num_shards=max(others), wanted=self._num_shards)
 
     def _make_shards(self, number: int) -> tuple[Shard, ...]:
         make = functools.partial(Shard, self.redis, num_shards=self._num_shards, library=self._library)
